@@ -1,0 +1,80 @@
+"""Builds the compiled libraries. Everything else about the package is in pyproject.toml.
+
+SUBNET_KERNELS_BUILD=auto  (default) the CPU library where torch and a C++ compiler are there, else a pure Python package
+                     none  nothing compiled
+                     cpu   the CPU library, or fail
+                     cuda  the CPU and the CUDA library, or fail
+
+The environment is read, never the hardware. torch must be importable to compile: ``pip install --no-build-isolation .``
+"""
+
+import os
+import warnings
+from pathlib import Path
+
+from setuptools import setup
+
+CHOICES = ("auto", "none", "cpu", "cuda")
+BUILD = os.environ.get("SUBNET_KERNELS_BUILD", "auto")
+if BUILD not in CHOICES:
+    raise SystemExit(f"SUBNET_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {BUILD!r}")
+
+STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11 and later, any Python
+CPU_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fvisibility=hidden",
+    "-ffp-contract=off",  # the same bits on every instruction set
+    "-Wall",
+    "-Wextra",
+    "-Werror=return-type",
+    *STABLE_ABI,
+]
+
+
+def extensions():
+    """The extensions to build and the command that builds them; empty for a pure Python package."""
+    if BUILD == "none":
+        return {}
+    if BUILD == "cuda":
+        raise SystemExit("SUBNET_KERNELS_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        if BUILD != "auto":
+            raise SystemExit(
+                f"SUBNET_KERNELS_BUILD={BUILD} needs torch at build time ({error}): add --no-build-isolation"
+            ) from None
+        return {}
+
+    class OptionalBuild(BuildExtension):
+        """Building is best effort under `auto`: what cannot be compiled leaves a package that runs on the reference."""
+
+        def run(self):
+            try:
+                super().run()
+            except Exception as error:
+                if BUILD != "auto":
+                    raise
+                warnings.warn(f"subnet-kernels is installed without compiled kernels: {error}", stacklevel=1)
+                self.extensions = []
+
+        def copy_extensions_to_source(self):
+            self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]
+            super().copy_extensions_to_source()
+
+    cpu = CppExtension(
+        "subnet_kernels._C_cpu",
+        sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp")),
+        depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+        extra_compile_args={"cxx": CPU_FLAGS},
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [cpu],
+        "cmdclass": {"build_ext": OptionalBuild},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(**extensions())

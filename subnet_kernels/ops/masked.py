@@ -1,0 +1,217 @@
+"""Masked products: linear and convolution through given bits, and the stateless layer that selects first."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from subnet_kernels import reference
+from subnet_kernels.ops import _checks as check
+from subnet_kernels.ops._library import define
+from subnet_kernels.ops.apply import Apply, straight_through
+from subnet_kernels.ops.select import _select, check_k
+
+_DIMENSIONS = ("x", "weight")
+
+
+def _masked_linear_fake(x, weight, bits, bias=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+def _masked_linear_vmap(info, in_dims, x, weight, bits, bias=None):
+    x_dim, *rest = in_dims
+    if x_dim is not None and all(d is None for d in rest):  # one weight, many inputs: the mapped dimension is a batch dimension
+        return _masked_linear(x.movedim(x_dim, 0), weight, bits, bias), 0
+    pick = lambda value, dim, i: value if dim is None else value.select(dim, i)  # noqa: E731
+    arguments = list(zip((x, weight, bits, bias), (*in_dims, None)))
+    return torch.stack([_masked_linear(*(pick(v, d, i) for v, d in arguments)) for i in range(info.batch_size)]), 0
+
+
+_masked_linear = define(
+    "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias=None) -> Tensor",
+    reference.masked_linear,
+    _masked_linear_fake,
+    _masked_linear_vmap,
+)
+
+
+def _masked_conv_fake(x, weight, bits, bias, stride, padding, dilation, groups):
+    return _convolution(x, weight, bias, stride, padding, dilation, groups)
+
+
+def _convolution(x, weight, bias, stride, padding, dilation, groups):
+    return torch.convolution(x, weight, bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+_masked_conv = define(
+    "masked_conv(Tensor x, Tensor weight, Tensor bits, Tensor? bias, int[] stride, int[] padding, int[] dilation, int groups) -> Tensor",
+    reference.masked_conv,
+    _masked_conv_fake,
+)
+
+
+class MaskedLinear(torch.autograd.Function):
+    """y = x (W where open)^T + b; dx through the open weights, dW = G where open."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bits, bias):
+        return _masked_linear(x, weight, bits, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bits, _ = inputs
+        ctx.save_for_backward(x, weight, bits)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bits = ctx.saved_tensors
+        need_x, need_weight, _, need_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        d_x = grad @ Apply.apply(weight, bits) if need_x else None
+        d_weight = Apply.apply(rows.t() @ x.reshape(-1, x.shape[-1]), bits) if need_weight else None
+        return d_x, d_weight, None, rows.sum(0) if need_bias else None
+
+
+class SubnetWeight(torch.autograd.Function):
+    """Select from scores now; W where open. dW = G where open and not frozen; scores learn straight through."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, scores, frozen, k, by, ties):
+        (bits,) = _select([scores], [k], by, ties)
+        return torch.ops.subnet_kernels.apply.default(weight, bits), bits
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, scores, frozen, _, by, _ = inputs
+        ctx.by = by
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(weight, scores, output[1], frozen)
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        weight, scores, bits, frozen = ctx.saved_tensors
+        need_weight, need_scores = ctx.needs_input_grad[:2]
+        d_weight, d_scores = straight_through(grad, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
+        return d_weight if need_weight else None, d_scores if need_scores else None, None, None, None, None
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (W where open)^T + bias, the masked linear layer.
+
+    x: (..., I); weight: (O, I), x's dtype; bits: uint8 (ceil(O*I/512)*64,); bias: (O,) or None -> (..., O). Differentiable (dW = G
+    where open). Under autocast x, weight and bias are cast as for ``F.linear``. Raises ValueError on a bad argument.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    _check_linear("masked_linear", x, weight, bias)
+    check.bits("masked_linear", "bits", bits, weight.numel(), weight)
+    return MaskedLinear.apply(x, weight, bits, bias)
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    bias: Tensor | None = None,
+    stride: int | tuple[int, ...] = 1,
+    padding: int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolution in 1, 2 or 3 dimensions through the open weights.
+
+    x: (B, C, *size); weight: (O, C // groups, *kernel), x's dtype; bits: uint8 (ceil(N/512)*64,); bias: (O,) or None; stride,
+    padding, dilation: an int or one a dimension -> (B, O, *out). Differentiable. Raises ValueError on a bad argument.
+    """
+    x, weight, bias = _autocast(x, weight, bias)
+    for name, value in zip(_DIMENSIONS, (x, weight)):
+        check.floating("masked_conv", name, value)
+    n = weight.dim() - 2
+    if n not in (1, 2, 3) or x.dim() != weight.dim():
+        raise ValueError(
+            f"masked_conv: weight must have 3, 4 or 5 dimensions and x as many, got {tuple(weight.shape)} and x of {tuple(x.shape)}"
+        )
+    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ValueError(
+            f"masked_conv: x must have {weight.shape[1]} * groups channels and the outputs divide by groups = {groups}, "
+            f"got x of {tuple(x.shape)} and weight of {tuple(weight.shape)}"
+        )
+    _check_pair("masked_conv", x, weight, bias)
+    check.bits("masked_conv", "bits", bits, weight.numel(), weight)
+    sizes = [
+        _per_dimension("masked_conv", name, v, n)
+        for name, v in (("stride", stride), ("padding", padding), ("dilation", dilation))
+    ]
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
+        return _convolution(x, Apply.apply(weight, bits), bias, *sizes, groups)
+    return _masked_conv(x, weight, bits, bias, *sizes, groups)
+
+
+def subnet_linear(
+    x: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    k: int,
+    frozen: Tensor | None = None,
+    bias: Tensor | None = None,
+    by: str = "magnitude",
+    ties: str = "last",
+) -> Tensor:
+    """A linear layer through the top-k of its scores, selected in this call (no cache).
+
+    x: (..., I); weight, scores: (O, I); k: kept weights; frozen: packed bits of weights that get no gradient, or None; bias: (O,) or
+    None -> (..., O). Scores learn straight through: dS = G * W (* sign(score) by magnitude), G the gradient at the effective weight;
+    dW = G where open and not frozen. Raises ValueError on a bad argument.
+    """
+    _check_linear("subnet_linear", x, weight, bias, same_dtype=False)
+    effective = subnet_weight("subnet_linear", weight, scores, k, frozen, by, ties)
+    return torch.nn.functional.linear(x, effective, bias)
+
+
+def subnet_weight(where: str, weight: Tensor, scores: Tensor, k: int, frozen: Tensor | None, by: str, ties: str) -> Tensor:
+    """The effective weight of `subnet_linear`, for layers of any kind. Raises ValueError naming `where`."""
+    check.floating(where, "scores", scores)
+    check.same_shape(where, "scores", scores, "weight", weight)
+    check.device(where, "scores", scores, weight)
+    check.choice(where, "by", by, check.BY)
+    check.choice(where, "ties", ties, check.TIES)
+    check_k(where, k, weight.numel())
+    if frozen is not None:
+        check.bits(where, "frozen", frozen, weight.numel(), weight)
+    return SubnetWeight.apply(weight, scores, frozen, k, by, ties)[0]
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
+    kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
+    if not torch.is_autocast_enabled(kind):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_dtype: bool = True) -> None:
+    for name, value in zip(_DIMENSIONS, (x, weight)):
+        check.floating(op, name, value)
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"{op}: x must be (..., I) and weight (O, I), got {tuple(x.shape)} and {tuple(weight.shape)}")
+    _check_pair(op, x, weight, bias, same_dtype)
+
+
+def _check_pair(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_dtype: bool = True) -> None:
+    if same_dtype and x.dtype != weight.dtype:
+        raise ValueError(f"{op}: x must have weight's dtype, {weight.dtype}, got {x.dtype}")
+    check.device(op, "x", x, weight)
+    if bias is not None:
+        check.tensor(op, "bias", bias)
+        if bias.shape != weight.shape[:1]:
+            raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+
+
+def _per_dimension(op: str, name: str, value: int | tuple[int, ...], n: int) -> list[int]:
+    values = [value] * n if isinstance(value, int) else list(value)
+    if len(values) != n:
+        raise ValueError(f"{op}: {name} must be an int or {n} of them, got {value!r}")
+    return values

@@ -1,0 +1,138 @@
+"""Superposition: one weight through many masks at once, and the gradients that tell the masks apart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from subnet_kernels import reference
+from subnet_kernels.ops import _checks as check
+from subnet_kernels.ops._library import define
+
+
+def _tasks(bank: Sequence[Tensor]) -> int:
+    return sum(block.shape[1] for block in bank)
+
+
+_superpose = define(
+    "superpose(Tensor weight, Tensor[] bank, Tensor? alphas, Tensor? counts=None) -> Tensor",
+    reference.superpose,
+    lambda weight, bank, alphas, counts=None: torch.empty_like(weight, memory_format=torch.contiguous_format),
+)
+_superpose_grad = define(
+    "superpose_grad(Tensor grad, Tensor weight, Tensor[] bank) -> Tensor",
+    reference.superpose_grad,
+    lambda grad, weight, bank: weight.new_empty(_tasks(bank)),
+)
+_alpha_grad = define(
+    "alpha_grad(Tensor x, Tensor grad_y, Tensor weight, Tensor[] bank) -> Tensor",
+    reference.alpha_grad,
+    lambda x, grad_y, weight, bank: x.new_empty((x.shape[0], _tasks(bank))),
+)
+
+
+class Superpose(torch.autograd.Function):
+    """W * sum_k alpha_k M_k; dW = G * sum_k alpha_k M_k, d alpha_k = <G * W, M_k>."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, alphas, equal, counts, *bank):
+        return _superpose(weight, list(bank), None if equal else alphas, counts)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, alphas, ctx.equal, counts, *bank = inputs
+        ctx.save_for_backward(weight, alphas, counts, *bank)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, alphas, counts, *bank = ctx.saved_tensors
+        need_weight, need_alphas = ctx.needs_input_grad[:2]
+        d_weight = Superpose.apply(grad, alphas, ctx.equal, counts, *bank) if need_weight else None
+        d_alphas = SuperposeGrad.apply(grad, weight, *bank).to(alphas.dtype) if need_alphas else None
+        return d_weight, d_alphas, None, None, *[None] * len(bank)
+
+
+class SuperposeGrad(torch.autograd.Function):
+    """<G * W, M_k> for every k; its gradient to G is W * sum_k g_k M_k, and the same with G and W exchanged."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, weight, *bank):
+        return _superpose_grad(grad, weight, list(bank))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        first, second, *bank = ctx.saved_tensors
+        need_first, need_second = ctx.needs_input_grad[:2]
+        d_first = Superpose.apply(second, grad, False, None, *bank) if need_first else None
+        d_second = Superpose.apply(first, grad, False, None, *bank) if need_second else None
+        return d_first, d_second, *[None] * len(bank)
+
+
+def pack_bank(masks: Tensor) -> list[Tensor]:
+    """K masks to a bank: bool (K, *shape) -> blocks (ceil(N/512), k, 64) uint8, k = 64 but for the last.
+
+    Raises ValueError if masks is not bool with at least one mask.
+    """
+    check.tensor("pack_bank", "masks", masks)
+    if masks.dtype != torch.bool or masks.dim() < 2 or not len(masks):
+        raise ValueError(
+            f"pack_bank: masks must be bool of shape (K, *shape) with K >= 1, got {masks.dtype} of {tuple(masks.shape)}"
+        )
+    return reference.pack_bank(masks)
+
+
+def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None = None, counts: Tensor | None = None) -> Tensor:
+    """W * sum_k alpha_k M_k, from packed bits.
+
+    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, or None for 1/K each; counts: (*shape) int32, how many masks
+    open each weight, cached by the caller, so that equal alphas read no mask -> (*shape). Differentiable in weight and alphas (twice).
+    Raises ValueError on a bad argument.
+    """
+    check.floating("superpose", "weight", weight)
+    tasks = check.bank("superpose", bank, weight.numel(), weight)
+    equal = alphas is None
+    if equal:
+        alphas = weight.new_full((tasks,), 1 / tasks)
+    check.floating("superpose", "alphas", alphas)
+    if alphas.shape != (tasks,):
+        raise ValueError(
+            f"superpose: alphas must have shape ({tasks},), one for each task of the bank, got {tuple(alphas.shape)}"
+        )
+    check.device("superpose", "alphas", alphas, weight)
+    if counts is not None and (counts.shape != weight.shape or counts.dtype != torch.int32):
+        raise ValueError(
+            f"superpose: counts must be int32 of shape {tuple(weight.shape)}, got {counts.dtype} of {tuple(counts.shape)}"
+        )
+    return superpose_weight(weight, bank, alphas, equal, counts)
+
+
+def superpose_weight(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor, equal: bool, counts: Tensor | None) -> Tensor:
+    """`superpose` without checks. With `equal`, alphas must all be 1/K: they are not read, yet receive their gradient."""
+    return Superpose.apply(weight, alphas, equal, counts, *bank)
+
+
+def alpha_grad(x: Tensor, grad_y: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
+    """Gradient of a linear layer's objective to the alphas, for every row of the batch by itself.
+
+    x: (B, I); grad_y: (B, O), the gradient at the layer's output; weight: (O, I); bank: blocks of K masks -> (B, K):
+    sum_oi grad_y[b, o] (W * M_k)[o, i] x[b, i]. Not differentiable. Raises ValueError on a bad argument.
+    """
+    for name, value in (("x", x), ("grad_y", grad_y), ("weight", weight)):
+        check.floating("alpha_grad", name, value)
+    check.bank("alpha_grad", bank, weight.numel(), weight)
+    if weight.dim() != 2 or x.dim() != 2 or grad_y.shape != (x.shape[0], weight.shape[0]) or x.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I), "
+            f"got {tuple(x.shape)}, {tuple(grad_y.shape)} and {tuple(weight.shape)}"
+        )
+    return _alpha_grad(x.detach(), grad_y.detach(), weight.detach(), list(bank))

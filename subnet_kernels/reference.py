@@ -1,0 +1,467 @@
+"""Every operation in plain PyTorch: the specification.
+
+A kernel is an optimisation of the function of the same name here, and is tested against it: bits exactly, floats to the
+error that PyTorch itself makes in that dtype. Nothing here is clever, and nothing is imported but torch.
+
+Shape letters: B batch rows, O outputs, I inputs, N weights of a layer, K stored tasks.
+
+Packed bits. A mask over N weights is a uint8 tensor of ``nbytes(N)`` bytes: bit ``i % 8`` of byte ``i // 8`` is weight i in
+logical (row-major) order, padded with zeros to a multiple of 512 weights. A *bank* of K masks is a list of blocks, each
+``(ceil(N / 512), k, 64)`` uint8 with k <= 64 tasks: tile, task, 64 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 512  # weights that the padding of packed bits is a multiple of, and that a bank stores side by side
+BLOCK = 64  # tasks in a full block of a bank
+
+
+def nbytes(n: int) -> int:
+    """Bytes of the packed mask of n weights: ceil(n / 512) * 64."""
+    return (n + TILE - 1) // TILE * (TILE // 8)
+
+
+# ---------------------------------------------------------------------------------------------------------------- bits
+
+
+def pack(mask: Tensor) -> Tensor:
+    """Mask to bits.
+
+    mask: bool, any shape, N elements, any strides -> uint8 (nbytes(N),), the layout of
+    ``numpy.packbits(mask, bitorder="little")`` padded with zeros.
+    """
+    flat = mask.reshape(-1).to(torch.uint8)
+    padded = flat.new_zeros(nbytes(flat.numel()) * 8)
+    padded[: flat.numel()] = flat
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
+    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+
+
+def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
+    """Bits to mask.
+
+    bits: uint8 (nbytes(N),) -> bool of the given shape with N elements, contiguous.
+    """
+    n = 1
+    for size in shape:
+        n *= size
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[:, None] >> shifts) & 1).reshape(-1)[:n].reshape(tuple(shape)).to(torch.bool)
+
+
+def _ones(data: Tensor) -> Tensor:
+    """Bits set in each byte of data: int64 of the same shape."""
+    x = data.to(torch.int64)
+    x = x - ((x >> 1) & 0x55)
+    x = (x & 0x33) + ((x >> 2) & 0x33)
+    return (x + (x >> 4)) & 0x0F
+
+
+def count(bits: Tensor) -> Tensor:
+    """Number of open weights: uint8 bits of any shape -> int64 (), on the device of the bits, without a host sync."""
+    return _ones(bits).sum()
+
+
+def union_(owned: Tensor, bits: Tensor) -> None:
+    """owned |= bits, in place; both uint8 (nbytes(N),). WSN's consolidated mask M <- M or m (Kang et al. 2022, Alg. 1)."""
+    owned.bitwise_or_(bits)
+
+
+def stats(bits: Tensor, owned: Tensor) -> Tensor:
+    """Capacity figures of a mask against the owned weights.
+
+    bits, owned: uint8 (nbytes(N),) -> int64 (3,): open weights, those new (open and not owned), those shared (open and owned).
+    """
+    return torch.stack([count(bits), count(bits & ~owned), count(bits & owned)])
+
+
+def overlap(bank: Sequence[Tensor]) -> Tensor:
+    """Open weights that tasks j and k have in common.
+
+    bank: blocks (ceil(N/512), k, 64) uint8, K tasks in all -> int64 (K, K), symmetric, the counts of single masks on the diagonal.
+    """
+    rows = torch.cat([block.transpose(0, 1).reshape(block.shape[1], -1) for block in bank])
+    return torch.stack([_ones(rows & row).sum(1) for row in rows]) if len(rows) else rows.new_zeros((0, 0), dtype=torch.int64)
+
+
+# ----------------------------------------------------------------------------------------------------------- selection
+
+
+def _key(scores: Tensor, by: str) -> Tensor:
+    return scores.abs() if by == "magnitude" else scores
+
+
+def select(scores: Sequence[Tensor], k: Sequence[int], by: str = "magnitude", ties: str = "last") -> list[Tensor]:
+    """The exact top-k of every score tensor as bits: the supermask of edge-popup (Ramanujan et al. 2020) and WSN.
+
+    scores: list of float tensors, any shapes and strides; k: one int each, 0 <= k <= N -> list of uint8 (nbytes(N),).
+
+    The key is \\|score\\| (``by="magnitude"``) or the score (``"value"``). NaN counts as largest and all NaN as equal, -0.0 equals
+    +0.0: the order of ``torch.sort``. Among equal keys at the cut, ``ties="last"`` keeps higher logical indices (the last k of a
+    stable ascending sort), ``"first"`` lower ones, and ``"all"`` keeps every one of them, possibly more than k (WSN's rule).
+    """
+    return [_select(s.detach(), int(n), by, ties) for s, n in zip(scores, k)]
+
+
+def _select(scores: Tensor, k: int, by: str, ties: str) -> Tensor:
+    key = _key(scores, by).reshape(-1)
+    mask = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
+    if k > 0:
+        if ties == "first":
+            mask[key.sort(descending=True, stable=True).indices[:k]] = True
+        else:
+            order = key.sort(stable=True)
+            if ties == "last":
+                mask[order.indices[key.numel() - k :]] = True
+            else:
+                least = order.values[key.numel() - k]
+                mask = (key >= least) | key.isnan()
+    return pack(mask)
+
+
+def refresh_(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    k: Sequence[int],
+    bits: Sequence[Tensor],
+    w_eff: Sequence[Tensor],
+    hints: Sequence[Tensor],
+    by: str = "magnitude",
+    ties: str = "last",
+) -> None:
+    """Selection of many layers in one call, written in place.
+
+    ``bits[i] <- select(scores[i], k[i])``, and ``w_eff[i] <- apply(weights[i], bits[i])`` where w_eff[i] is not empty.
+
+    scores, weights: float, equal shapes in pairs; bits: uint8 (nbytes(N),); w_eff: contiguous, weight's shape and dtype, or
+    0 elements; hints: float64 (4,) each, where a kernel may keep what it learnt of the threshold for its next call. Hints
+    change speed, never results; the reference leaves them alone.
+    """
+    for w, b, e, new in zip(weights, bits, w_eff, select(scores, k, by, ties)):
+        b.copy_(new)
+        if e.numel():
+            e.copy_(apply(w.detach(), b))
+
+
+def threshold(scores: Sequence[Tensor], value: float, inclusive: bool = True) -> list[Tensor]:
+    """Score >= value (or > value) as bits: SupSup's mask on MNIST (0, inclusive), HopSupSup's, and Piggyback's (5e-3, exclusive).
+
+    scores: list of float tensors, any shapes and strides -> list of uint8 (nbytes(N),). The comparison is PyTorch's in the
+    scores' dtype: NaN compares false, -0.0 equals +0.0, and value is rounded to that dtype first.
+    """
+    cuts = [torch.tensor(value, dtype=s.dtype, device=s.device) for s in scores]
+    return [pack(s.detach() >= v if inclusive else s.detach() > v) for s, v in zip(scores, cuts)]
+
+
+def refresh_threshold_(
+    scores: Sequence[Tensor],
+    weights: Sequence[Tensor],
+    value: float,
+    inclusive: bool,
+    bits: Sequence[Tensor],
+    w_eff: Sequence[Tensor],
+) -> None:
+    """`threshold` of many layers in one call, written in place as `refresh_` does."""
+    for w, b, e, new in zip(weights, bits, w_eff, threshold(scores, value, inclusive)):
+        b.copy_(new)
+        if e.numel():
+            e.copy_(apply(w.detach(), b))
+
+
+# ------------------------------------------------------------------------------------------------------------ weights
+
+
+def apply(weight: Tensor, bits: Tensor) -> Tensor:
+    """W where open, +0.0 elsewhere. It selects and never multiplies: NaN or inf behind a closed bit does not get out.
+
+    weight: any dtype and strides, N elements; bits: uint8 (nbytes(N),) -> weight's shape and dtype, contiguous.
+    """
+    return torch.where(unpack(bits, weight.shape), weight, torch.zeros((), dtype=weight.dtype, device=weight.device)).contiguous()
+
+
+def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Put kept values back under their bits, in place: after any optimizer step frozen weights are bit-identical.
+
+    weights: any strides; bits: uint8 (nbytes(N),); values: (count(bits),), weight's dtype, in logical order.
+    """
+    for w, b, v in zip(weights, bits, values):
+        w.detach().masked_scatter_(unpack(b, w.shape), v)
+
+
+def straight_through(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bits: Tensor,
+    frozen: Tensor | None,
+    by: str = "magnitude",
+    need_weight: bool = True,
+    need_scores: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and scores from G, the gradient at the effective weight (edge-popup's straight-through estimator).
+
+    dW = G where open and not frozen, else +0.0; dS = G * W, times sign(score) for magnitude keys (0 where the score is 0), for
+    closed weights too.
+
+    grad, weight, scores: float, one shape; bits, frozen: uint8 (nbytes(N),), frozen may be None -> dW in weight's dtype and dS in
+    scores' dtype, contiguous. What is not needed comes back with 0 elements.
+    """
+    d_weight = grad.new_empty(0, dtype=weight.dtype)
+    d_scores = grad.new_empty(0, dtype=scores.dtype)
+    if need_weight:
+        d_weight = apply(grad.to(weight.dtype), bits if frozen is None else bits & ~frozen)
+    if need_scores:
+        d_scores = grad * weight
+        if by == "magnitude":
+            d_scores = d_scores * scores.sign()
+        d_scores = d_scores.to(scores.dtype).contiguous()
+    return d_weight, d_scores
+
+
+# ------------------------------------------------------------------------------------------------------ masked products
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (W where open)^T + bias.
+
+    x: (..., I); weight: (O, I); bits: uint8 (nbytes(O*I),); bias: (O,) or None -> (..., O).
+    """
+    return F.linear(x, apply(weight, bits), bias)
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """Convolution in 1, 2 or 3 dimensions with the open weights.
+
+    x: (B, C, *size); weight: (O, C // groups, *kernel); bits: uint8 (nbytes(N),); bias: (O,) or None; stride, padding,
+    dilation: one int a dimension -> (B, O, *out).
+    """
+    conv = (F.conv1d, F.conv2d, F.conv3d)[weight.dim() - 3]
+    return conv(x, apply(weight, bits), bias, tuple(stride), tuple(padding), tuple(dilation), groups)
+
+
+# ------------------------------------------------------------------------------------------------------- superposition
+
+
+def pack_bank(masks: Tensor) -> list[Tensor]:
+    """K masks to a bank.
+
+    masks: bool (K, *shape) -> blocks (ceil(N/512), k, 64) uint8, k = 64 but for the last.
+    """
+    rows = torch.stack([pack(mask) for mask in masks]) if len(masks) else masks.new_zeros((0, 0), dtype=torch.uint8)
+    return [chunk.view(chunk.shape[0], -1, TILE // 8).transpose(0, 1).contiguous() for chunk in rows.split(BLOCK) if len(chunk)]
+
+
+def unpack_bank(bank: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """A bank to its masks: blocks of `pack_bank` -> bool (K, *shape)."""
+    masks = [unpack(block[:, j].reshape(-1), shape) for block in bank for j in range(block.shape[1])]
+    device = bank[0].device if len(bank) else None
+    return torch.stack(masks) if masks else torch.zeros((0, *shape), dtype=torch.bool, device=device)
+
+
+def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None, counts: Tensor | None = None) -> Tensor:
+    """W * sum_k alpha_k M_k: SupSup's superposition (Wortsman et al. 2020, eq. 2) and ImpressLearn's combination of masks.
+
+    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, or None for 1/K each; counts: (*shape) int32, the number of
+    masks that open each weight, which saves reading the masks for equal alphas -> (*shape), weight's dtype, contiguous.
+    A weight that no mask opens gives +0.0 whatever it holds.
+    """
+    tasks = sum(block.shape[1] for block in bank)
+    if alphas is None:
+        if counts is None:
+            counts = unpack_bank(bank, weight.shape).sum(0, dtype=torch.int32)
+        mix, opened = counts.to(weight.dtype) / tasks, counts > 0
+    else:
+        masks = unpack_bank(bank, weight.shape)
+        mix, opened = torch.tensordot(alphas.to(weight.dtype), masks.to(weight.dtype), 1), masks.any(0)
+    return torch.where(opened, weight * mix, torch.zeros((), dtype=weight.dtype, device=weight.device)).contiguous()
+
+
+def superpose_grad(grad: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
+    """Gradient of `superpose` to its alphas: d alpha_k = <G * W, M_k>.
+
+    grad, weight: (*shape) float; bank: blocks of K masks -> (K,), weight's dtype, summed in float64.
+    """
+    product = (grad * weight).double()
+    zero = torch.zeros((), dtype=torch.float64, device=weight.device)
+    sums = [torch.where(mask, product, zero).sum() for mask in unpack_bank(bank, weight.shape)]
+    return torch.stack(sums).to(weight.dtype) if sums else weight.new_zeros(0)
+
+
+def alpha_grad(x: Tensor, grad_y: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
+    """Gradient to the alphas for every row by itself: d alpha[b, k] = sum_oi grad_y[b, o] (W * M_k)[o, i] x[b, i].
+
+    x: (B, I); grad_y: (B, O); weight: (O, I); bank: blocks of K masks -> (B, K). SupSup's one-shot inference, each row for itself.
+    """
+    columns = [(grad_y @ apply(weight, block[:, j].reshape(-1)) * x).sum(1) for block in bank for j in range(block.shape[1])]
+    return torch.stack(columns, 1) if columns else x.new_zeros((x.shape[0], 0))
+
+
+# ------------------------------------------------------------------------------------------------------------ optimizer
+
+
+def _live(param: Tensor, frozen: Tensor | None) -> Tensor | None:
+    return None if frozen is None else ~unpack(frozen, param.shape)
+
+
+def _write(target: Tensor, value: Tensor, live: Tensor | None) -> None:
+    target.copy_(value if live is None else torch.where(live, value, target))
+
+
+def _incoming(grad: Tensor, param: Tensor, grad_scale: Tensor | None, maximize: bool) -> Tensor:
+    grad = grad.to(param.dtype)
+    if grad_scale is not None:
+        grad = grad / grad_scale.to(param.dtype)
+    return -grad if maximize else grad
+
+
+def _overflowed(found_inf: Tensor | None) -> bool:
+    return found_inf is not None and bool(found_inf.item() != 0)
+
+
+@torch.no_grad()
+def update_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    frozen: Sequence[Tensor | None],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool,
+    maximize: bool,
+    first_step: bool,
+) -> None:
+    """One step of ``torch.optim.SGD`` that leaves frozen weights and their momentum bit-identical.
+
+    params, grads: float, equal shapes in pairs; momentum_buffers: like params, or an empty list without momentum; frozen: bits or
+    None each; lr, grad_scale, found_inf: 0-dim; first_step: the buffer becomes the gradient itself. With found_inf != 0 nothing
+    changes. Only what is neither frozen nor skipped is written.
+    """
+    if _overflowed(found_inf):
+        return
+    for i, (p, g) in enumerate(zip(params, grads)):
+        live = _live(p, frozen[i])
+        g = _incoming(g, p, grad_scale, maximize)
+        if weight_decay != 0:
+            g = g + weight_decay * p
+        if momentum != 0:
+            buffer = momentum_buffers[i]
+            _write(buffer, g if first_step else momentum * buffer + (1 - dampening) * g, live)
+            g = g + momentum * buffer if nesterov else buffer
+        _write(p, p - lr.to(p.dtype) * g, live)
+
+
+@torch.no_grad()
+def update_rmsprop_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    square_avgs: Sequence[Tensor],
+    grad_avgs: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    frozen: Sequence[Tensor | None],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    alpha: float,
+    eps: float,
+    weight_decay: float,
+    momentum: float,
+    centered: bool,
+    maximize: bool,
+) -> None:
+    """One step of ``torch.optim.RMSprop`` that leaves frozen weights and their state bit-identical.
+
+    square_avgs: like params; grad_avgs only if centered and momentum_buffers only with momentum, else empty lists; steps: 0-dim
+    float32 each, counted up here. The rest as `update_sgd_`.
+    """
+    if _overflowed(found_inf):
+        return
+    for i, (p, g) in enumerate(zip(params, grads)):
+        steps[i].add_(1)
+        live = _live(p, frozen[i])
+        g = _incoming(g, p, grad_scale, maximize)
+        if weight_decay != 0:
+            g = g + weight_decay * p
+        square = square_avgs[i]
+        _write(square, alpha * square + (1 - alpha) * (g * g), live)
+        variance = square
+        if centered:
+            mean = grad_avgs[i]
+            _write(mean, mean + (1 - alpha) * (g - mean), live)
+            variance = square - mean * mean
+        change = g / (variance.sqrt() + eps)
+        if momentum > 0:
+            buffer = momentum_buffers[i]
+            _write(buffer, momentum * buffer + change, live)
+            change = buffer
+        _write(p, p - lr.to(p.dtype) * change, live)
+
+
+@torch.no_grad()
+def update_adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    frozen: Sequence[Tensor | None],
+    lr: Tensor,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    amsgrad: bool,
+    maximize: bool,
+    decoupled: bool,
+) -> None:
+    """One step of ``torch.optim.Adam`` (``AdamW`` where decoupled) that leaves frozen weights and their state bit-identical.
+
+    exp_avgs, exp_avg_sqs: like params; max_exp_avg_sqs only with amsgrad, else an empty list; steps: 0-dim float32 each, counted
+    up here; bias corrections are computed in float64. The rest as `update_sgd_`. Kingma & Ba 2015; Loshchilov & Hutter 2019.
+    """
+    if _overflowed(found_inf):
+        return
+    rate = lr.double()
+    for i, (p, g) in enumerate(zip(params, grads)):
+        steps[i].add_(1)
+        step = steps[i].double()
+        live = _live(p, frozen[i])
+        g = _incoming(g, p, grad_scale, maximize)
+        base = p
+        if weight_decay != 0:
+            if decoupled:
+                base = p * (1 - rate * weight_decay).to(p.dtype)
+            else:
+                g = g + weight_decay * p
+        mean, square = exp_avgs[i], exp_avg_sqs[i]
+        _write(mean, mean + (1 - beta1) * (g - mean), live)
+        _write(square, beta2 * square + (1 - beta2) * (g * g), live)
+        variance = square
+        if amsgrad:
+            _write(max_exp_avg_sqs[i], torch.maximum(max_exp_avg_sqs[i], square), live)
+            variance = max_exp_avg_sqs[i]
+        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        denominator = variance.sqrt() / correction2.sqrt().to(p.dtype) + eps
+        _write(p, base - (rate / correction1).to(p.dtype) * (mean / denominator), live)
