@@ -370,7 +370,8 @@ class MaskBank:
     def _check_alphas(self, where: str, alphas: Tensor, tasks: int) -> None:
         if alphas.shape not in ((tasks,), (len(self._layers), tasks)):
             raise ValueError(
-                f"{where}: alphas must have shape ({tasks},) or ({len(self._layers)}, {tasks}), masked layers by masks, got {tuple(alphas.shape)}"
+                f"{where}: alphas must have shape ({tasks},) or ({len(self._layers)}, {tasks}), masked layers by masks, "
+                f"got {tuple(alphas.shape)}"
             )
 
     # -------------------------------------------------------------------------------------------------------- exporting
