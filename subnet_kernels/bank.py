@@ -549,16 +549,13 @@ class MaskBank:
             raise ValueError(
                 f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {folder}, the model's has {shapes.get(wrong)}"
             )
-        for row in manifest["entries"]:
-            bank._read_entry(folder, row, restore)
-        if manifest["backbone_sha256"] and bank.masks:
-            bank._backbone = manifest["backbone_sha256"]
-            if bank._hash() != bank._backbone:
-                raise ValueError(
-                    f"load: the model's weights must have hash {bank._backbone[:12]} as in {folder}, got {bank._hash()[:12]}"
-                )
-        refresh(bank.layers())
-        return bank
+        for row in rows:
+            self._read_entry(folder, row, restore)
+        if manifest["backbone_sha256"] and self.masks:
+            self._backbone, now = manifest["backbone_sha256"], self._hash()
+            if now != self._backbone:
+                raise ValueError(f"load: the model's weights must have hash {self._backbone[:12]} as in {folder}, got {now[:12]}")
+        refresh(self.layers())
 
     @torch.no_grad()
     def _read_entry(self, folder: Path, row: Mapping, restore: bool) -> None:
