@@ -54,20 +54,25 @@ struct Scalars {
   A scale, weight_decay;   // of the gradient, before all else
 };
 
-// Bits as one word a weight, so that loops over weights and their masks have one width.
+// All bits of `before` where keep is -1, of `after` where it is 0. Plain bit operations: a condition would be moved in front of
+// the arithmetic by the compiler, which costs more than it saves.
 template <class A>
-using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+SK_INLINE A select(int8_t keep, A before, A after) {
+  using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  const Word mask = keep;
+  return __builtin_bit_cast(A, (__builtin_bit_cast(Word, before) & mask) | (__builtin_bit_cast(Word, after) & ~mask));
+}
 
 SK_INLINE float root(float x) { return __builtin_sqrtf(x); }
 SK_INLINE double root(double x) { return __builtin_sqrt(x); }
 
 // ------------------------------------------------------------------------------------------------------- one tile, any ISA
 
-// One rule over n weights: w the weights, g their gradients, a, b, c their state; weights with a word that is not 0 are kept.
+// One rule over n weights: w the weights, g their gradients, a, b, c their state; weights with a byte that is not 0 are kept.
 template <Rule rule, bool masked, class A>
 SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* __restrict b, A* __restrict c,
-                    const Word<A>* __restrict keep, int64_t n, const Scalars<A> s) {
-#define SK_STORE(target, before, after) target[i] = masked && keep[i] ? before : after
+                    const int8_t* __restrict keep, int64_t n, const Scalars<A> s) {
+#define SK_STORE(target, before, after) target[i] = masked ? select(keep[i], before, after) : after
 #pragma GCC ivdep
   for (int64_t i = 0; i < n; i++) {
     const A grad = g[i], weight = w[i];
@@ -134,38 +139,50 @@ SK_INLINE void prepare(A* out, const A* g, const A* w, int64_t n, int what, cons
     for (int64_t i = 0; i < n; i++) out[i] = out[i] + s.weight_decay * w[i];
 }
 
-// The bits of a tile as words.
-template <class A>
-SK_INLINE void expand(Word<A>* __restrict words, const uint8_t* __restrict bits) {
-  for (int64_t i = 0; i < kTileBytes; i++)
-    for (int64_t j = 0; j < 8; j++) words[8 * i + j] = bits[i] & (1 << j);
+// The bits of a tile, a byte each: -1 where frozen.
+SK_INLINE void spread_portable(int8_t* keep, const uint8_t* bits) {
+  for (int64_t i = 0; i < kTile; i++) keep[i] = is_open(bits, i) ? -1 : 0;
 }
 
-// A tile in place. bits: 64 bytes, or null where nothing is frozen; partial tiles have n < 512.
-template <Rule rule, class A>
-SK_INLINE void tile(A* w, const A* g, A* a, A* b, A* c, const uint8_t* bits, int64_t n, int what, const Scalars<A>& s) {
-  alignas(64) A buffer[kTile];
-  if (what) {
-    prepare<A>(buffer, g, w, n, what, s);
-    g = buffer;
+SK_AVX2 SK_INLINE void spread_avx2(int8_t* keep, const uint8_t* bits) {
+  const __m256i byte_of = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i bit_of = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
+  for (int64_t i = 0; i < kTile; i += 32) {
+    int32_t word;
+    __builtin_memcpy(&word, bits + i / 8, 4);
+    const __m256i bytes = _mm256_shuffle_epi8(_mm256_set1_epi32(word), byte_of);
+    _mm256_store_si256(reinterpret_cast<__m256i*>(keep + i), _mm256_cmpeq_epi8(_mm256_and_si256(bytes, bit_of), bit_of));
   }
-  if (bits == nullptr) return step<rule, false, A>(w, g, a, b, c, nullptr, n, s);
-  alignas(64) Word<A> words[kTile];
-  expand<A>(words, bits);
-  step<rule, true, A>(w, g, a, b, c, words, n, s);
+}
+
+SK_AVX512 SK_INLINE void spread_avx512(int8_t* keep, const uint8_t* bits) {
+  for (int64_t i = 0; i < kTile; i += 64) {
+    uint64_t word;
+    __builtin_memcpy(&word, bits + i / 8, 8);
+    _mm512_store_si512(keep + i, _mm512_movm_epi8(word));
+  }
 }
 
 template <class A>
 using Tile = void (*)(A*, const A*, A*, A*, A*, const uint8_t*, int64_t, int, const Scalars<A>&);
 
-#define SK_TILE(name, attribute)                                                                                           \
-  template <Rule rule, class A>                                                                                            \
-  attribute void name(A* w, const A* g, A* a, A* b, A* c, const uint8_t* bits, int64_t n, int what, const Scalars<A>& s) { \
-    tile<rule, A>(w, g, a, b, c, bits, n, what, s);                                                                        \
+// A tile in place. bits: 64 bytes, or null where nothing is frozen; partial tiles have n < 512.
+#define SK_TILE(isa, attribute)                                                                                                  \
+  template <Rule rule, class A>                                                                                                  \
+  attribute void tile_##isa(A* w, const A* g, A* a, A* b, A* c, const uint8_t* bits, int64_t n, int what, const Scalars<A>& s) { \
+    alignas(64) A buffer[kTile];                                                                                                 \
+    if (what) {                                                                                                                  \
+      prepare<A>(buffer, g, w, n, what, s);                                                                                      \
+      g = buffer;                                                                                                                \
+    }                                                                                                                            \
+    if (bits == nullptr) return step<rule, false, A>(w, g, a, b, c, nullptr, n, s);                                              \
+    alignas(64) int8_t keep[kTile];                                                                                              \
+    spread_##isa(keep, bits);                                                                                                    \
+    step<rule, true, A>(w, g, a, b, c, keep, n, s);                                                                              \
   }
-SK_TILE(tile_portable, )
-SK_TILE(tile_avx2, SK_AVX2)
-SK_TILE(tile_avx512, SK_AVX512)
+SK_TILE(portable, )
+SK_TILE(avx2, SK_AVX2)
+SK_TILE(avx512, SK_AVX512)
 #undef SK_TILE
 
 template <class A, int... rule>
