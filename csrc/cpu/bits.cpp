@@ -15,7 +15,8 @@ constexpr int64_t kPackGrain = 8 * kGrain / kTile;  // tiles a thread packs or u
 constexpr int64_t kCountGrain = 256 * 1024;         // bytes of bits a thread counts
 constexpr int64_t kOverlapTasks = 4;                // a step of overlap compares so many tasks with as many others
 
-// ------------------------------------------------------------------------------------------------- pack: n bools -> mask_bytes(n)
+// ------------------------------------------------------------------------------------------------- pack: n bools ->
+// mask_bytes(n)
 
 // Eight bytes of 0 or 1 to eight bits; any other value counts as 1.
 static inline uint8_t pack_eight(uint64_t x) {
@@ -35,7 +36,8 @@ SK_AVX2 static void pack_avx2(const uint8_t* mask, uint8_t* bits, int64_t n) {
   for (; i + 64 <= n; i += 64) {
     const __m256i a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + i));
     const __m256i b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + i + 32));
-    const uint32_t low = ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(a, zero)), high = ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(b, zero));
+    const uint32_t low = ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(a, zero)),
+                   high = ~_mm256_movemask_epi8(_mm256_cmpeq_epi8(b, zero));
     store_word(bits + i / 8, low | uint64_t{high} << 32);
   }
   std::memset(bits + i / 8, 0, mask_bytes(n) - i / 8);
@@ -50,7 +52,8 @@ SK_AVX512 static void pack_avx512(const uint8_t* mask, uint8_t* bits, int64_t n)
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- unpack: bits -> n bools
+// -------------------------------------------------------------------------------------------------------- unpack: bits -> n
+// bools
 
 static void unpack_portable(const uint8_t* bits, uint8_t* mask, int64_t n) {
   for (int64_t i = 0; i < n / 8; i++) {
@@ -80,7 +83,8 @@ SK_AVX512 static void unpack_avx512(const uint8_t* bits, uint8_t* mask, int64_t 
   if (i < n) _mm512_mask_storeu_epi8(mask + i, low_bits(n - i), _mm512_maskz_set1_epi8(load_word(bits + i / 8), 1));
 }
 
-// ----------------------------------------------------------------------------- counts of a, a & b and a & ~b over n bytes of bits
+// ----------------------------------------------------------------------------- counts of a, a & b and a & ~b over n bytes of
+// bits
 
 struct Counts {
   int64_t all, both;  // bits set in a; in a & b
@@ -139,7 +143,8 @@ SK_AVX512 static Counts count_avx512(const uint8_t* a, const uint8_t* b, int64_t
   return {_mm512_reduce_add_epi64(all), _mm512_reduce_add_epi64(both)};
 }
 
-// ---------------------------------------------- overlap of up to four tasks with four others, a block each: both[i * 4 + j] += ...
+// ---------------------------------------------- overlap of up to four tasks with four others, a block each: both[i * 4 + j] +=
+// ...
 
 // Where the bits of a task lie in its block: the first tile, and the bytes from one tile to the next.
 struct Rows {
@@ -152,7 +157,8 @@ static void overlap_portable(Rows a, Rows b, int64_t tiles, int64_t* both) {
     for (int64_t i = 0; i < a.tasks; i++)
       for (int64_t j = 0; j < b.tasks; j++) {
         const uint8_t *x = a.first + t * a.step + i * kTileBytes, *y = b.first + t * b.step + j * kTileBytes;
-        for (int64_t w = 0; w < kTileBytes; w += 8) both[i * kOverlapTasks + j] += ones_portable(load_word(x + w) & load_word(y + w));
+        for (int64_t w = 0; w < kTileBytes; w += 8)
+          both[i * kOverlapTasks + j] += ones_portable(load_word(x + w) & load_word(y + w));
       }
 }
 
@@ -187,7 +193,8 @@ SK_AVX512 static void overlap_avx512(Rows a, Rows b, int64_t tiles, int64_t* bot
     for (int64_t j = 0; j < b.tasks; j++) both[i * kOverlapTasks + j] += _mm512_reduce_add_epi64(sums[i][j]);
 }
 
-// ---------------------------------------------------------------------------------------------------------------------------- ops
+// ----------------------------------------------------------------------------------------------------------------------------
+// ops
 
 static Tensor pack_cpu(const Tensor& mask_) {
   const Tensor mask = dense(mask_);
@@ -241,7 +248,8 @@ static Tensor count_cpu(const Tensor& bits_) {
 
 static void union_cpu(Tensor owned, const Tensor& bits_) {
   const Tensor bits = dense(bits_), target = dense(owned);
-  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Byte && bits.scalar_type() == ScalarType::Byte, "union_: owned and bits must be uint8");
+  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Byte && bits.scalar_type() == ScalarType::Byte,
+                  "union_: owned and bits must be uint8");
   STD_TORCH_CHECK(owned.numel() == bits.numel(), "union_: owned has ", owned.numel(), " bytes, bits ", bits.numel());
   auto* to = static_cast<uint8_t*>(target.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
@@ -253,10 +261,11 @@ static void union_cpu(Tensor owned, const Tensor& bits_) {
 
 static Tensor stats_cpu(const Tensor& bits_, const Tensor& owned_) {
   const Tensor bits = dense(bits_), owned = dense(owned_);
-  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Byte && bits.scalar_type() == ScalarType::Byte, "stats: bits and owned must be uint8");
+  STD_TORCH_CHECK(owned.scalar_type() == ScalarType::Byte && bits.scalar_type() == ScalarType::Byte,
+                  "stats: bits and owned must be uint8");
   STD_TORCH_CHECK(owned.numel() == bits.numel(), "stats: bits have ", bits.numel(), " bytes, owned ", owned.numel());
-  const Counts c = count_bytes(static_cast<const uint8_t*>(bits.const_data_ptr()), static_cast<const uint8_t*>(owned.const_data_ptr()),
-                               bits.numel());
+  const Counts c = count_bytes(static_cast<const uint8_t*>(bits.const_data_ptr()),
+                               static_cast<const uint8_t*>(owned.const_data_ptr()), bits.numel());
   Tensor result = new_vector(3, aoti_torch_dtype_int64());
   auto* out = static_cast<int64_t*>(result.mutable_data_ptr());
   out[0] = c.all, out[1] = c.all - c.both, out[2] = c.both;
@@ -275,7 +284,8 @@ static Tensor overlap_cpu(std::vector<Tensor> bank) {
     STD_TORCH_CHECK(block.scalar_type() == ScalarType::Byte && block.dim() == 3 && block.size(2) == kTileBytes,
                     "overlap: a block of a bank must be uint8 (tiles, tasks, ", kTileBytes, ")");
     if (tiles < 0) tiles = block.size(0);
-    STD_TORCH_CHECK(block.size(0) == tiles, "overlap: blocks must have as many tiles as the first, ", tiles, ", got ", block.size(0));
+    STD_TORCH_CHECK(block.size(0) == tiles, "overlap: blocks must have as many tiles as the first, ", tiles, ", got ",
+                    block.size(0));
     const int64_t k = block.size(1);
     const auto* data = static_cast<const uint8_t*>(block.const_data_ptr());
     for (int64_t i = 0; i < k; i += kOverlapTasks)
