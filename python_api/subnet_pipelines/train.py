@@ -76,6 +76,7 @@ def run(
     with another config, or where a loss is not finite; Interrupted at SIGTERM or SIGINT, after a checkpoint.
     """
     config.check()
+    method.out = Path(out)
     record = {"method": method.name, "benchmark": benchmark.name, "seed": method.seed}
     record |= {**asdict(method.config), **asdict(benchmark.config), **asdict(config), **(note or {})}
     if resume and (done := finished(Path(out), record)) is not None:

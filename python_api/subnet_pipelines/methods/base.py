@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -92,6 +93,7 @@ class Method(nn.Module):
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
+    out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 
     def __init__(self, config: MethodConfig, benchmark: Benchmark, seed: int):
         super().__init__()
@@ -101,7 +103,11 @@ class Method(nn.Module):
                 f"{self.name} serves scenario {' and '.join(self.scenarios)}, not {benchmark.config.scenario} of {benchmark.name}"
             )
         self.config, self.seed, self.device = config, seed, benchmark.device
-        self.select_seconds = 0.0  # time in mask selection, for methods that measure it
+
+    @property
+    def select_seconds(self) -> float:
+        """Seconds spent in mask selection since the method was made; 0 where there is none."""
+        return 0.0
 
     def plan(self, task: Task | None) -> list[Phase]:
         """The timetable of one task (None: the whole stream, borders hidden). Pure: no side effect, the same answer every time."""

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import subnet_kernels as sk
 import torch
-from subnet_kernels.layers import refresh_seconds
 from torch import Tensor, nn
 
+import subnet_kernels as sk
+from subnet_kernels.layers import refresh_seconds
 from subnet_pipelines.benchmarks.base import Batch, Benchmark
+from subnet_pipelines.capacity import wsn_cap
 from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Prediction
-from subnet_pipelines.metrics import wsn_cap
 
 
 def entry_name(task: int) -> str:
@@ -22,10 +21,9 @@ def entry_name(task: int) -> str:
 
 
 class MaskedMethod(Method):
-    """A method whose tasks are entries of a bank. Subclasses call `adopt` with their network and say how a task is learnt."""
+    """A method whose tasks are entries of a bank, kept in out/bank. Subclasses call `adopt` with their network and say how a task is learnt."""
 
     forget_free = True
-    out: Path | None = None  # the run's folder, set by the loop; the bank lies in out/bank
 
     def __init__(self, config: MethodConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)

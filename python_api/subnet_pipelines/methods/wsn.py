@@ -9,11 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import subnet_kernels as sk
 import torch
-from subnet_kernels import optim
 from torch import Tensor
 
+import subnet_kernels as sk
+from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
