@@ -1,7 +1,5 @@
 // apply, restore_, straight_through: weights through a mask, frozen ones put back, and the gradients of both.
 #include <immintrin.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <string>
@@ -9,7 +7,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "../tensors.h"
+#include "../floats.h"
 
 using torch::stable::parallel_for;
 
@@ -249,60 +247,9 @@ SK_AVX512 static void score_grad_avx512(const T* grad, const T* weight, const T*
   score_grad(grad + i, weight + i, scores + i, out + i, n - i, magnitude);
 }
 
-// A tile of any floating dtype to T (float, or double where one of the tensors is double) and back, rounded as PyTorch does.
-template <class T, class From>
-static void widen(const void* from, T* to, int64_t begin, int64_t n) {
-  const From* p = static_cast<const From*>(from) + begin;
-  for (int64_t i = 0; i < n; i++) to[i] = static_cast<T>(p[i]);
-}
-template <class T>
-static void read_tile(ScalarType dtype, const void* from, T* to, int64_t begin, int64_t n) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return widen<T, double>(from, to, begin, n);
-    case ScalarType::Float:
-      return widen<T, float>(from, to, begin, n);
-    case ScalarType::Half:
-      return widen<T, torch::headeronly::Half>(from, to, begin, n);
-    default:
-      return widen<T, torch::headeronly::BFloat16>(from, to, begin, n);
-  }
-}
-template <class To, class T>
-static void narrow(const T* from, void* to, int64_t begin, int64_t n) {
-  To* p = static_cast<To*>(to) + begin;
-  for (int64_t i = 0; i < n; i++) {
-    if constexpr (sizeof(To) == 2)
-      p[i] = To(static_cast<float>(from[i]));
-    else
-      p[i] = static_cast<To>(from[i]);
-  }
-}
-template <class T>
-static void write_tile(ScalarType dtype, const T* from, void* to, int64_t begin, int64_t n) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return narrow<double>(from, to, begin, n);
-    case ScalarType::Float:
-      return narrow<float>(from, to, begin, n);
-    case ScalarType::Half:
-      return narrow<torch::headeronly::Half>(from, to, begin, n);
-    default:
-      return narrow<torch::headeronly::BFloat16>(from, to, begin, n);
-  }
-}
-template <class T>
-static void round_tile(ScalarType dtype, T* tile, int64_t n) {
-  alignas(64) double buffer[kTile];
-  if (dtype == ScalarType::Double) return;
-  write_tile(dtype, tile, buffer, 0, n);
-  read_tile(dtype, buffer, tile, 0, n);
-}
-
 // ----------------------------------------------------------------------------------------------------------------------------
 // ops
 
-using ApplyKernel = void (*)(const uint8_t* weight, const uint8_t* bits, uint8_t* out, int64_t n);
 using RestoreKernel = void (*)(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t* values_end, int64_t n);
 
 template <int S>
@@ -314,21 +261,6 @@ static RestoreKernel restore_of() {
   return for_isa(restore_portable<S>, restore_avx2<S>, restore_avx512<S>);
 }
 
-static ApplyKernel apply_kernel(size_t element) {
-  switch (element) {
-    case 1:
-      return apply_of<1>();
-    case 2:
-      return apply_of<2>();
-    case 4:
-      return apply_of<4>();
-    case 8:
-      return apply_of<8>();
-    case 16:
-      return apply_of<16>();
-  }
-  STD_TORCH_CHECK(false, "apply: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
-}
 static RestoreKernel restore_kernel(size_t element) {
   switch (element) {
     case 1:
@@ -344,6 +276,26 @@ static RestoreKernel restore_kernel(size_t element) {
   }
   STD_TORCH_CHECK(false, "restore_: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
 }
+
+}  // namespace
+
+ApplyKernel apply_kernel(size_t element) {
+  switch (element) {
+    case 1:
+      return apply_of<1>();
+    case 2:
+      return apply_of<2>();
+    case 4:
+      return apply_of<4>();
+    case 8:
+      return apply_of<8>();
+    case 16:
+      return apply_of<16>();
+  }
+  STD_TORCH_CHECK(false, "apply: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
+}
+
+namespace {
 
 static Tensor apply_cpu(const Tensor& weight_, const Tensor& bits_) {
   const Tensor weight = dense(weight_), bits = dense(bits_);
@@ -430,21 +382,6 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
   });
 }
 
-// One of the four floating dtypes that have straight-through gradients.
-static ScalarType floating(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-      "straight_through: ", name, " must be float64, float32, float16 or bfloat16");
-  return dtype;
-}
-
-// What PyTorch computes in when the two meet.
-static ScalarType promote(ScalarType a, ScalarType b) {
-  if (a == b) return a;
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
 struct Straight {
   const void *grad, *weight, *scores;
   ScalarType grad_dtype, weight_dtype, scores_dtype;
@@ -456,7 +393,7 @@ struct Straight {
 
 template <class T>
 static void straight_through_tiles(const Straight& s, int64_t begin, int64_t end) {
-  constexpr ScalarType kOwn = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  constexpr ScalarType kOwn = kDtypeOf<T>;
   const auto element = s.weight_dtype == ScalarType::Double ? 8 : s.weight_dtype == ScalarType::Float ? 4 : 2;
   const ApplyKernel apply = apply_kernel(element);
   const auto score = for_isa(score_grad_portable<T>, score_grad_avx2<T>, score_grad_avx512<T>);
@@ -511,7 +448,8 @@ static std::tuple<Tensor, Tensor> straight_through_cpu(const Tensor& grad_, cons
   STD_TORCH_CHECK(by == "magnitude" || by == "value", "straight_through: by must be 'magnitude' or 'value', got '", by, "'");
   check_bits("straight_through", bits, n);
   check_bits("straight_through", frozen, n);
-  const ScalarType types[] = {floating(grad, "grad"), floating(weight, "weight"), floating(scores, "scores")};
+  const ScalarType types[] = {floating("straight_through", "grad", grad), floating("straight_through", "weight", weight),
+                              floating("straight_through", "scores", scores)};
   const int32_t weight_code = dtype_code(weight), scores_code = dtype_code(scores);
   Tensor d_weight = need_weight ? new_dense_like(weight, weight_code) : new_vector(0, weight_code);
   Tensor d_scores = need_scores ? new_dense_like(scores, scores_code) : new_vector(0, scores_code);
