@@ -40,7 +40,7 @@ class Folder:
         self.tree = tree
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self.lines = open(path / "metrics.jsonl", "ab")  # noqa: SIM115 - closed by the run
+            self.lines = open(path / "metrics.jsonl", "ab")
         except OSError as error:
             raise Refusal(f"{path}: cannot be written ({error.strerror})") from None
         self.lines.truncate(tree["metrics_bytes"] if tree is not None else 0)

@@ -1,11 +1,11 @@
 """Task streams by name."""
 
 from subnet_pipelines.benchmarks.base import (
+    GG,
     SCENARIOS,
     Batch,
     Benchmark,
     BenchmarkConfig,
-    GG,
     GNs,
     GNu,
     NNs,
@@ -19,11 +19,11 @@ BENCHMARKS: dict[str, type[Benchmark]] = {b.name: b for b in (PermutedMNIST, Per
 
 __all__ = [
     "BENCHMARKS",
+    "GG",
     "SCENARIOS",
     "Batch",
     "Benchmark",
     "BenchmarkConfig",
-    "GG",
     "GNs",
     "GNu",
     "NNs",

@@ -157,9 +157,9 @@ class PermutedMNIST(MNIST):
         if self.config.permutation == "stream":
             return torch.randperm(784, generator=stream(self.seed, "permutation", i))
         if self.config.permutation == "numpy":
-            return torch.from_numpy(np.random.RandomState(self.seed + i).permutation(784))  # noqa: NPY002
-        tasks = np.random.RandomState(self.seed).permutation(len(self))  # noqa: NPY002
-        return torch.from_numpy(np.random.RandomState(int(tasks[i]) * 100 + i).permutation(784))  # noqa: NPY002
+            return torch.from_numpy(np.random.RandomState(self.seed + i).permutation(784))
+        tasks = np.random.RandomState(self.seed).permutation(len(self))
+        return torch.from_numpy(np.random.RandomState(int(tasks[i]) * 100 + i).permutation(784))
 
     def view(self, i: int) -> Callable[[Tensor], Tensor]:
         return gather_view(self.permutation(i).to(self.device))

@@ -10,10 +10,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
-from subnet_pipelines.capacity import capacity
 from subnet_pipelines.models import MODELS
 from subnet_pipelines.schedules import Plateau
 
