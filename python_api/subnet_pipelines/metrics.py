@@ -45,7 +45,7 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def fwt(matrix: Matrix, untrained: Sequence[float | None] | None) -> float | None:
-    """Forward transfer in percent points: mean over all tasks but the first of its accuracy just before it is learnt, less the untrained one's."""
+    """Forward transfer in percent points: mean over all tasks but the first of (accuracy just before it is learnt - untrained one)."""
     if untrained is None:
         return None
     pairs = [(matrix[j - 1][j], untrained[j]) for j in range(1, len(matrix))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch.nn as nn
 from torch import Tensor
@@ -16,7 +17,7 @@ class MLP(nn.Module):
 
     def __init__(self, widths: Sequence[int], outputs: int):
         super().__init__()
-        self.body = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in zip(widths, widths[1:]))
+        self.body = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in pairwise(widths))
         self.head = nn.Linear(widths[-1], outputs, bias=False)
 
     def features(self, x: Tensor) -> Tensor:

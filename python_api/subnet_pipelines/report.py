@@ -172,6 +172,15 @@ def write_summary(results: list[Result], folder: Path) -> dict[str, Any]:
     return summary
 
 
+def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
+    """summary.json, plots and report.html over the seeds of one config; returns the summary."""
+    summary = write_summary(results, folder)
+    plots = draw(results, folder)
+    plots += sorted(p for r in results[:1] for p in (folder / f"seed-{r.seed}").glob("*.png") if p.name != "final.png")
+    write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
+    return summary
+
+
 def spread(values: list[float | None]) -> dict[str, float | None]:
     """{"mean", "std"}: sample standard deviation, null for one value; both null where a value is."""
     if not values or any(v is None for v in values):
@@ -287,10 +296,10 @@ def page(title: str, results: list[Result], plots: list[Path]) -> str:
         for p in plots
         if p.exists()
     )
+    facts = [json.dumps({"config": r.config, "environment": r.environment, "method": r.method_report}, indent=1) for r in results]
     details = "".join(
-        f"<details><summary>{html.escape(name_of(r))}: config and environment</summary>"
-        f"<pre>{html.escape(json.dumps({'config': r.config, 'environment': r.environment, 'method': r.method_report}, indent=1))}</pre></details>"
-        for r in results
+        f"<details><summary>{html.escape(name_of(r))}: config and environment</summary><pre>{html.escape(text)}</pre></details>"
+        for r, text in zip(results, facts)
     )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
