@@ -118,6 +118,9 @@ def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence
     weights: any dtype and strides; bits: uint8 (ceil(N/512)*64,) each; values: (count(bits),) each, weight's dtype, in logical
     order. Raises ValueError if the lists, sizes, dtypes or devices disagree.
     """
+    weights, bits, values = (
+        check.tensors("restore_", name, value) for name, value in (("weights", weights), ("bits", bits), ("values", values))
+    )
     if not len(weights) == len(bits) == len(values):
         raise ValueError(
             f"restore_: weights, bits and values must be lists of one length, got {len(weights)}, {len(bits)}, {len(values)}"
@@ -129,4 +132,4 @@ def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence
                 f"restore_: values[{i}] must be one-dimensional {w.dtype} on {w.device}, got {tuple(v.shape)} {v.dtype} on {v.device}"
             )
     if len(weights):
-        _restore([w.detach() for w in weights], list(bits), list(values))
+        _restore([w.detach() for w in weights], bits, values)
