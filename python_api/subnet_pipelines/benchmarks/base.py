@@ -78,7 +78,7 @@ def batches(x: Tensor, y: Tensor, t: Tensor | None, order: Tensor | None, size: 
     Rows are gathered a chunk of batches at a time; a batch is then three views.
     """
     rows = max(1, CHUNK // max(1, math.prod(x.shape[1:]) * size)) * size
-    for start in range(skip * size, len(x), rows):
+    for start in range(skip * size, len(x) if order is None else len(order), rows):
         pick = slice(start, start + rows) if order is None else order[start : start + rows]
         xs, ys = x[pick].split(size), y[pick].split(size)
         ts = t[pick].split(size) if t is not None else [None] * len(xs)
