@@ -110,14 +110,7 @@ SK_AVX512 static void scan_avx512(Scan<K>& scan, int64_t first, int64_t last) {
     const K* scores = word_scores(s, w, copy);
     const uint64_t valid = valid_bits(w, s.n);
     __m512i keys[sizeof(K)];
-    Side side = {0, 0};
-#pragma GCC unroll 4
-    for (int j = 0; j < int(sizeof(K)); j++) {
-      keys[j] = keys_avx512<Value>(scores + j * kLanes, s.inf);
-      const uint64_t above = greater(keys[j], s.hi), reached = greater(keys[j], K(s.lo - 1));
-      side.above |= above << j * kLanes;
-      side.within |= (reached & ~above) << j * kLanes;
-    }
+    Side side = side_avx512<Value>(scores, s.lo, s.hi, s.inf, keys);
     s.bits[w] = side.above &= valid;
     s.above += __builtin_popcountll(side.above);
     if (side.within &= valid) {
@@ -361,52 +354,68 @@ static void learn(Layer& layer, K threshold, int64_t within, bool missed) {
   hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
 }
 
-// Sets the bits of the pieces' scores that belong to the k largest; `key` and the tie's ordinal decide.
+// What is kept of the scores within the window: keys above `key`, and of those equal to it the ordinals [from, to).
 template <class K>
 struct Cut {
   K key;
-  int64_t from, to;  // ordinals of the equal keys that are kept
+  int64_t from, to;
 };
 
-template <class K>
-static inline uint64_t chosen_portable(uint64_t within, const K* keys, const Cut<K>& cut, int64_t& ordinal) {
-  uint64_t chosen = 0;
-  for (uint64_t rest = within; rest; rest &= rest - 1, keys++) {
-    const bool tie = *keys == cut.key, kept = *keys > cut.key || (tie && ordinal >= cut.from && ordinal < cut.to);
-    ordinal += tie;
-    if (kept) chosen |= rest & -rest;
-  }
-  return chosen;
-}
-
 // The set bits of `ties` whose ordinals are kept; the first has the given ordinal.
-static inline uint64_t kept_ties(uint64_t ties, int64_t from, int64_t to, int64_t ordinal) {
-  const int64_t last = ordinal + __builtin_popcountll(ties);
-  if (ordinal >= from && last <= to) return ties;
-  if (last <= from || ordinal >= to) return 0;
+static inline uint64_t kept_ties(uint64_t ties, int count, int64_t from, int64_t to, int64_t ordinal) {
+  if (ordinal >= from && ordinal + count <= to) return ties;
+  if (ordinal + count <= from || ordinal >= to) return 0;
   uint64_t kept = 0;
   for (uint64_t rest = ties; rest; rest &= rest - 1, ordinal++)
     if (ordinal >= from && ordinal < to) kept |= rest & -rest;
   return kept;
 }
 
+// Opens the bits of one chunk's pieces. `keys` lists the keys within the window in order, or is null where all equal the cut's;
+// `ordinal` counts the ties so far.
 template <class K>
-SK_AVX512 static uint64_t chosen_avx512(uint64_t within, const K* keys, const Cut<K>& cut, int64_t& ordinal) {
-  constexpr int kLanes = 64 / sizeof(K);
-  const int count = __builtin_popcountll(within);
-  uint64_t above = 0, reached = 0;
-  for (int j = 0; j < count; j += kLanes) {
-    const __m512i block = _mm512_loadu_si512(keys + j);
-    above |= greater(block, cut.key) << j;
-    reached |= greater(block, K(cut.key - 1)) << j;
+static void settle_portable(const Piece* p, int64_t count, const K* keys, Cut<K> cut, Word* bits, int64_t& ordinal) {
+  for (const Piece* last = p + count; p < last; p++) {
+    uint64_t above = 0, ties = p->within;
+    if (keys) {
+      ties = 0;
+      for (uint64_t rest = p->within; rest; rest &= rest - 1, keys++) {
+        const uint64_t bit = rest & -rest;
+        above |= *keys > cut.key ? bit : 0;
+        ties |= *keys == cut.key ? bit : 0;
+      }
+    }
+    const int tied = __builtin_popcountll(ties);
+    bits[p->word] |= above | kept_ties(ties, tied, cut.from, cut.to, ordinal);
+    ordinal += tied;
   }
-  const uint64_t valid = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, ties = reached & ~above & valid;
-  const uint64_t kept = kept_ties(ties, cut.from, cut.to, ordinal);
-  ordinal += __builtin_popcountll(ties);
-  return _pdep_u64((above & valid) | kept, within);
 }
-static uint64_t chosen_avx512(uint64_t within, const int64_t* keys, const Cut<int64_t>& cut, int64_t& ordinal) {
-  return chosen_portable(within, keys, cut, ordinal);
+
+template <class K>
+SK_AVX512 static void settle_avx512(const Piece* p, int64_t count, const K* keys, Cut<K> cut, Word* bits, int64_t& ordinal) {
+  constexpr int kLanes = 64 / sizeof(K);
+  for (const Piece* last = p + count; p < last; p++) {
+    uint64_t above = 0, ties = p->within;
+    if (keys) {
+      const int size = __builtin_popcountll(p->within);
+      uint64_t reached = 0;
+      for (int j = 0; j < size; j += kLanes) {
+        const __m512i block = _mm512_loadu_si512(keys + j);
+        above |= greater(block, cut.key) << j;
+        reached |= greater(block, static_cast<K>(cut.key - 1)) << j;
+      }
+      above = _pdep_u64(above, p->within);
+      ties = _pdep_u64(reached, p->within) & ~above;
+      keys += size;
+    }
+    const int tied = __builtin_popcountll(ties);
+    bits[p->word] |= above | kept_ties(ties, tied, cut.from, cut.to, ordinal);
+    ordinal += tied;
+  }
+}
+
+static void settle_avx512(const Piece* p, int64_t count, const int64_t* keys, Cut<int64_t> cut, Word* bits, int64_t& ordinal) {
+  settle_portable(p, count, keys, cut, bits, ordinal);
 }
 
 // Completes a scanned layer, or moves it to the next stage where the window has missed.
@@ -441,20 +450,15 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
   const bool wide = is_avx512();
   int64_t ordinal = 0;
   for (const Chunk* c = begin; c < end; c++) {
-    const K* keys = all_keys + c->keys;
-    for (const Piece *p = all_pieces + c->pieces, *last = p + c->pieces_found; p < last; p++) {
-      uint64_t chosen;
-      if (one_key) {
-        chosen = kept_ties(p->within, cut.from, cut.to, ordinal);
-        ordinal += __builtin_popcountll(p->within);
-      } else {
-        chosen = wide ? chosen_avx512(p->within, keys, cut, ordinal) : chosen_portable(p->within, keys, cut, ordinal);
-        keys += __builtin_popcountll(p->within);
-      }
-      if (!chosen) continue;
-      bits[p->word] |= chosen;
-      if (layer.weight_size) keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, p->word, p->word + 1, layer.n);
-    }
+    const Piece* const pieces = all_pieces + c->pieces;
+    const K* const keys = one_key ? nullptr : all_keys + c->keys;
+    if (wide)
+      settle_avx512(pieces, c->pieces_found, keys, cut, bits, ordinal);
+    else
+      settle_portable(pieces, c->pieces_found, keys, cut, bits, ordinal);
+    if (layer.weight_size)
+      for (const Piece* p = pieces; p < pieces + c->pieces_found; p++)
+        keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, p->word, p->word + 1, layer.n);
   }
   layer.stage = Stage::done;
 }
