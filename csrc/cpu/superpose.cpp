@@ -11,42 +11,76 @@ using torch::stable::parallel_for;
 
 namespace {
 
-// Sums over tasks are taken block by block, and in a block task by task: their order depends on nothing but the bank.
+// Sums take four masks, or four weights, at a time: the sixteen sums that their bits can choose are tabulated, and looked up by
+// the bits. All instruction sets add in the same order, which depends on nothing but the bank.
 
-// ------------------------------------------- mix += sum_k alpha_k M_k over one tile; lines: k lines of 64 bytes; opened |= any
-// M_k
+constexpr int64_t kTogether = 4;  // tiles taken through all blocks of a bank together: longer runs of memory
+constexpr int64_t kGroup = 8;     // tasks whose bits make the code of a weight: two tables
 
+// sums[code] = the members whose bit is set in code, (0 + 1) + (2 + 3)
 template <class T>
-static inline __attribute__((always_inline)) void mix_line(const uint8_t* line, T alpha, T* sum) {
-  for (int64_t i = 0; i < kTile; i++) sum[i] += is_open(line, i) ? alpha : T(0);
+static void tabulate(const T* members, T* sums) {
+  const T low[4] = {T(0), members[0], members[1], members[0] + members[1]};
+  const T high[4] = {T(0), members[2], members[3], members[2] + members[3]};
+  for (int64_t code = 0; code < 16; code++) sums[code] = low[code & 3] + high[code >> 2];
+}
+
+// ----------------------- mix += sum_k alpha_k M_k over one tile; lines: k lines of 64 bytes, k <= 64; opened |= every line
+// alphas: k of them, padded with zeros to groups of 8; tables: two for a group
+
+// Bit j of byte t to bit t of byte j.
+static inline uint64_t transpose_bits(uint64_t x) {
+  uint64_t t = (x ^ x >> 7) & 0x00aa00aa00aa00aau;
+  x ^= t ^ t << 7;
+  t = (x ^ x >> 14) & 0x0000cccc0000ccccu;
+  x ^= t ^ t << 14;
+  t = (x ^ x >> 28) & 0x00000000f0f0f0f0u;
+  return x ^ t ^ t << 28;
 }
 
 template <class T>
-static void mix_portable(const uint8_t* lines, int64_t k, const T* alphas, T* mix, uint8_t* opened) {
-  alignas(64) T sum[kTile] = {};
-  for (int64_t task = 0; task < k; task++) {
-    const uint8_t* line = lines + task * kTileBytes;
+static void mix_portable(const uint8_t* lines, int64_t k, const T*, const T* tables, T* mix, uint8_t* opened) {
+  T sum[kTile] = {};
+  for (int64_t first = 0; first < k; first += kGroup, tables += 32, lines += kGroup * kTileBytes) {
+    const int64_t tasks = k - first < kGroup ? k - first : kGroup;
     for (int64_t i = 0; i < kTileBytes; i++) {
-      for (int64_t j = 0; j < 8; j++) sum[i * 8 + j] += line[i] >> j & 1 ? alphas[task] : T(0);
-      opened[i] |= line[i];
+      uint64_t codes = 0;
+      for (int64_t t = 0; t < tasks; t++)
+        codes |= uint64_t{lines[t * kTileBytes + i]} << 8 * t, opened[i] |= lines[t * kTileBytes + i];
+      codes = transpose_bits(codes);
+      for (int64_t j = 0; j < 8; j++, codes >>= 8) sum[i * 8 + j] += tables[codes & 15] + tables[16 + (codes >> 4 & 15)];
     }
   }
   for (int64_t i = 0; i < kTile; i++) mix[i] += sum[i];
 }
 
-SK_AVX2 static void mix_avx2(const uint8_t* lines, int64_t k, const float* alphas, float* mix, uint8_t* opened) {
+// Eight floats, alpha where the bit of a byte is set, else 0.
+SK_AVX2 static inline __m256 where_avx2(uint8_t byte, float alpha) {
   const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i open = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi8(static_cast<char>(byte)), bit), bit);
+  return _mm256_and_ps(_mm256_set1_ps(alpha), _mm256_castsi256_ps(open));
+}
+
+// Without a lookup by sixteen: the same sums from masked numbers.
+SK_AVX2 static void mix_avx2(const uint8_t* lines, int64_t k, const float* alphas, const float*, float* mix, uint8_t* opened) {
+  static const uint8_t closed[kTileBytes] = {};
   for (int64_t part = 0; part < kTileBytes; part += 8) {  // 64 weights at a time: eight sums in registers
     __m256 sum[8];
     for (auto& s : sum) s = _mm256_setzero_ps();
     uint64_t any = load_word(opened + part);
-    for (int64_t task = 0; task < k; task++) {
-      const uint8_t* line = lines + task * kTileBytes + part;
-      any |= load_word(line);
-      const __m256 alpha = _mm256_set1_ps(alphas[task]);
+    for (int64_t first = 0; first < k; first += kGroup) {
+      const uint8_t* line[kGroup];
+      const float* alpha = alphas + first;
+      for (int64_t t = 0; t < kGroup; t++) {
+        line[t] = (first + t < k ? lines + (first + t) * kTileBytes : closed) + part;
+        any |= load_word(line[t]);
+      }
       for (int64_t j = 0; j < 8; j++) {
-        const __m256i open = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(line[j]), bit), bit);
-        sum[j] = _mm256_add_ps(sum[j], _mm256_and_ps(alpha, _mm256_castsi256_ps(open)));
+        const __m256 a = _mm256_add_ps(where_avx2(line[0][j], alpha[0]), where_avx2(line[1][j], alpha[1]));
+        const __m256 b = _mm256_add_ps(where_avx2(line[2][j], alpha[2]), where_avx2(line[3][j], alpha[3]));
+        const __m256 c = _mm256_add_ps(where_avx2(line[4][j], alpha[4]), where_avx2(line[5][j], alpha[5]));
+        const __m256 d = _mm256_add_ps(where_avx2(line[6][j], alpha[6]), where_avx2(line[7][j], alpha[7]));
+        sum[j] = _mm256_add_ps(sum[j], _mm256_add_ps(_mm256_add_ps(a, b), _mm256_add_ps(c, d)));
       }
     }
     store_word(opened + part, any);
@@ -57,71 +91,175 @@ SK_AVX2 static void mix_avx2(const uint8_t* lines, int64_t k, const float* alpha
   }
 }
 
-SK_AVX512 static void mix_avx512(const uint8_t* lines, int64_t k, const float* alphas, float* mix, uint8_t* opened) {
+// Lane q of 128 bits of v[p] to lane p of out[q].
+SK_AVX512 static inline void transpose_lanes(const __m512i v[4], __m512i out[4]) {
+  const __m512i a = _mm512_shuffle_i64x2(v[0], v[1], 0x44), b = _mm512_shuffle_i64x2(v[0], v[1], 0xee);
+  const __m512i c = _mm512_shuffle_i64x2(v[2], v[3], 0x44), d = _mm512_shuffle_i64x2(v[2], v[3], 0xee);
+  out[0] = _mm512_shuffle_i64x2(a, c, 0x88), out[1] = _mm512_shuffle_i64x2(a, c, 0xdd);
+  out[2] = _mm512_shuffle_i64x2(b, d, 0x88), out[3] = _mm512_shuffle_i64x2(b, d, 0xdd);
+}
+
+// Byte orders of mix_avx512: the bytes of eight tasks side by side, last task first, as the bit transposition wants them; and the
+// codes of 64 weights so that those of 16 consecutive weights are the same byte of 16 dwords.
+struct Orders {
+  uint8_t gather[64], spread[64];
+};
+constexpr Orders orders() {
+  Orders o{};
+  for (int i = 0; i < 8; i++)
+    for (int t = 0; t < 8; t++) o.gather[i * 8 + 7 - t] = static_cast<uint8_t>(t * 8 + i);
+  for (int d = 0; d < 16; d++)
+    for (int i = 0; i < 4; i++) o.spread[d * 4 + i] = static_cast<uint8_t>(i * 16 + d);
+  return o;
+}
+static constexpr Orders kOrders = orders();
+
+SK_AVX512 static void mix_avx512(const uint8_t* lines, int64_t k, const float*, const float* tables, float* mix,
+                                 uint8_t* opened) {
+  const __m512i gather = _mm512_loadu_si512(kOrders.gather), spread = _mm512_loadu_si512(kOrders.spread);
+  const __m512i unit = _mm512_set1_epi64(static_cast<int64_t>(0x8040201008040201u));
+  const int64_t groups = (k + kGroup - 1) / kGroup;
+  alignas(64) uint8_t codes[8][kBlockTasks / kGroup][64];  // [64 weights][group of tasks]: a byte a weight
   __m512i any = _mm512_loadu_si512(opened);
-  for (int64_t half = 0; half < 2; half++) {  // 256 weights at a time: sixteen sums in registers
-    const uint8_t* line = lines + half * 32;
-    __m512 sum[16];
-    for (auto& s : sum) s = _mm512_setzero_ps();
-    for (int64_t task = 0; task < k; task++, line += kTileBytes) {
-      const __m512 alpha = _mm512_set1_ps(alphas[task]);
-      if (half == 0) any = _mm512_or_si512(any, _mm512_loadu_si512(line));
-      for (int64_t j = 0; j < 16; j++) {
-        __mmask16 open;
-        __builtin_memcpy(&open, line + j * 2, 2);
-        sum[j] = _mm512_mask_add_ps(sum[j], open, sum[j], alpha);
-      }
+  for (int64_t g = 0; g < groups; g++) {
+    __m512i row[8], odd[4], even[4], piece[8];
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < 8; t++) {
+      const int64_t task = g * kGroup + t;
+      row[t] = task < k ? _mm512_loadu_si512(lines + task * kTileBytes) : _mm512_setzero_si512();
+      any = _mm512_or_si512(any, row[t]);
     }
-    for (int64_t j = 0; j < 16; j++) {
-      float* to = mix + half * 256 + j * 16;
-      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[j]));
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; i++) {
+      even[i] = _mm512_unpacklo_epi64(row[2 * i], row[2 * i + 1]);
+      odd[i] = _mm512_unpackhi_epi64(row[2 * i], row[2 * i + 1]);
+    }
+    transpose_lanes(even, piece), transpose_lanes(odd, piece + 4);
+#pragma GCC unroll 8
+    for (int64_t q = 0; q < 8; q++) {
+      const __m512i bytes = _mm512_permutexvar_epi8(gather, piece[q % 2 * 4 + q / 2]);
+      const __m512i code = _mm512_permutexvar_epi8(spread, _mm512_gf2p8affine_epi64_epi8(unit, bytes, 0));
+      _mm512_store_si512(codes[q][g], code);
     }
   }
   _mm512_storeu_si512(opened, any);
-}
-
-// --------------------------------------------- sums[k] += sum over one tile of products where M_k is open, in float64; k <= 64
-
-static void dot_portable(const uint8_t* lines, int64_t k, const double* products, double* sums) {
-  for (int64_t task = 0; task < k; task++) {
-    double lanes[8] = {};
-    for (int64_t i = 0; i < kTileBytes; i++)
-      for (int64_t j = 0; j < 8; j++) lanes[j] += lines[task * kTileBytes + i] >> j & 1 ? products[i * 8 + j] : 0.0;
-    sums[task] += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
-  }
-}
-
-SK_AVX2 static void dot_avx2(const uint8_t* lines, int64_t k, const double* products, double* sums) {
-  const __m256i low = _mm256_setr_epi64x(1, 2, 4, 8), high = _mm256_setr_epi64x(16, 32, 64, 128);
-  for (int64_t task = 0; task < k; task++) {
-    const uint8_t* line = lines + task * kTileBytes;
-    __m256d a = _mm256_setzero_pd(), b = a;
-    for (int64_t i = 0; i < kTileBytes; i++) {
-      const __m256i byte = _mm256_set1_epi64x(line[i]);
-      const __m256d open_a = _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(byte, low), low));
-      const __m256d open_b = _mm256_castsi256_pd(_mm256_cmpeq_epi64(_mm256_and_si256(byte, high), high));
-      a = _mm256_add_pd(a, _mm256_and_pd(open_a, _mm256_loadu_pd(products + i * 8)));
-      b = _mm256_add_pd(b, _mm256_and_pd(open_b, _mm256_loadu_pd(products + i * 8 + 4)));
+  for (int64_t q = 0; q < 8; q++) {
+    __m512 sum[4];
+    for (auto& s : sum) s = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; g++) {
+      const __m512i code = _mm512_load_si512(codes[q][g]);
+      const __m512 low = _mm512_loadu_ps(tables + g * 32), high = _mm512_loadu_ps(tables + g * 32 + 16);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; i++) {
+        const __m512 a = _mm512_permutexvar_ps(_mm512_srli_epi32(code, 8 * i), low);
+        const __m512 b = _mm512_permutexvar_ps(_mm512_srli_epi32(code, 8 * i + 4), high);
+        sum[i] = _mm512_add_ps(sum[i], _mm512_add_ps(a, b));
+      }
     }
-    double lanes[4];
-    _mm256_storeu_pd(lanes, _mm256_add_pd(a, b));
-    sums[task] += (lanes[0] + lanes[2]) + (lanes[1] + lanes[3]);
+    for (int64_t i = 0; i < 4; i++) {
+      float* to = mix + q * 64 + i * 16;
+      _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), sum[i]));
+    }
   }
 }
 
-SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const double* products, double* sums) {
-  for (int64_t task = 0; task < k; task++) {
-    const uint8_t* line = lines + task * kTileBytes;
-    __m512d lane[4];
-    for (auto& l : lane) l = _mm512_setzero_pd();
-    for (int64_t i = 0; i < kTileBytes; i += 4)
-      for (int64_t j = 0; j < 4; j++)
-        lane[j] = _mm512_mask_add_pd(lane[j], line[i + j], lane[j], _mm512_loadu_pd(products + (i + j) * 8));
-    double lanes[8];
-    _mm512_storeu_pd(lanes, _mm512_add_pd(_mm512_add_pd(lane[0], lane[1]), _mm512_add_pd(lane[2], lane[3])));
-    sums[task] += ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+// ------------------------- sums[k] += sum over one tile of products where M_k is open; tables: one for every four weights, 128
+// Eight products are added in T, the rest in float64.
+
+template <class T>
+static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, double* sums) {
+  for (int64_t task = 0; task < k; task++)
+    for (int64_t i = 0; i < kTileBytes; i++) {
+      const uint8_t byte = lines[task * kTileBytes + i];
+      sums[task] += static_cast<double>(tables[i * 32 + (byte & 15)] + tables[i * 32 + 16 + (byte >> 4)]);
+    }
+}
+
+SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* tables, double* sums) {
+  for (int64_t first = 0; first < k; first += 16) {  // sixteen tasks, one a lane
+    __m512i row[16], pair[16], quad[4][4], dword[16];
+#pragma GCC unroll 16
+    for (int64_t t = 0; t < 16; t++)
+      row[t] = first + t < k ? _mm512_loadu_si512(lines + (first + t) * kTileBytes) : _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int64_t t = 0; t < 16; t += 2) {
+      pair[t] = _mm512_unpacklo_epi32(row[t], row[t + 1]);
+      pair[t + 1] = _mm512_unpackhi_epi32(row[t], row[t + 1]);
+    }
+#pragma GCC unroll 4
+    for (int64_t t = 0; t < 4; t++) {
+      quad[0][t] = _mm512_unpacklo_epi64(pair[4 * t], pair[4 * t + 2]);
+      quad[1][t] = _mm512_unpackhi_epi64(pair[4 * t], pair[4 * t + 2]);
+      quad[2][t] = _mm512_unpacklo_epi64(pair[4 * t + 1], pair[4 * t + 3]);
+      quad[3][t] = _mm512_unpackhi_epi64(pair[4 * t + 1], pair[4 * t + 3]);
+    }
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < 4; i++) transpose_lanes(quad[i], dword + i * 4);  // dword[i * 4 + q]: weights 32 * (4 * q + i) and on
+    const int64_t here = k - first < 16 ? k - first : 16;
+    const auto low_tasks = static_cast<__mmask8>(low_bits(here)), high_tasks = static_cast<__mmask8>(low_bits(here) >> 8);
+    __m512d low = _mm512_maskz_loadu_pd(low_tasks, sums + first), high = _mm512_maskz_loadu_pd(high_tasks, sums + first + 8);
+#pragma GCC unroll 16
+    for (int64_t c = 0; c < 16; c++) {
+      const __m512i bits = dword[c % 4 * 4 + c / 4];
+      const float* table = tables + c * 8 * 16;
+#pragma GCC unroll 4
+      for (int byte = 0; byte < 4; byte++, table += 32) {
+        const __m512 sum =
+            _mm512_add_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bits, 8 * byte), _mm512_loadu_ps(table)),
+                          _mm512_permutexvar_ps(_mm512_srli_epi32(bits, 8 * byte + 4), _mm512_loadu_ps(table + 16)));
+        low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
+        high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
+      }
+    }
+    _mm512_mask_storeu_pd(sums + first, low_tasks, low), _mm512_mask_storeu_pd(sums + first + 8, high_tasks, high);
   }
 }
+
+// The tables of a tile: 128 of sixteen sums.
+template <class T>
+static void tables_portable(const T* products, T* tables) {
+  for (int64_t i = 0; i < kTile; i += 4) tabulate(products + i, tables + i * 4);
+}
+SK_AVX512 static void tables_avx512(const float* products, float* tables) {
+  for (int64_t i = 0; i < kTile; i += 4) {
+    const __m512 a = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(products[i])),
+                 c = _mm512_maskz_mov_ps(0xf0f0, _mm512_set1_ps(products[i + 2]));
+    const __m512 ab = _mm512_mask_add_ps(a, 0xcccc, a, _mm512_set1_ps(products[i + 1]));
+    const __m512 cd = _mm512_mask_add_ps(c, 0xff00, c, _mm512_set1_ps(products[i + 3]));
+    _mm512_storeu_ps(tables + i * 4, _mm512_add_ps(ab, cd));
+  }
+}
+
+// ------------------------------------------------------------------------- elementwise work of a tile: plain loops, once for
+// each set
+
+// out = a * b
+template <class T>
+static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, T* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = a[i] * b[i];
+}
+// out = count > 0 ? weight * (count / tasks) : 0
+template <class T>
+static inline __attribute__((always_inline)) void weigh_counts(const T* weight, const int32_t* counts, T tasks, T* out,
+                                                               int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const T product = weight[i] * (static_cast<T>(counts[i]) / tasks);
+    out[i] = counts[i] > 0 ? product : T(0);
+  }
+}
+#define SK_EACH(suffix, target)                                                                                  \
+  template <class T>                                                                                             \
+  target static void multiply_##suffix(const T* a, const T* b, T* out, int64_t n) {                              \
+    multiply(a, b, out, n);                                                                                      \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target static void weigh_counts_##suffix(const T* weight, const int32_t* counts, T tasks, T* out, int64_t n) { \
+    weigh_counts(weight, counts, tasks, out, n);                                                                 \
+  }
+SK_EACH(portable, )
+SK_EACH(avx2, SK_AVX2)
+SK_EACH(avx512, SK_AVX512)
+#undef SK_EACH
 
 // ----------------------------------------------------------------------------------------------------------------------------
 // ops
@@ -152,79 +290,119 @@ static Bank read_bank(const char* op, const std::vector<Tensor>& tensors, int64_
   return bank;
 }
 
+// The kernels for compute type T.
 template <class T>
-static auto mix_kernel() {
-  if constexpr (sizeof(T) == 4)
-    return for_isa(mix_portable<float>, mix_avx2, mix_avx512);
-  else
-    return for_isa(mix_portable<double>, mix_portable<double>, mix_portable<double>);
+struct Kernels {
+  void (*mix)(const uint8_t*, int64_t, const T*, const T*, T*, uint8_t*) = mix_portable<T>;
+  void (*dot)(const uint8_t*, int64_t, const T*, double*) = dot_portable<T>;
+  void (*tables)(const T*, T*) = tables_portable<T>;
+  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T>, multiply_avx2<T>, multiply_avx512<T>);
+  void (*weigh_counts)(const T*, const int32_t*, T, T*, int64_t) = for_isa(weigh_counts_portable<T>, weigh_counts_avx2<T>,
+                                                                           weigh_counts_avx512<T>);
+  Kernels() {
+    if constexpr (sizeof(T) == 4) {
+      mix = for_isa(mix_portable<float>, mix_avx2, mix_avx512);
+      dot = for_isa(dot_portable<float>, dot_portable<float>, dot_avx512);
+      tables = for_isa(tables_portable<float>, tables_portable<float>, tables_avx512);
+    }
+  }
+};
+
+// A tile of a tensor as T: in place where that is its dtype, else converted into the buffer.
+template <class T>
+static const T* tile_of(ScalarType dtype, const void* from, T* buffer, int64_t begin, int64_t n) {
+  if (dtype == kDtypeOf<T>) return static_cast<const T*>(from) + begin;
+  read_tile(dtype, from, buffer, begin, n);
+  return buffer;
 }
 
-// out = opened ? weight * mix : 0 over the tiles begin to end, where mix_of(tile, mix, opened) tells what the masks of a tile
-// amount to.
-template <class T, class MixOf>
-static void weigh_tiles(const Tensor& weight, ScalarType dtype, Tensor& out, int64_t begin, int64_t end, const MixOf& mix_of) {
-  const int64_t all = weight.numel(), element = static_cast<int64_t>(weight.element_size());
+// Alphas of a bank as T, those of each block padded with zeros to whole groups, and their tables.
+template <class T>
+struct Mixture {
+  std::vector<T> alphas, tables;
+  std::vector<int64_t> first;  // of each block in alphas
+
+  Mixture(const Bank& bank, const std::optional<Tensor>& given, ScalarType dtype) {
+    std::vector<T> all(bank.tasks, T(1));
+    if (given) {
+      const Tensor source = dense(*given);
+      const ScalarType alpha_dtype = floating("superpose", "alphas", source);
+      for (int64_t i = 0; i < bank.tasks; i += kTile) {
+        const int64_t n = std::min(kTile, bank.tasks - i);
+        read_tile(alpha_dtype, source.const_data_ptr(), all.data() + i, i, n);
+        round_tile(dtype, all.data() + i, n);  // as the reference, which has alphas in the dtype of weight
+      }
+    }
+    for (const Block& b : bank.blocks) {
+      first.push_back(static_cast<int64_t>(alphas.size()));
+      alphas.insert(alphas.end(), all.begin() + b.first, all.begin() + b.first + b.k);
+      alphas.resize((alphas.size() + kGroup - 1) / kGroup * kGroup, T(0));
+    }
+    tables.resize(alphas.size() * 4);
+    for (size_t i = 0; i < alphas.size(); i += 4) tabulate(alphas.data() + i, tables.data() + i * 4);
+  }
+};
+
+template <class T>
+static void superpose_bank(const Tensor& weight, ScalarType dtype, const Bank& bank, const std::optional<Tensor>& alphas,
+                           Tensor& out) {
+  const Kernels<T> kernels;
+  const Mixture<T> mixture(bank, alphas, dtype);
   const ApplyKernel select = apply_kernel(weight.element_size());
+  const int64_t all = weight.numel(), element = static_cast<int64_t>(weight.element_size());
   const void* from = weight.const_data_ptr();
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  alignas(64) T mix[kTile], w[kTile];
-  alignas(64) uint8_t opened[kTileBytes], product[kTile * sizeof(double)];
-  for (int64_t tile = begin; tile < end; tile++) {
-    const int64_t at = tile * kTile, n = std::min(all - at, kTile);
-    std::fill(mix, mix + kTile, T(0));
-    std::fill(opened, opened + kTileBytes, 0);
-    mix_of(tile, mix, opened);
-    read_tile(dtype, from, w, at, n);
-    for (int64_t i = 0; i < n; i++) w[i] *= mix[i];
-    write_tile(dtype, w, product, 0, n);
-    select(product, opened, to + at * element, n);
-  }
-}
-
-template <class T>
-static void superpose_bank(const Tensor& weight, ScalarType dtype, const Bank& bank, const std::vector<T>& alphas, bool equal,
-                           Tensor& out) {
-  const auto kernel = mix_kernel<T>();
   const int64_t grain = std::max<int64_t>(1, kGrain / kTile / (1 + bank.tasks / 16));
-  parallel_for(0, tiles(weight.numel()), grain, [&](int64_t begin, int64_t end) {
-    weigh_tiles<T>(weight, dtype, out, begin, end, [&](int64_t tile, T* mix, uint8_t* opened) {
-      for (const Block& b : bank.blocks) kernel(b.data + tile * b.k * kTileBytes, b.k, alphas.data() + b.first, mix, opened);
-      if (equal)
-        for (int64_t i = 0; i < kTile; i++) mix[i] /= static_cast<T>(bank.tasks);
-    });
+  parallel_for(0, tiles(all), grain, [&](int64_t begin, int64_t end) {
+    alignas(64) T mixes[kTogether][kTile], buffer[kTile];
+    alignas(64) uint8_t opened[kTogether][kTileBytes], product[kTile * sizeof(double)];
+    for (int64_t first = begin; first < end; first += kTogether) {
+      const int64_t last = std::min(end, first + kTogether);
+      std::memset(mixes, 0, sizeof mixes);
+      std::memset(opened, 0, sizeof opened);
+      for (size_t b = 0; b < bank.blocks.size(); b++) {
+        const Block& block = bank.blocks[b];
+        for (int64_t tile = first; tile < last; tile++)
+          kernels.mix(block.data + tile * block.k * kTileBytes, block.k, mixture.alphas.data() + mixture.first[b],
+                      mixture.tables.data() + mixture.first[b] * 4, mixes[tile - first], opened[tile - first]);
+      }
+      for (int64_t tile = first; tile < last; tile++) {
+        const int64_t at = tile * kTile, n = std::min(all - at, kTile);
+        T* mix = mixes[tile - first];
+        if (!alphas)
+          for (int64_t i = 0; i < kTile; i++) mix[i] /= static_cast<T>(bank.tasks);
+        kernels.multiply(tile_of(dtype, from, buffer, at, n), mix, mix, n);
+        if (dtype != kDtypeOf<T>) write_tile(dtype, mix, product, 0, n);
+        select(dtype == kDtypeOf<T> ? reinterpret_cast<const uint8_t*>(mix) : product, opened[tile - first], to + at * element,
+               n);
+      }
+    }
   });
 }
 
 template <class T>
 static void superpose_counts(const Tensor& weight, ScalarType dtype, const Tensor& counts, int64_t tasks, Tensor& out) {
+  const Kernels<T> kernels;
+  const int64_t all = weight.numel();
+  const void* from = weight.const_data_ptr();
+  void* to = out.mutable_data_ptr();
   const auto* count = static_cast<const int32_t*>(counts.const_data_ptr());
-  const int64_t n = weight.numel();
-  parallel_for(0, tiles(n), kGrain / kTile, [&](int64_t begin, int64_t end) {
-    weigh_tiles<T>(weight, dtype, out, begin, end, [&](int64_t tile, T* mix, uint8_t* opened) {
-      for (int64_t i = tile * kTile, j = 0; j < std::min(kTile, n - tile * kTile); i++, j++) {
-        mix[j] = static_cast<T>(count[i]) / static_cast<T>(tasks);
-        opened[j >> 3] |= static_cast<uint8_t>((count[i] > 0) << (j & 7));
-      }
-    });
+  parallel_for(0, tiles(all), kGrain / kTile, [&](int64_t begin, int64_t end) {
+    alignas(64) T product[kTile], buffer[kTile];
+    for (int64_t tile = begin; tile < end; tile++) {
+      const int64_t at = tile * kTile, n = std::min(all - at, kTile);
+      T* result = dtype == kDtypeOf<T> ? static_cast<T*>(to) + at : product;
+      kernels.weigh_counts(tile_of(dtype, from, buffer, at, n), count + at, static_cast<T>(tasks), result, n);
+      if (dtype != kDtypeOf<T>) write_tile(dtype, product, to, at, n);
+    }
   });
 }
 
 template <class T>
-static void superpose_in(const Tensor& weight, ScalarType dtype, const Bank& bank, const std::optional<Tensor>& alphas_,
+static void superpose_in(const Tensor& weight, ScalarType dtype, const Bank& bank, const std::optional<Tensor>& alphas,
                          const std::optional<Tensor>& counts, Tensor& out) {
-  if (!alphas_ && counts) return superpose_counts<T>(weight, dtype, dense(*counts), bank.tasks, out);
-  std::vector<T> alphas(bank.tasks, T(1));
-  if (alphas_) {
-    const Tensor given = dense(*alphas_);
-    const ScalarType alpha_dtype = floating("superpose", "alphas", given);
-    for (int64_t i = 0; i < bank.tasks; i += kTile) {
-      const int64_t n = std::min(kTile, bank.tasks - i);
-      read_tile(alpha_dtype, given.const_data_ptr(), alphas.data() + i, i, n);
-      round_tile(dtype, alphas.data() + i, n);
-    }
-  }
-  superpose_bank<T>(weight, dtype, bank, alphas, !alphas_, out);
+  if (!alphas && counts) return superpose_counts<T>(weight, dtype, dense(*counts), bank.tasks, out);
+  superpose_bank<T>(weight, dtype, bank, alphas, out);
 }
 
 static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, std::optional<Tensor> alphas,
@@ -246,36 +424,50 @@ static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, s
   return out;
 }
 
-// Tiles that are summed together before threads are joined: fixed by the number of weights, so that no number of threads shows.
-static int64_t chunk_tiles(int64_t n) { return std::max<int64_t>(8, (tiles(n) + 63) / 64); }
+// sums[chunk][task] over the tiles of every chunk, step tiles each.
+template <class T>
+static void superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank, int64_t step,
+                              std::vector<double>& sums) {
+  const Kernels<T> kernels;
+  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type(), product_dtype = promote(grad_dtype, dtype);
+  const int64_t all = weight.numel(), chunks = static_cast<int64_t>(sums.size()) / bank.tasks;
+  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
+  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + bank.tasks / 16));
+  parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) T products[kTile], buffer[kTile], other[kTile], tables[kTogether][kTile * 4];
+    for (int64_t chunk = begin; chunk < end; chunk++) {
+      double* to = sums.data() + chunk * bank.tasks;
+      const int64_t stop = std::min((chunk + 1) * step, tiles(all));
+      for (int64_t first = chunk * step; first < stop; first += kTogether) {
+        const int64_t last = std::min(stop, first + kTogether);
+        for (int64_t tile = first; tile < last; tile++) {
+          const int64_t at = tile * kTile, n = std::min(all - at, kTile);
+          if (n < kTile) std::memset(products, 0, sizeof products);
+          kernels.multiply(tile_of(grad_dtype, g, buffer, at, n), tile_of(dtype, w, other, at, n), products, n);
+          if (product_dtype != kDtypeOf<T>) round_tile(product_dtype, products, n);
+          kernels.tables(products, tables[tile - first]);
+        }
+        for (const Block& b : bank.blocks)
+          for (int64_t tile = first; tile < last; tile++)
+            kernels.dot(b.data + tile * b.k * kTileBytes, b.k, tables[tile - first], to + b.first);
+      }
+    }
+  });
+}
 
 static Tensor superpose_grad_cpu(const Tensor& grad_, const Tensor& weight_, std::vector<Tensor> blocks) {
   const Tensor grad = dense(grad_), weight = dense(weight_);
   const int64_t n = weight.numel();
   STD_TORCH_CHECK(grad.numel() == n, "superpose_grad: grad must have the ", n, " elements of weight, got ", grad.numel());
-  const ScalarType grad_dtype = floating("superpose_grad", "grad", grad), dtype = floating("superpose_grad", "weight", weight);
-  const ScalarType product_dtype = promote(grad_dtype, dtype);
+  const ScalarType dtype = floating("superpose_grad", "weight", weight);
+  const bool wide = dtype == ScalarType::Double || floating("superpose_grad", "grad", grad) == ScalarType::Double;
   const Bank bank = read_bank("superpose_grad", blocks, n);
   Tensor out = new_vector(bank.tasks, dtype_code(weight));
   if (bank.tasks == 0) return out;
-  const int64_t step = chunk_tiles(n), chunks = (tiles(n) + step - 1) / step;
-  std::vector<double> sums(std::max<int64_t>(chunks, 1) * bank.tasks, 0.0);
-  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
-  const auto kernel = for_isa(dot_portable, dot_avx2, dot_avx512);
-  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + bank.tasks / 16));
-  parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) double products[kTile], other[kTile];
-    for (int64_t tile = begin * step; tile < std::min(end * step, tiles(n)); tile++) {
-      const int64_t at = tile * kTile, here = std::min(n - at, kTile);
-      std::fill(products, products + kTile, 0.0);
-      read_tile(grad_dtype, g, products, at, here);
-      read_tile(dtype, w, other, at, here);
-      for (int64_t i = 0; i < here; i++) products[i] *= other[i];
-      round_tile(product_dtype, products, here);
-      double* to = sums.data() + tile / step * bank.tasks;
-      for (const Block& b : bank.blocks) kernel(b.data + tile * b.k * kTileBytes, b.k, products, to + b.first);
-    }
-  });
+  // Tiles that are summed together before the threads' sums are joined: fixed by the weights, so that no number of threads shows.
+  const int64_t step = std::max<int64_t>(8, (tiles(n) + 63) / 64), chunks = std::max<int64_t>(1, (tiles(n) + step - 1) / step);
+  std::vector<double> sums(chunks * bank.tasks, 0.0);
+  wide ? superpose_grad_in<double>(grad, weight, bank, step, sums) : superpose_grad_in<float>(grad, weight, bank, step, sums);
   for (int64_t chunk = 1; chunk < chunks; chunk++)
     for (int64_t task = 0; task < bank.tasks; task++) sums[task] += sums[chunk * bank.tasks + task];
   for (int64_t task = 0; task < bank.tasks; task += kTile)
