@@ -164,16 +164,21 @@ SK_AVX512 static void mix_avx512(const uint8_t* lines, int64_t k, const float*, 
 }
 
 // ------------------------- sums[k] += sum over one tile of products where M_k is open; tables: one for every four weights, 128
-// Eight products are added in T, the rest in float64.
+// A table holds float64 sums rounded to T; four of those are added in T, and the rest in float64: with one rounding for the products
+// and their first two sums, the error stays below twice that of products in T that are all summed in float64.
 
 template <class T>
 static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, double* sums) {
   for (int64_t task = 0; task < k; task++)
-    for (int64_t i = 0; i < kTileBytes; i++) {
-      const uint8_t byte = lines[task * kTileBytes + i];
-      sums[task] += static_cast<double>(tables[i * 32 + (byte & 15)] + tables[i * 32 + 16 + (byte >> 4)]);
+    for (int64_t i = 0; i < kTileBytes; i += 2) {
+      const uint8_t a = lines[task * kTileBytes + i], b = lines[task * kTileBytes + i + 1];
+      const T* table = tables + i * 32;
+      sums[task] += static_cast<double>((table[a & 15] + table[16 + (a >> 4)]) + (table[32 + (b & 15)] + table[48 + (b >> 4)]));
     }
 }
+
+// Sixteen floats of a table, those that the lowest four bits of every lane choose.
+SK_AVX512 static inline __m512 look_up(__m512i bits, const float* table) { return _mm512_permutexvar_ps(bits, _mm512_loadu_ps(table)); }
 
 SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* tables, double* sums) {
   for (int64_t first = 0; first < k; first += 16) {  // sixteen tasks, one a lane
@@ -202,11 +207,11 @@ SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* t
     for (int64_t c = 0; c < 16; c++) {
       const __m512i bits = dword[c % 4 * 4 + c / 4];
       const float* table = tables + c * 8 * 16;
-#pragma GCC unroll 4
-      for (int byte = 0; byte < 4; byte++, table += 32) {
-        const __m512 sum =
-            _mm512_add_ps(_mm512_permutexvar_ps(_mm512_srli_epi32(bits, 8 * byte), _mm512_loadu_ps(table)),
-                          _mm512_permutexvar_ps(_mm512_srli_epi32(bits, 8 * byte + 4), _mm512_loadu_ps(table + 16)));
+#pragma GCC unroll 2
+      for (int half = 0; half < 32; half += 16, table += 64) {
+        const __m512 a = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half), table), look_up(_mm512_srli_epi32(bits, half + 4), table + 16));
+        const __m512 b = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half + 8), table + 32), look_up(_mm512_srli_epi32(bits, half + 12), table + 48));
+        const __m512 sum = _mm512_add_ps(a, b);
         low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
         high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
       }
@@ -215,28 +220,33 @@ SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* t
   }
 }
 
-// The tables of a tile: 128 of sixteen sums.
+// The tables of a tile: 128 of sixteen sums ((0 + 1) + 2) + 3.
 template <class T>
-static void tables_portable(const T* products, T* tables) {
-  for (int64_t i = 0; i < kTile; i += 4) tabulate(products + i, tables + i * 4);
+static void tables_portable(const double* products, T* tables) {
+  for (int64_t i = 0; i < kTile; i += 4)
+    for (int64_t code = 0; code < 8; code++) {
+      const double* p = products + i;
+      const double sum = ((code & 1 ? p[0] : 0.0) + (code & 2 ? p[1] : 0.0)) + (code & 4 ? p[2] : 0.0);
+      tables[i * 4 + code] = static_cast<T>(sum), tables[i * 4 + 8 + code] = static_cast<T>(sum + p[3]);
+    }
 }
-SK_AVX512 static void tables_avx512(const float* products, float* tables) {
+SK_AVX512 static void tables_avx512(const double* products, float* tables) {
   for (int64_t i = 0; i < kTile; i += 4) {
-    const __m512 a = _mm512_maskz_mov_ps(0xaaaa, _mm512_set1_ps(products[i])),
-                 c = _mm512_maskz_mov_ps(0xf0f0, _mm512_set1_ps(products[i + 2]));
-    const __m512 ab = _mm512_mask_add_ps(a, 0xcccc, a, _mm512_set1_ps(products[i + 1]));
-    const __m512 cd = _mm512_mask_add_ps(c, 0xff00, c, _mm512_set1_ps(products[i + 3]));
-    _mm512_storeu_ps(tables + i * 4, _mm512_add_ps(ab, cd));
+    __m512d sum = _mm512_maskz_mov_pd(0xaa, _mm512_set1_pd(products[i]));
+    sum = _mm512_mask_add_pd(sum, 0xcc, sum, _mm512_set1_pd(products[i + 1]));
+    sum = _mm512_mask_add_pd(sum, 0xf0, sum, _mm512_set1_pd(products[i + 2]));
+    _mm256_storeu_ps(tables + i * 4, _mm512_cvtpd_ps(sum));
+    _mm256_storeu_ps(tables + i * 4 + 8, _mm512_cvtpd_ps(_mm512_add_pd(sum, _mm512_set1_pd(products[i + 3]))));
   }
 }
 
 // ------------------------------------------------------------------------- elementwise work of a tile: plain loops, once for
 // each set
 
-// out = a * b
-template <class T>
-static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, T* out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) out[i] = a[i] * b[i];
+// out = a * b, in the type of out
+template <class T, class Out>
+static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, Out* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = static_cast<Out>(a[i]) * static_cast<Out>(b[i]);
 }
 // out = count > 0 ? weight * (count / tasks) : 0
 template <class T>
@@ -248,8 +258,8 @@ static inline __attribute__((always_inline)) void weigh_counts(const T* weight, 
   }
 }
 #define SK_EACH(suffix, target)                                                                                  \
-  template <class T>                                                                                             \
-  target static void multiply_##suffix(const T* a, const T* b, T* out, int64_t n) {                              \
+  template <class T, class Out>                                                                                  \
+  target static void multiply_##suffix(const T* a, const T* b, Out* out, int64_t n) {                            \
     multiply(a, b, out, n);                                                                                      \
   }                                                                                                              \
   template <class T>                                                                                             \
@@ -295,8 +305,10 @@ template <class T>
 struct Kernels {
   void (*mix)(const uint8_t*, int64_t, const T*, const T*, T*, uint8_t*) = mix_portable<T>;
   void (*dot)(const uint8_t*, int64_t, const T*, double*) = dot_portable<T>;
-  void (*tables)(const T*, T*) = tables_portable<T>;
-  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T>, multiply_avx2<T>, multiply_avx512<T>);
+  void (*tables)(const double*, T*) = tables_portable<T>;
+  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T, T>, multiply_avx2<T, T>, multiply_avx512<T, T>);
+  void (*products)(const T*, const T*, double*, int64_t) =
+      for_isa(multiply_portable<T, double>, multiply_avx2<T, double>, multiply_avx512<T, double>);
   void (*weigh_counts)(const T*, const int32_t*, T, T*, int64_t) = for_isa(weigh_counts_portable<T>, weigh_counts_avx2<T>,
                                                                            weigh_counts_avx512<T>);
   Kernels() {
@@ -429,12 +441,13 @@ template <class T>
 static void superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank, int64_t step,
                               std::vector<double>& sums) {
   const Kernels<T> kernels;
-  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type(), product_dtype = promote(grad_dtype, dtype);
+  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type();
   const int64_t all = weight.numel(), chunks = static_cast<int64_t>(sums.size()) / bank.tasks;
   const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
   const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + bank.tasks / 16));
   parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) T products[kTile], buffer[kTile], other[kTile], tables[kTogether][kTile * 4];
+    alignas(64) T buffer[kTile], other[kTile], tables[kTogether][kTile * 4];
+    alignas(64) double products[kTile];
     for (int64_t chunk = begin; chunk < end; chunk++) {
       double* to = sums.data() + chunk * bank.tasks;
       const int64_t stop = std::min((chunk + 1) * step, tiles(all));
@@ -443,8 +456,7 @@ static void superpose_grad_in(const Tensor& grad, const Tensor& weight, const Ba
         for (int64_t tile = first; tile < last; tile++) {
           const int64_t at = tile * kTile, n = std::min(all - at, kTile);
           if (n < kTile) std::memset(products, 0, sizeof products);
-          kernels.multiply(tile_of(grad_dtype, g, buffer, at, n), tile_of(dtype, w, other, at, n), products, n);
-          if (product_dtype != kDtypeOf<T>) round_tile(product_dtype, products, n);
+          kernels.products(tile_of(grad_dtype, g, buffer, at, n), tile_of(dtype, w, other, at, n), products, n);
           kernels.tables(products, tables[tile - first]);
         }
         for (const Block& b : bank.blocks)
