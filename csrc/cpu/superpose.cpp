@@ -248,13 +248,14 @@ template <class T, class Out>
 static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, Out* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<Out>(a[i]) * static_cast<Out>(b[i]);
 }
-// out = count > 0 ? weight * (count / tasks) : 0
+// out = count > 0 ? weight * (count / tasks) : 0, the choice by bits: a conditional would not be vectorised
 template <class T>
 static inline __attribute__((always_inline)) void weigh_counts(const T* weight, const int32_t* counts, T tasks, T* out,
                                                                int64_t n) {
+  using Bits = std::conditional_t<sizeof(T) == 8, uint64_t, uint32_t>;
   for (int64_t i = 0; i < n; i++) {
-    const T product = weight[i] * (static_cast<T>(counts[i]) / tasks);
-    out[i] = counts[i] > 0 ? product : T(0);
+    const Bits product = __builtin_bit_cast(Bits, weight[i] * (static_cast<T>(counts[i]) / tasks));
+    out[i] = __builtin_bit_cast(T, static_cast<Bits>(product & -static_cast<Bits>(counts[i] > 0)));
   }
 }
 #define SK_EACH(suffix, target)                                                                                  \
@@ -271,8 +272,7 @@ SK_EACH(avx2, SK_AVX2)
 SK_EACH(avx512, SK_AVX512)
 #undef SK_EACH
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// ops
+// -------------------------------------------------------------------------------------------------------------------------- ops
 
 struct Block {
   const uint8_t* data;
