@@ -65,7 +65,7 @@ def select(
     """
     single = isinstance(scores, Tensor)
     tensors = [scores] if single else list(scores)
-    sizes = [k] * len(tensors) if isinstance(k, int) else list(k)
+    sizes = list(k) if isinstance(k, (list, tuple)) else [k] * len(tensors)
     if len(tensors) != len(sizes):
         raise ValueError(f"select: k must be one int or one for each score tensor, got {len(sizes)} for {len(tensors)} tensors")
     check.choice("select", "by", by, check.BY)
