@@ -101,7 +101,7 @@ class _OneCall:
         states = [self.state[p] for p in params]
         for p, state in zip(params, states):
             if not state:
-                state["step"] = torch.zeros((), device=p.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 for name in names:
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [[state[name] for state in states] for name in (*names, "step")]
