@@ -121,6 +121,8 @@ def _by_device(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list
 
 def _call(op, written: list[Tensor], *args) -> None:
     """Call a mutating op outside autograd: counts the versions of what it writes itself, which saves a detour of the dispatcher."""
+    if torch.compiler.is_compiling():
+        return op(*args)
     increment_version(written)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         op(*args)

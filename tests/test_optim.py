@@ -356,3 +356,14 @@ def test_freeze_of_layers_that_another_optimizer_owns():
     optimizer = torch.optim.SGD(layers[0].parameters(), lr=0.1, momentum=0.9)
     optim.freeze(optimizer, Bank(*layers))
     assert_frozen_stayed(optimizer, layers[:1], step_with_noise(optimizer, layers[:1]))
+
+
+def test_step_compiles_without_a_graph_break():
+    ours, theirs = pair("AdamW", {})
+    steps([ours, theirs], 1)
+    step = torch.compile(lambda: ours.step(), backend="eager", fullgraph=True)
+    for p, q in zip(params_of(ours), params_of(theirs)):
+        p.grad = q.grad
+    step()
+    theirs.step()
+    assert_alike(ours, theirs)
