@@ -49,3 +49,7 @@ static inline uint64_t low_bits(int64_t n) { return n >= 64 ? ~uint64_t{0} : (ui
 
 // Bits set in n bytes, on the calling thread (bits.cpp).
 int64_t ones(const uint8_t* bits, int64_t n);
+
+// Kernel of apply for elements of that many bytes: out[i] = open ? weight[i] : 0 for n weights (apply.cpp).
+using ApplyKernel = void (*)(const uint8_t* weight, const uint8_t* bits, uint8_t* out, int64_t n);
+ApplyKernel apply_kernel(size_t element);

@@ -1,14 +1,13 @@
 // apply, restore_, straight_through: weights through a mask, frozen ones put back, and the gradients of both.
 #include <immintrin.h>
-#include <torch/headeronly/util/BFloat16.h>
-#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
-#include "../tensors.h"
+#include "../floats.h"
 
 using torch::stable::parallel_for;
 
@@ -32,7 +31,18 @@ static inline void apply_one(const uint8_t* weight, bool open, uint8_t* out) {
 
 template <int S>
 static void apply_portable(const uint8_t* weight, const uint8_t* bits, uint8_t* out, int64_t n) {
-  for (int64_t i = 0; i < n; i++) apply_one<S>(weight + i * S, is_open(bits, i), out + i * S);
+  using Part =
+      std::conditional_t<S == 1, uint8_t, std::conditional_t<S == 2, uint16_t, std::conditional_t<S == 4, uint32_t, uint64_t>>>;
+  constexpr int kParts = S / sizeof(Part);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const unsigned byte = bits[i >> 3];
+    Part w[8 * kParts];
+    std::memcpy(w, weight + i * S, 8 * S);
+    for (int j = 0; j < 8 * kParts; j++) w[j] &= static_cast<Part>(-static_cast<Part>(byte >> j / kParts & 1));
+    std::memcpy(out + i * S, w, 8 * S);
+  }
+  for (; i < n; i++) apply_one<S>(weight + i * S, is_open(bits, i), out + i * S);
 }
 
 // The lowest 32 / S bits of m, each spread over an element of S bytes: all ones where set.
@@ -110,13 +120,13 @@ static int64_t restore_word(uint8_t* weight, uint64_t word, const uint8_t* value
 }
 
 template <int S>
-static void restore_portable(uint8_t* weight, const uint8_t* bits, const uint8_t* values, int64_t n) {
+static void restore_portable(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t*, int64_t n) {
   for (int64_t i = 0; i < n; i += 64)
     values += restore_word<S>(weight + i * S, load_word(bits + i / 8) & low_bits(n - i), values) * S;
 }
 
 template <int S>
-SK_AVX2 static void restore_avx2(uint8_t* weight, const uint8_t* bits, const uint8_t* values, int64_t n) {
+SK_AVX2 static void restore_avx2(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t* end, int64_t n) {
   for (int64_t i = 0; i < n; i += 64) {
     const uint64_t word = load_word(bits + i / 8) & low_bits(n - i);
     if (S == 4 && i + 64 <= n) {
@@ -128,9 +138,12 @@ SK_AVX2 static void restore_avx2(uint8_t* weight, const uint8_t* bits, const uin
         const __m256i order = _mm256_cvtepu8_epi32(_mm_cvtsi64_si128(static_cast<int64_t>(lanes)));
         const __m256i open = spread_avx2<4>(m);
         const auto used = _mm_popcnt_u32(m);
-        const __m256i first = spread_avx2<4>((1u << used) - 1);  // never reads past the last value
-        const __m256i v = _mm256_maskload_epi32(reinterpret_cast<const int*>(values), first);
-        _mm256_maskstore_epi32(reinterpret_cast<int*>(weight + (i + j) * S), open, _mm256_permutevar8x32_epi32(v, order));
+        uint8_t next[32];  // never reads past the last value
+        const bool whole = values + 32 <= end;
+        if (!whole) std::memcpy(next, values, used * S);
+        const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(whole ? values : next));
+        auto* to = reinterpret_cast<__m256i*>(weight + (i + j) * S);  // blended: a masked store is slow on some processors
+        _mm256_storeu_si256(to, _mm256_blendv_epi8(_mm256_loadu_si256(to), _mm256_permutevar8x32_epi32(v, order), open));
         values += used * S;
       }
     } else {
@@ -150,7 +163,7 @@ SK_AVX512 static inline __m512i expand_avx512(uint64_t m, __m512i v) {
 }
 
 template <int S>
-SK_AVX512 static void restore_avx512(uint8_t* weight, const uint8_t* bits, const uint8_t* values, int64_t n) {
+SK_AVX512 static void restore_avx512(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t*, int64_t n) {
   constexpr int kLanes = 64 / S;
   for (int64_t i = 0; i < n; i += 64) {
     const uint64_t word = load_word(bits + i / 8) & low_bits(n - i);
@@ -204,68 +217,40 @@ static void score_grad_portable(const T* grad, const T* weight, const T* scores,
 }
 template <class T>
 SK_AVX2 static void score_grad_avx2(const T* grad, const T* weight, const T* scores, T* out, int64_t n, bool magnitude) {
-  score_grad(grad, weight, scores, out, n, magnitude);
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    const __m256 one = _mm256_set1_ps(1), minus = _mm256_set1_ps(-0.0f);
+    if (magnitude)
+      for (; i + 8 <= n; i += 8) {
+        const __m256 s = _mm256_loadu_ps(scores + i);
+        const __m256 sign =
+            _mm256_and_ps(_mm256_or_ps(_mm256_and_ps(s, minus), one), _mm256_cmp_ps(s, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+        _mm256_storeu_ps(out + i, _mm256_mul_ps(_mm256_mul_ps(_mm256_loadu_ps(grad + i), _mm256_loadu_ps(weight + i)), sign));
+      }
+  }
+  score_grad(grad + i, weight + i, scores + i, out + i, n - i, magnitude);
 }
 template <class T>
 SK_AVX512 static void score_grad_avx512(const T* grad, const T* weight, const T* scores, T* out, int64_t n, bool magnitude) {
-  score_grad(grad, weight, scores, out, n, magnitude);
-}
-
-// A tile of any floating dtype to T (float, or double where one of the tensors is double) and back, rounded as PyTorch does.
-template <class T, class From>
-static void widen(const void* from, T* to, int64_t begin, int64_t n) {
-  const From* p = static_cast<const From*>(from) + begin;
-  for (int64_t i = 0; i < n; i++) to[i] = static_cast<T>(p[i]);
-}
-template <class T>
-static void read_tile(ScalarType dtype, const void* from, T* to, int64_t begin, int64_t n) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return widen<T, double>(from, to, begin, n);
-    case ScalarType::Float:
-      return widen<T, float>(from, to, begin, n);
-    case ScalarType::Half:
-      return widen<T, torch::headeronly::Half>(from, to, begin, n);
-    default:
-      return widen<T, torch::headeronly::BFloat16>(from, to, begin, n);
+  int64_t i = 0;
+  if constexpr (sizeof(T) == 4) {
+    const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1)), minus = _mm512_castps_si512(_mm512_set1_ps(-0.0f));
+    if (magnitude)
+      for (; i + 16 <= n; i += 16) {
+        const __m512 s = _mm512_loadu_ps(scores + i);
+        const __mmask16 has_sign = _mm512_cmp_ps_mask(s, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+        const __m512 sign =
+            _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(has_sign, _mm512_castps_si512(s), minus, one, 0xea));
+        _mm512_storeu_ps(out + i, _mm512_mul_ps(_mm512_mul_ps(_mm512_loadu_ps(grad + i), _mm512_loadu_ps(weight + i)), sign));
+      }
   }
-}
-template <class To, class T>
-static void narrow(const T* from, void* to, int64_t begin, int64_t n) {
-  To* p = static_cast<To*>(to) + begin;
-  for (int64_t i = 0; i < n; i++) {
-    if constexpr (sizeof(To) == 2)
-      p[i] = To(static_cast<float>(from[i]));
-    else
-      p[i] = static_cast<To>(from[i]);
-  }
-}
-template <class T>
-static void write_tile(ScalarType dtype, const T* from, void* to, int64_t begin, int64_t n) {
-  switch (dtype) {
-    case ScalarType::Double:
-      return narrow<double>(from, to, begin, n);
-    case ScalarType::Float:
-      return narrow<float>(from, to, begin, n);
-    case ScalarType::Half:
-      return narrow<torch::headeronly::Half>(from, to, begin, n);
-    default:
-      return narrow<torch::headeronly::BFloat16>(from, to, begin, n);
-  }
-}
-template <class T>
-static void round_tile(ScalarType dtype, T* tile, int64_t n) {
-  alignas(64) double buffer[kTile];
-  if (dtype == ScalarType::Double) return;
-  write_tile(dtype, tile, buffer, 0, n);
-  read_tile(dtype, buffer, tile, 0, n);
+  score_grad(grad + i, weight + i, scores + i, out + i, n - i, magnitude);
 }
 
 // ----------------------------------------------------------------------------------------------------------------------------
 // ops
 
-using ApplyKernel = void (*)(const uint8_t* weight, const uint8_t* bits, uint8_t* out, int64_t n);
-using RestoreKernel = void (*)(uint8_t* weight, const uint8_t* bits, const uint8_t* values, int64_t n);
+using RestoreKernel = void (*)(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t* values_end, int64_t n);
 
 template <int S>
 static ApplyKernel apply_of() {
@@ -276,21 +261,6 @@ static RestoreKernel restore_of() {
   return for_isa(restore_portable<S>, restore_avx2<S>, restore_avx512<S>);
 }
 
-static ApplyKernel apply_kernel(size_t element) {
-  switch (element) {
-    case 1:
-      return apply_of<1>();
-    case 2:
-      return apply_of<2>();
-    case 4:
-      return apply_of<4>();
-    case 8:
-      return apply_of<8>();
-    case 16:
-      return apply_of<16>();
-  }
-  STD_TORCH_CHECK(false, "apply: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
-}
 static RestoreKernel restore_kernel(size_t element) {
   switch (element) {
     case 1:
@@ -306,6 +276,26 @@ static RestoreKernel restore_kernel(size_t element) {
   }
   STD_TORCH_CHECK(false, "restore_: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
 }
+
+}  // namespace
+
+ApplyKernel apply_kernel(size_t element) {
+  switch (element) {
+    case 1:
+      return apply_of<1>();
+    case 2:
+      return apply_of<2>();
+    case 4:
+      return apply_of<4>();
+    case 8:
+      return apply_of<8>();
+    case 16:
+      return apply_of<16>();
+  }
+  STD_TORCH_CHECK(false, "apply: elements must have 1, 2, 4, 8 or 16 bytes, got ", element);
+}
+
+namespace {
 
 static Tensor apply_cpu(const Tensor& weight_, const Tensor& bits_) {
   const Tensor weight = dense(weight_), bits = dense(bits_);
@@ -336,7 +326,7 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
   struct Layer {
     uint8_t* weight;
     const uint8_t *bits, *values;
-    int64_t n, first;  // weights; tiles of all layers before
+    int64_t n, open, first;  // weights; values; tiles of all layers before
     size_t element;
     RestoreKernel kernel;  // none where the strides are not contiguous
     std::vector<int64_t> sizes, strides;
@@ -362,6 +352,7 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
                 mask,
                 static_cast<const uint8_t*>(values[t].const_data_ptr()),
                 n,
+                open,
                 all,
                 w.element_size(),
                 kernel,
@@ -383,26 +374,12 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
       const auto element = static_cast<int64_t>(layer.element);
       const uint8_t* values = layer.values + ones(layer.bits, from * kTileBytes) * element;
       if (layer.kernel)
-        layer.kernel(layer.weight + first * element, layer.bits + from * kTileBytes, values, last - first);
+        layer.kernel(layer.weight + first * element, layer.bits + from * kTileBytes, values, layer.values + layer.open * element,
+                     last - first);
       else
         restore_strided(layer.weight, layer.sizes, layer.strides, layer.element, layer.bits, values, first, last);
     }
   });
-}
-
-// One of the four floating dtypes that have straight-through gradients.
-static ScalarType floating(const Tensor& t, const char* name) {
-  const ScalarType dtype = t.scalar_type();
-  STD_TORCH_CHECK(
-      dtype == ScalarType::Double || dtype == ScalarType::Float || dtype == ScalarType::Half || dtype == ScalarType::BFloat16,
-      "straight_through: ", name, " must be float64, float32, float16 or bfloat16");
-  return dtype;
-}
-
-// What PyTorch computes in when the two meet.
-static ScalarType promote(ScalarType a, ScalarType b) {
-  if (a == b) return a;
-  return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 struct Straight {
@@ -416,7 +393,7 @@ struct Straight {
 
 template <class T>
 static void straight_through_tiles(const Straight& s, int64_t begin, int64_t end) {
-  constexpr ScalarType kOwn = sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float;
+  constexpr ScalarType kOwn = kDtypeOf<T>;
   const auto element = s.weight_dtype == ScalarType::Double ? 8 : s.weight_dtype == ScalarType::Float ? 4 : 2;
   const ApplyKernel apply = apply_kernel(element);
   const auto score = for_isa(score_grad_portable<T>, score_grad_avx2<T>, score_grad_avx512<T>);
@@ -471,7 +448,8 @@ static std::tuple<Tensor, Tensor> straight_through_cpu(const Tensor& grad_, cons
   STD_TORCH_CHECK(by == "magnitude" || by == "value", "straight_through: by must be 'magnitude' or 'value', got '", by, "'");
   check_bits("straight_through", bits, n);
   check_bits("straight_through", frozen, n);
-  const ScalarType types[] = {floating(grad, "grad"), floating(weight, "weight"), floating(scores, "scores")};
+  const ScalarType types[] = {floating("straight_through", "grad", grad), floating("straight_through", "weight", weight),
+                              floating("straight_through", "scores", scores)};
   const int32_t weight_code = dtype_code(weight), scores_code = dtype_code(scores);
   Tensor d_weight = need_weight ? new_dense_like(weight, weight_code) : new_vector(0, weight_code);
   Tensor d_scores = need_scores ? new_dense_like(scores, scores_code) : new_vector(0, scores_code);
