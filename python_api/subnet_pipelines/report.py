@@ -157,10 +157,10 @@ def write_run(result: Result, folder: Path) -> None:
     write_file(folder / "result.json", json.dumps(asdict(result), indent=1))
 
 
-def write_summary(results: list[Result], folder: Path) -> dict[str, Any]:
-    """summary.json over the seeds of one config: mean and sample standard deviation of every number of the table."""
+def summarise(results: list[Result]) -> dict[str, Any]:
+    """What summary.json holds: mean and sample standard deviation, over the seeds of one config, of every number of the tables."""
     first = results[0]
-    summary = {
+    return {
         "schema": SCHEMA,
         "method": first.method,
         "benchmark": first.benchmark,
@@ -169,16 +169,18 @@ def write_summary(results: list[Result], folder: Path) -> dict[str, Any]:
         "seeds": [r.seed for r in results],
         **{name: spread([row[name] for row in map(table_row, results)]) for name in COLUMNS},
     }
-    write_file(folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
 
 
 def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
-    """summary.json, plots and report.html over the seeds of one config; returns the summary."""
-    summary = write_summary(results, folder)
+    """summary.json, plots and report.html over the seeds of one config, unless they are there already; returns the summary."""
+    summary = summarise(results)
+    text, path = json.dumps(summary, indent=1), folder / "summary.json"
+    if path.exists() and path.read_text() == text:
+        return summary
     plots = draw(results, folder)
     plots += sorted(p for r in results[:1] for p in (folder / f"seed-{r.seed}").glob("*.png") if p.name != "final.png")
     write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
+    write_file(path, text)
     return summary
 
 
