@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from subnet_kernels import ops, reference
 from subnet_kernels.convert import matches
 from subnet_kernels.files import write_atomic
-from subnet_kernels.layers import DENSE, SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
+from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
 
 FORMAT = "subnet-kernels bank"
 VERSION = 1
@@ -328,7 +328,8 @@ class MaskBank:
         self._check_alphas("superpose", alphas, len(names))
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = None
-            layer._mix = (blocks[key], alphas if alphas.dim() == 1 else alphas[i], equal, counts[key] if equal else None)
+            row = None if alphas.dim() == 1 else i
+            layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
         return alphas
 
     def row_alpha_grad(
@@ -399,14 +400,11 @@ class MaskBank:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
         with self.as_task(name):
             dense = copy.deepcopy(self.model)
-        plain = {masked: kind for kind, masked in DENSE.items()}
         for module in dense.modules():
             if isinstance(module, SubnetLayer):
-                module.weight = nn.Parameter(module._active.clone(), requires_grad=False)
-                del module._parameters["scores"]
-                for key in _INSTALLED:
-                    module.__dict__.pop(key, None)
-                module.__class__ = plain[type(module)]
+                weight = module._active
+                module.uninstall()
+                module.weight = nn.Parameter(weight.clone(), requires_grad=False)
         dense.__dict__.pop("subnet_config", None)
         return dense
 
@@ -636,9 +634,6 @@ class TaskView(nn.Module):
         if self.__dict__.get("_fixed"):
             raise AttributeError(f"TaskView: attribute {name!r} cannot be set, a view is a snapshot")
         super().__setattr__(name, value)
-
-
-_INSTALLED = "rule train_weight frozen frozen_values k bits w_eff hints _seen _active _mix _trace".split()
 
 
 def _fits(name: str, pattern: str) -> bool:
