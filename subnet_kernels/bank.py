@@ -57,7 +57,7 @@ class MaskBank:
         if not self._layers:
             raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
         config = getattr(model, "subnet_config", None)
-        self._per_task = [n for n, _ in model.named_modules() if n and config and any(_fits(n, p) for p in config.per_task)]
+        self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
         self._blocks: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._owned = {name: torch.zeros_like(layer.bits) for name, layer in self._layers.items()}
@@ -634,10 +634,6 @@ class TaskView(nn.Module):
         if self.__dict__.get("_fixed"):
             raise AttributeError(f"TaskView: attribute {name!r} cannot be set, a view is a snapshot")
         super().__setattr__(name, value)
-
-
-def _fits(name: str, pattern: str) -> bool:
-    return name.count(".") == pattern.count(".") and matches(name, [pattern])
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:

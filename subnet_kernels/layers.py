@@ -338,12 +338,14 @@ def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
 
 def _run(calls: Iterable[tuple]) -> None:
     global _SECONDS
-    begin = time.perf_counter()
+    timed = not torch.compiler.is_compiling()  # a traced optimizer step cannot read clocks
+    begin = time.perf_counter() if timed else 0.0
     for op, arguments, group in calls:
         op(*arguments)
         for layer in group:
             layer._seen = layer._now()
-    _SECONDS += time.perf_counter() - begin
+    if timed:
+        _SECONDS += time.perf_counter() - begin
 
 
 @torch.no_grad()
