@@ -18,8 +18,8 @@ constexpr int64_t kTileGrain = kGrain / kTile;
 // Elements are moved by their size in bytes, S, and never interpreted. A word of 64 mask bits covers 64 weights, S lines of 64
 // bytes.
 
-// --------------------------------------------------------------------------------- apply: out[i] = open ? weight[i] : 0, n
-// weights
+// --------------------------------------------------------------------------------------------------------------- apply
+// out[i] = open ? weight[i] : 0 for n weights.
 
 template <int S>
 static inline void apply_one(const uint8_t* weight, bool open, uint8_t* out) {
@@ -110,7 +110,8 @@ SK_AVX512 static void apply_avx512(const uint8_t* weight, const uint8_t* bits, u
     store_avx512<S>(out + (i + j) * S, here >> j, load_avx512<S>(weight + (i + j) * S, word >> j));
 }
 
-// ------------------------------------- restore: the next value into every open weight, n weights; returns the values used
+// ------------------------------------------------------------------------------------------------------------ restore_
+// The next value into every open one of n weights; the portable and the AVX-512 kernels need no end of the values.
 
 template <int S>
 static int64_t restore_word(uint8_t* weight, uint64_t word, const uint8_t* values) {
@@ -198,8 +199,7 @@ static void restore_strided(uint8_t* weight, const std::vector<int64_t>& sizes, 
   }
 }
 
-// --------------------------------------------------------------------------------- straight-through gradient of the scores, n <=
-// 512
+// ---------------------------------------------------------------------------------------------------- straight_through
 
 // d_scores = grad * weight, times the sign of the score (0 of 0 and of NaN) for magnitude keys: PyTorch's order and rounding.
 template <class T>
@@ -247,8 +247,7 @@ SK_AVX512 static void score_grad_avx512(const T* grad, const T* weight, const T*
   score_grad(grad + i, weight + i, scores + i, out + i, n - i, magnitude);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 using RestoreKernel = void (*)(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t* values_end, int64_t n);
 

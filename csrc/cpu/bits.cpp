@@ -15,8 +15,8 @@ constexpr int64_t kPackGrain = 8 * kGrain / kTile;  // tiles a thread packs or u
 constexpr int64_t kCountGrain = 256 * 1024;         // bytes of bits a thread counts
 constexpr int64_t kOverlapTasks = 4;                // a step of overlap compares so many tasks with as many others
 
-// ------------------------------------------------------------------------------------------------- pack: n bools ->
-// mask_bytes(n)
+// ---------------------------------------------------------------------------------------------------------------- pack
+// n bools to mask_bytes(n) bytes of bits.
 
 // Eight bytes of 0 or 1 to eight bits; any other value counts as 1.
 static inline uint8_t pack_eight(uint64_t x) {
@@ -52,8 +52,8 @@ SK_AVX512 static void pack_avx512(const uint8_t* mask, uint8_t* bits, int64_t n)
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- unpack: bits -> n
-// bools
+// -------------------------------------------------------------------------------------------------------------- unpack
+// Bits to n bools.
 
 static void unpack_portable(const uint8_t* bits, uint8_t* mask, int64_t n) {
   for (int64_t i = 0; i < n / 8; i++) {
@@ -83,8 +83,8 @@ SK_AVX512 static void unpack_avx512(const uint8_t* bits, uint8_t* mask, int64_t 
   if (i < n) _mm512_mask_storeu_epi8(mask + i, low_bits(n - i), _mm512_maskz_set1_epi8(load_word(bits + i / 8), 1));
 }
 
-// ----------------------------------------------------------------------------- counts of a, a & b and a & ~b over n bytes of
-// bits
+// -------------------------------------------------------------------------------------------------------------- counts
+// What is set in a, and in a & b, over n bytes of bits.
 
 struct Counts {
   int64_t all, both;  // bits set in a; in a & b
@@ -143,8 +143,8 @@ SK_AVX512 static Counts count_avx512(const uint8_t* a, const uint8_t* b, int64_t
   return {_mm512_reduce_add_epi64(all), _mm512_reduce_add_epi64(both)};
 }
 
-// ---------------------------------------------- overlap of up to four tasks with four others, a block each: both[i * 4 + j] +=
-// ...
+// ------------------------------------------------------------------------------------------------------------- overlap
+// Up to four tasks with four others, over every tile of their blocks: both[i * 4 + j] += open in task i and in task j.
 
 // Where the bits of a task lie in its block: the first tile, and the bytes from one tile to the next.
 struct Rows {
@@ -193,8 +193,7 @@ SK_AVX512 static void overlap_avx512(Rows a, Rows b, int64_t tiles, int64_t* bot
     for (int64_t j = 0; j < b.tasks; j++) both[i * kOverlapTasks + j] += _mm512_reduce_add_epi64(sums[i][j]);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 static Tensor pack_cpu(const Tensor& mask_) {
   const Tensor mask = dense(mask_);

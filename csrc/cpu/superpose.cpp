@@ -25,8 +25,9 @@ static void tabulate(const T* members, T* sums) {
   for (int64_t code = 0; code < 16; code++) sums[code] = low[code & 3] + high[code >> 2];
 }
 
-// ----------------------- mix += sum_k alpha_k M_k over one tile; lines: k lines of 64 bytes, k <= 64; opened |= every line
-// alphas: k of them, padded with zeros to groups of 8; tables: two for a group
+// ----------------------------------------------------------------------------------------------------------- superpose
+// mix += sum_k alpha_k M_k over one tile of k <= 64 tasks, 64 bytes each; opened |= each of them.
+// alphas: k of them, padded with zeros to groups of 8; tables: two for a group.
 
 // Bit j of byte t to bit t of byte j.
 static inline uint64_t transpose_bits(uint64_t x) {
@@ -163,9 +164,10 @@ SK_AVX512 static void mix_avx512(const uint8_t* lines, int64_t k, const float*, 
   }
 }
 
-// ------------------------- sums[k] += sum over one tile of products where M_k is open; tables: one for every four weights, 128
-// A table holds float64 sums rounded to T; four of those are added in T, and the rest in float64: with one rounding for the products
-// and their first two sums, the error stays below twice that of products in T that are all summed in float64.
+// ------------------------------------------------------------------------------------------------------ superpose_grad
+// sums[k] += sum over one tile of products where M_k is open, from the tables of the tile, one for every four weights.
+// A table holds float64 sums rounded to T; four of those are added in T, and the rest in float64: with one rounding for the
+// products and their first two sums, the error stays below twice that of products in T that are all summed in float64.
 
 template <class T>
 static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, double* sums) {
@@ -178,7 +180,9 @@ static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, doubl
 }
 
 // Sixteen floats of a table, those that the lowest four bits of every lane choose.
-SK_AVX512 static inline __m512 look_up(__m512i bits, const float* table) { return _mm512_permutexvar_ps(bits, _mm512_loadu_ps(table)); }
+SK_AVX512 static inline __m512 look_up(__m512i bits, const float* table) {
+  return _mm512_permutexvar_ps(bits, _mm512_loadu_ps(table));
+}
 
 SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* tables, double* sums) {
   for (int64_t first = 0; first < k; first += 16) {  // sixteen tasks, one a lane
@@ -209,8 +213,10 @@ SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* t
       const float* table = tables + c * 8 * 16;
 #pragma GCC unroll 2
       for (int half = 0; half < 32; half += 16, table += 64) {
-        const __m512 a = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half), table), look_up(_mm512_srli_epi32(bits, half + 4), table + 16));
-        const __m512 b = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half + 8), table + 32), look_up(_mm512_srli_epi32(bits, half + 12), table + 48));
+        const __m512 a =
+            _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half), table), look_up(_mm512_srli_epi32(bits, half + 4), table + 16));
+        const __m512 b = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half + 8), table + 32),
+                                       look_up(_mm512_srli_epi32(bits, half + 12), table + 48));
         const __m512 sum = _mm512_add_ps(a, b);
         low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
         high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
@@ -240,8 +246,8 @@ SK_AVX512 static void tables_avx512(const double* products, float* tables) {
   }
 }
 
-// ------------------------------------------------------------------------- elementwise work of a tile: plain loops, once for
-// each set
+// --------------------------------------------------------------------------------------------------------- elementwise
+// Plain loops over a tile, compiled once for each set.
 
 // out = a * b, in the type of out
 template <class T, class Out>
@@ -272,7 +278,7 @@ SK_EACH(avx2, SK_AVX2)
 SK_EACH(avx512, SK_AVX512)
 #undef SK_EACH
 
-// -------------------------------------------------------------------------------------------------------------------------- ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 struct Block {
   const uint8_t* data;
@@ -306,9 +312,10 @@ struct Kernels {
   void (*mix)(const uint8_t*, int64_t, const T*, const T*, T*, uint8_t*) = mix_portable<T>;
   void (*dot)(const uint8_t*, int64_t, const T*, double*) = dot_portable<T>;
   void (*tables)(const double*, T*) = tables_portable<T>;
-  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T, T>, multiply_avx2<T, T>, multiply_avx512<T, T>);
-  void (*products)(const T*, const T*, double*, int64_t) =
-      for_isa(multiply_portable<T, double>, multiply_avx2<T, double>, multiply_avx512<T, double>);
+  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T, T>, multiply_avx2<T, T>,
+                                                              multiply_avx512<T, T>);
+  void (*products)(const T*, const T*, double*, int64_t) = for_isa(multiply_portable<T, double>, multiply_avx2<T, double>,
+                                                                   multiply_avx512<T, double>);
   void (*weigh_counts)(const T*, const int32_t*, T, T*, int64_t) = for_isa(weigh_counts_portable<T>, weigh_counts_avx2<T>,
                                                                            weigh_counts_avx512<T>);
   Kernels() {
