@@ -9,8 +9,6 @@
 
 #include "../floats.h"
 
-using torch::stable::parallel_for;
-
 namespace {
 
 constexpr int64_t kTileGrain = kGrain / kTile;
@@ -307,7 +305,7 @@ static Tensor apply_cpu(const Tensor& weight_, const Tensor& bits_) {
   const auto* from = static_cast<const uint8_t*>(weight.const_data_ptr());
   const auto* mask = static_cast<const uint8_t*>(bits.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  parallel_for(0, tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kTile * element;
     kernel(from + at, mask + begin * kTileBytes, to + at, std::min(n, end * kTile) - begin * kTile);
   });
@@ -365,7 +363,7 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
     layers.push_back(std::move(layer));
     all += tiles(n);
   }
-  parallel_for(0, all, kTileGrain, [&](int64_t begin, int64_t end) {  // one region for all layers
+  parallel(all, kTileGrain, [&](int64_t begin, int64_t end) {  // one region for all layers
     for (const Layer& layer : layers) {
       const int64_t from = std::max<int64_t>(begin - layer.first, 0), to = std::min(end - layer.first, tiles(layer.n));
       if (from >= to) continue;
@@ -466,7 +464,7 @@ static std::tuple<Tensor, Tensor> straight_through_cpu(const Tensor& grad_, cons
                    n,
                    by == "magnitude"};
   const bool wide = std::find(types, types + 3, ScalarType::Double) != types + 3;
-  parallel_for(0, tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
     wide ? straight_through_tiles<double>(s, begin, end) : straight_through_tiles<float>(s, begin, end);
   });
   return {d_weight, d_scores};

@@ -7,8 +7,6 @@
 
 #include "../tensors.h"
 
-using torch::stable::parallel_for;
-
 namespace {
 
 constexpr int64_t kPackGrain = 8 * kGrain / kTile;  // tiles a thread packs or unpacks: one byte a weight is quick
@@ -143,6 +141,16 @@ SK_AVX512 static Counts count_avx512(const uint8_t* a, const uint8_t* b, int64_t
   return {_mm512_reduce_add_epi64(all), _mm512_reduce_add_epi64(both)};
 }
 
+// -------------------------------------------------------------------------------------------------------------- union_
+// to |= from over n bytes of bits.
+
+static inline __attribute__((always_inline)) void unite(const uint8_t* from, uint8_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] |= from[i];
+}
+static void union_portable(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+SK_AVX2 static void union_avx2(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+SK_AVX512 static void union_avx512(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+
 // ------------------------------------------------------------------------------------------------------------- overlap
 // Up to four tasks with four others, over every tile of their blocks: both[i * 4 + j] += open in task i and in task j.
 
@@ -204,7 +212,7 @@ static Tensor pack_cpu(const Tensor& mask_) {
   const auto* from = static_cast<const uint8_t*>(mask.const_data_ptr());
   auto* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
   const auto kernel = for_isa(pack_portable, pack_avx2, pack_avx512);
-  parallel_for(0, tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * kTile, to + begin * kTileBytes, std::min(n, end * kTile) - begin * kTile);
   });
   return bits;
@@ -220,7 +228,7 @@ static Tensor unpack_cpu(const Tensor& bits_, std::vector<int64_t> shape) {
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const auto kernel = for_isa(unpack_portable, unpack_avx2, unpack_avx512);
-  parallel_for(0, tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * kTileBytes, to + begin * kTile, std::min(n, end * kTile) - begin * kTile);
   });
   return mask;
@@ -229,7 +237,7 @@ static Tensor unpack_cpu(const Tensor& bits_, std::vector<int64_t> shape) {
 static Counts count_bytes(const uint8_t* a, const uint8_t* b, int64_t n) {
   const auto kernel = for_isa(count_portable, count_avx2, count_avx512);
   std::atomic<int64_t> all{0}, both{0};  // whole numbers: the order of the threads does not show
-  parallel_for(0, n, kCountGrain, [&](int64_t begin, int64_t end) {
+  parallel(n, kCountGrain, [&](int64_t begin, int64_t end) {
     const Counts c = kernel(a + begin, b + begin, end - begin);
     all += c.all, both += c.both;
   });
@@ -252,9 +260,8 @@ static void union_cpu(Tensor owned, const Tensor& bits_) {
   STD_TORCH_CHECK(owned.numel() == bits.numel(), "union_: owned has ", owned.numel(), " bytes, bits ", bits.numel());
   auto* to = static_cast<uint8_t*>(target.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
-  parallel_for(0, bits.numel(), kCountGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) to[i] |= from[i];
-  });
+  const auto kernel = for_isa(union_portable, union_avx2, union_avx512);
+  parallel(bits.numel(), kCountGrain, [&](int64_t begin, int64_t end) { kernel(from + begin, to + begin, end - begin); });
   if (!owned.is_contiguous()) torch::stable::copy_(owned, target);
 }
 
@@ -297,7 +304,7 @@ static Tensor overlap_cpu(std::vector<Tensor> bank) {
   const auto kernel = for_isa(overlap_portable, overlap_avx2, overlap_avx512);
   const auto count = static_cast<int64_t>(groups.size());
   const int64_t words = std::max<int64_t>(1, std::max<int64_t>(tiles, 0) * 8 * kOverlapTasks * kOverlapTasks);
-  parallel_for(0, count * count, 1 + 2 * kGrain / words, [&](int64_t begin, int64_t end) {
+  parallel(count * count, 1 + 2 * kGrain / words, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; pair++) {
       const Group &a = groups[pair / count], &b = groups[pair % count];
       if (b.task < a.task) continue;  // symmetric

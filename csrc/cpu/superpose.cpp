@@ -1,4 +1,4 @@
-// superpose, superpose_grad: one weight through a whole bank of masks, and what each mask would have changed.
+// superpose, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would have changed.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -6,8 +6,6 @@
 #include <vector>
 
 #include "../floats.h"
-
-using torch::stable::parallel_for;
 
 namespace {
 
@@ -254,6 +252,11 @@ template <class T, class Out>
 static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, Out* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<Out>(a[i]) * static_cast<Out>(b[i]);
 }
+// out = (a * b) * scale, in float64
+template <class T>
+static inline __attribute__((always_inline)) void multiply_scaled(const T* a, const T* b, double scale, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = static_cast<double>(a[i]) * static_cast<double>(b[i]) * scale;
+}
 // out = count > 0 ? weight * (count / tasks) : 0, the choice by bits: a conditional would not be vectorised
 template <class T>
 static inline __attribute__((always_inline)) void weigh_counts(const T* weight, const int32_t* counts, T tasks, T* out,
@@ -268,6 +271,10 @@ static inline __attribute__((always_inline)) void weigh_counts(const T* weight, 
   template <class T, class Out>                                                                                  \
   target static void multiply_##suffix(const T* a, const T* b, Out* out, int64_t n) {                            \
     multiply(a, b, out, n);                                                                                      \
+  }                                                                                                              \
+  template <class T>                                                                                             \
+  target static void multiply_scaled_##suffix(const T* a, const T* b, double scale, double* out, int64_t n) {    \
+    multiply_scaled(a, b, scale, out, n);                                                                        \
   }                                                                                                              \
   template <class T>                                                                                             \
   target static void weigh_counts_##suffix(const T* weight, const int32_t* counts, T tasks, T* out, int64_t n) { \
@@ -316,6 +323,8 @@ struct Kernels {
                                                               multiply_avx512<T, T>);
   void (*products)(const T*, const T*, double*, int64_t) = for_isa(multiply_portable<T, double>, multiply_avx2<T, double>,
                                                                    multiply_avx512<T, double>);
+  void (*products_scaled)(const T*, const T*, double, double*,
+                          int64_t) = for_isa(multiply_scaled_portable<T>, multiply_scaled_avx2<T>, multiply_scaled_avx512<T>);
   void (*weigh_counts)(const T*, const int32_t*, T, T*, int64_t) = for_isa(weigh_counts_portable<T>, weigh_counts_avx2<T>,
                                                                            weigh_counts_avx512<T>);
   Kernels() {
@@ -372,7 +381,7 @@ static void superpose_bank(const Tensor& weight, ScalarType dtype, const Bank& b
   const void* from = weight.const_data_ptr();
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrain / kTile / (1 + bank.tasks / 16));
-  parallel_for(0, tiles(all), grain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(all), grain, [&](int64_t begin, int64_t end) {
     alignas(64) T mixes[kTogether][kTile], buffer[kTile];
     alignas(64) uint8_t opened[kTogether][kTileBytes], product[kTile * sizeof(double)];
     for (int64_t first = begin; first < end; first += kTogether) {
@@ -406,7 +415,7 @@ static void superpose_counts(const Tensor& weight, ScalarType dtype, const Tenso
   const void* from = weight.const_data_ptr();
   void* to = out.mutable_data_ptr();
   const auto* count = static_cast<const int32_t*>(counts.const_data_ptr());
-  parallel_for(0, tiles(all), kGrain / kTile, [&](int64_t begin, int64_t end) {
+  parallel(tiles(all), kGrain / kTile, [&](int64_t begin, int64_t end) {
     alignas(64) T product[kTile], buffer[kTile];
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t at = tile * kTile, n = std::min(all - at, kTile);
@@ -443,34 +452,58 @@ static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, s
   return out;
 }
 
-// sums[chunk][task] over the tiles of every chunk, step tiles each.
-template <class T>
-static void superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank, int64_t step,
-                              std::vector<double>& sums) {
+// <P_r, M_k> for every row r and mask k of the bank, where products_of(r, begin, n, out) gives weights of P_r in float64.
+// Every chunk of tiles is summed by itself and the chunks in order: they are fixed by the number of weights, so that no number of
+// threads shows.
+template <class T, class ProductsOf>
+static std::vector<double> dot_bank(const Bank& bank, int64_t all, int64_t rows, const ProductsOf& products_of) {
   const Kernels<T> kernels;
-  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type();
-  const int64_t all = weight.numel(), chunks = static_cast<int64_t>(sums.size()) / bank.tasks;
-  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + bank.tasks / 16));
-  parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) T buffer[kTile], other[kTile], tables[kTogether][kTile * 4];
+  const int64_t step = std::max<int64_t>(8, (tiles(all) + 63) / 64),
+                chunks = std::max<int64_t>(1, (tiles(all) + step - 1) / step);
+  const int64_t width = rows * bank.tasks;
+  std::vector<double> sums(chunks * width, 0.0);
+  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + width / 16));
+  parallel(chunks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) T tables[kTogether][kTile * 4];
     alignas(64) double products[kTile];
     for (int64_t chunk = begin; chunk < end; chunk++) {
-      double* to = sums.data() + chunk * bank.tasks;
       const int64_t stop = std::min((chunk + 1) * step, tiles(all));
       for (int64_t first = chunk * step; first < stop; first += kTogether) {
         const int64_t last = std::min(stop, first + kTogether);
-        for (int64_t tile = first; tile < last; tile++) {
-          const int64_t at = tile * kTile, n = std::min(all - at, kTile);
-          if (n < kTile) std::memset(products, 0, sizeof products);
-          kernels.products(tile_of(grad_dtype, g, buffer, at, n), tile_of(dtype, w, other, at, n), products, n);
-          kernels.tables(products, tables[tile - first]);
+        for (int64_t row = 0; row < rows; row++) {
+          double* to = sums.data() + chunk * width + row * bank.tasks;
+          for (int64_t tile = first; tile < last; tile++) {
+            const int64_t at = tile * kTile, n = std::min(all - at, kTile);
+            if (n < kTile) std::memset(products, 0, sizeof products);
+            products_of(row, at, n, products);
+            kernels.tables(products, tables[tile - first]);
+          }
+          for (const Block& b : bank.blocks)
+            for (int64_t tile = first; tile < last; tile++)
+              kernels.dot(b.data + tile * b.k * kTileBytes, b.k, tables[tile - first], to + b.first);
         }
-        for (const Block& b : bank.blocks)
-          for (int64_t tile = first; tile < last; tile++)
-            kernels.dot(b.data + tile * b.k * kTileBytes, b.k, tables[tile - first], to + b.first);
       }
     }
+  });
+  for (int64_t chunk = 1; chunk < chunks; chunk++)
+    for (int64_t i = 0; i < width; i++) sums[i] += sums[chunk * width + i];
+  sums.resize(width);
+  return sums;
+}
+
+// Sums to the elements of out from `begin` on, rounded to its dtype.
+static void write_sums(const std::vector<double>& sums, ScalarType dtype, Tensor& out, int64_t begin) {
+  write_tile(dtype, sums.data(), out.mutable_data_ptr(), begin, static_cast<int64_t>(sums.size()));
+}
+
+template <class T>
+static std::vector<double> superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank) {
+  const Kernels<T> kernels;
+  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type();
+  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
+  return dot_bank<T>(bank, weight.numel(), 1, [&](int64_t, int64_t at, int64_t n, double* products) {
+    alignas(64) T a[kTile], b[kTile];
+    kernels.products(tile_of(grad_dtype, g, a, at, n), tile_of(dtype, w, b, at, n), products, n);
   });
 }
 
@@ -483,15 +516,52 @@ static Tensor superpose_grad_cpu(const Tensor& grad_, const Tensor& weight_, std
   const Bank bank = read_bank("superpose_grad", blocks, n);
   Tensor out = new_vector(bank.tasks, dtype_code(weight));
   if (bank.tasks == 0) return out;
-  // Tiles that are summed together before the threads' sums are joined: fixed by the weights, so that no number of threads shows.
-  const int64_t step = std::max<int64_t>(8, (tiles(n) + 63) / 64), chunks = std::max<int64_t>(1, (tiles(n) + step - 1) / step);
-  std::vector<double> sums(chunks * bank.tasks, 0.0);
-  wide ? superpose_grad_in<double>(grad, weight, bank, step, sums) : superpose_grad_in<float>(grad, weight, bank, step, sums);
-  for (int64_t chunk = 1; chunk < chunks; chunk++)
-    for (int64_t task = 0; task < bank.tasks; task++) sums[task] += sums[chunk * bank.tasks + task];
-  for (int64_t task = 0; task < bank.tasks; task += kTile)
-    write_tile(dtype, sums.data() + task, static_cast<uint8_t*>(out.mutable_data_ptr()) + task * weight.element_size(), 0,
-               std::min(kTile, bank.tasks - task));
+  write_sums(wide ? superpose_grad_in<double>(grad, weight, bank) : superpose_grad_in<float>(grad, weight, bank), dtype, out, 0);
+  return out;
+}
+
+// A row's gradient at the weight is the outer product of grad_y and x: it is multiplied out tile by tile and never stored.
+template <class T>
+static std::vector<double> alpha_grad_in(const Tensor& x, const Tensor& grad_y, const Tensor& weight, const Bank& bank,
+                                         int64_t first, int64_t rows) {
+  const Kernels<T> kernels;
+  const ScalarType dtype = weight.scalar_type();
+  const int64_t inputs = x.size(1), outputs = grad_y.size(1);
+  std::vector<T> xs(rows * inputs), gs(rows * outputs);
+  read_tile(x.scalar_type(), x.const_data_ptr(), xs.data(), first * inputs, rows * inputs);
+  read_tile(grad_y.scalar_type(), grad_y.const_data_ptr(), gs.data(), first * outputs, rows * outputs);
+  const void* w = weight.const_data_ptr();
+  return dot_bank<T>(bank, weight.numel(), rows, [&](int64_t row, int64_t at, int64_t n, double* products) {
+    alignas(64) T buffer[kTile];
+    const T* tile = tile_of(dtype, w, buffer, at, n);
+    for (int64_t i = 0; i < n;) {  // the part of every output's weights that lies in the tile
+      const int64_t o = (at + i) / inputs, from = (at + i) % inputs, count = std::min(inputs - from, n - i);
+      kernels.products_scaled(tile + i, xs.data() + row * inputs + from, static_cast<double>(gs[row * outputs + o]), products + i,
+                              count);
+      i += count;
+    }
+  });
+}
+
+static Tensor alpha_grad_cpu(const Tensor& x_, const Tensor& grad_y_, const Tensor& weight_, std::vector<Tensor> blocks) {
+  constexpr int64_t kRows = 16;  // rows that share a reading of the bank; their sums are held for every chunk
+  const Tensor x = dense(x_), grad_y = dense(grad_y_), weight = dense(weight_);
+  STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2 && weight.dim() == 2 && x.size(0) == grad_y.size(0) &&
+                      x.size(1) == weight.size(1) && grad_y.size(1) == weight.size(0),
+                  "alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I)");
+  const ScalarType dtype = floating("alpha_grad", "x", x);
+  const bool wide = dtype == ScalarType::Double || floating("alpha_grad", "grad_y", grad_y) == ScalarType::Double ||
+                    floating("alpha_grad", "weight", weight) == ScalarType::Double;
+  const Bank bank = read_bank("alpha_grad", blocks, weight.numel());
+  const int64_t sizes[] = {x.size(0), bank.tasks};
+  Tensor out = new_dense(sizes, 2, dtype_code(x));
+  if (bank.tasks == 0) return out;
+  for (int64_t first = 0; first < sizes[0]; first += kRows) {
+    const int64_t rows = std::min(kRows, sizes[0] - first);
+    write_sums(wide ? alpha_grad_in<double>(x, grad_y, weight, bank, first, rows)
+                    : alpha_grad_in<float>(x, grad_y, weight, bank, first, rows),
+               dtype, out, first * bank.tasks);
+  }
   return out;
 }
 
@@ -500,4 +570,5 @@ static Tensor superpose_grad_cpu(const Tensor& grad_, const Tensor& weight_, std
 STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, CPU, m) {
   m.impl("superpose", TORCH_BOX(&superpose_cpu));
   m.impl("superpose_grad", TORCH_BOX(&superpose_grad_cpu));
+  m.impl("alpha_grad", TORCH_BOX(&alpha_grad_cpu));
 }
