@@ -66,7 +66,7 @@ def test_gradient_by_hand(cpu_isa):
     assert OPS.superpose_grad(grad, weight, sk.pack_bank(masks)).tolist() == [1.0, -2.0]
 
 
-def test_alpha_grad_by_hand():
+def test_alpha_grad_by_hand(cpu_isa):
     x, grad_y = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0], [10.0]])
     bank = sk.pack_bank(torch.tensor([[[1, 0]], [[1, 1]]], dtype=torch.bool))
     assert sk.alpha_grad(x, grad_y, torch.tensor([[3.0, 5.0]]), bank).tolist() == [[3.0, 13.0], [0.0, 50.0]]
@@ -203,7 +203,7 @@ def test_gradient_of_equal_alphas():
 
 
 @pytest.mark.parametrize("tasks", [1, 5, 70])
-def test_alpha_grad_is_every_rows_gradient(tasks):
+def test_alpha_grad_is_every_rows_gradient(cpu_isa, tasks):
     """Row b is the gradient to alphas of that row's objective alone: through autograd, and summed over rows that of the batch."""
     rows, inputs, outputs = 4, 9, 7
     _, bank = random_bank(tasks, (outputs, inputs))
@@ -219,7 +219,23 @@ def test_alpha_grad_is_every_rows_gradient(tasks):
     torch.testing.assert_close(result.sum(0), total, rtol=1e-4, atol=1e-5)
 
 
-def test_alpha_grad_of_closed_weights():
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_alpha_grad_dtypes_and_threads(cpu_isa, dtype):
+    """More rows than share a reading of the bank; outputs end inside a tile; strided inputs."""
+    _, bank = random_bank(9, (70, 61))
+    x, grad_y = torch.randn(61, 35).to(dtype).T, torch.randn(35, 140).to(dtype)[:, ::2]
+    weight = torch.randn(61, 70).to(dtype).T
+    exact = reference.alpha_grad(x.double(), grad_y.double(), weight.double(), bank)
+    theirs = reference.alpha_grad(x, grad_y, weight, bank)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(sk.alpha_grad(x, grad_y, weight, bank))
+        assert_as_good(results[-1], theirs, exact)
+    assert torch.equal(*results)
+
+
+def test_alpha_grad_of_closed_weights(cpu_isa):
     """NaN behind a closed bit does not get out."""
     masks = torch.tensor([[[1, 0]], [[1, 1]]], dtype=torch.bool)
     weight = torch.tensor([[1.0, nan]])
