@@ -54,13 +54,26 @@ struct Scalars {
   A scale, weight_decay;   // of the gradient, before all else
 };
 
+// Half precision as it is stored.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+// What a stored type is computed in.
+template <class S>
+using Acc = std::conditional_t<std::is_same_v<S, double>, double, float>;
+
 // All bits of `before` where keep is -1, of `after` where it is 0. Plain bit operations: a condition would be moved in front of
 // the arithmetic by the compiler, which costs more than it saves.
 template <class A>
 SK_INLINE A select(int8_t keep, A before, A after) {
-  using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  using Word = std::conditional_t<sizeof(A) == 8, int64_t, std::conditional_t<sizeof(A) == 4, int32_t, int16_t>>;
   const Word mask = keep;
-  return __builtin_bit_cast(A, (__builtin_bit_cast(Word, before) & mask) | (__builtin_bit_cast(Word, after) & ~mask));
+  return __builtin_bit_cast(
+      A, static_cast<Word>((__builtin_bit_cast(Word, before) & mask) | (__builtin_bit_cast(Word, after) & ~mask)));
 }
 
 SK_INLINE float root(float x) { return __builtin_sqrtf(x); }
@@ -163,41 +176,107 @@ SK_AVX512 SK_INLINE void spread_avx512(int8_t* keep, const uint8_t* bits) {
   }
 }
 
-template <class A>
-using Tile = void (*)(A*, const A*, A*, A*, A*, const uint8_t*, int64_t, int, const Scalars<A>&);
+SK_INLINE void widen(float* __restrict out, const Bf16* __restrict in, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = __builtin_bit_cast(float, static_cast<uint32_t>(in[i].bits) << 16);
+}
 
-// A tile in place. bits: 64 bytes, or null where nothing is frozen; partial tiles have n < 512.
-#define SK_TILE(isa, attribute)                                                                                                  \
-  template <Rule rule, class A>                                                                                                  \
-  attribute void tile_##isa(A* w, const A* g, A* a, A* b, A* c, const uint8_t* bits, int64_t n, int what, const Scalars<A>& s) { \
-    alignas(64) A buffer[kTile];                                                                                                 \
-    if (what) {                                                                                                                  \
-      prepare<A>(buffer, g, w, n, what, s);                                                                                      \
-      g = buffer;                                                                                                                \
-    }                                                                                                                            \
-    if (bits == nullptr) return step<rule, false, A>(w, g, a, b, c, nullptr, n, s);                                              \
-    alignas(64) int8_t keep[kTile];                                                                                              \
-    spread_##isa(keep, bits);                                                                                                    \
-    step<rule, true, A>(w, g, a, b, c, keep, n, s);                                                                              \
+SK_INLINE void narrow(Bf16* __restrict out, const float* __restrict in, int64_t n) {
+  for (int64_t i = 0; i < n; i++) {
+    const uint32_t word = __builtin_bit_cast(uint32_t, in[i]);
+    const uint32_t nearest = (word + 0x7fff + (word >> 16 & 1)) >> 16;  // ties to even
+    out[i].bits = static_cast<uint16_t>((word & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : nearest);
+  }
+}
+
+SK_INLINE void widen_portable(float* out, const Fp16* in, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = c10::detail::fp16_ieee_to_fp32_value(in[i].bits);
+}
+
+SK_INLINE void narrow_portable(Fp16* out, const float* in, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i].bits = c10::detail::fp16_ieee_from_fp32_value(in[i]);
+}
+
+SK_AVX2 SK_INLINE void widen_avx2(float* out, const Fp16* in, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    __m128i half = _mm_setzero_si128();
+    __builtin_memcpy(&half, in + i, n - i < 8 ? 2 * (n - i) : 16);
+    _mm256_store_ps(out + i, _mm256_cvtph_ps(half));  // out is a whole tile
+  }
+}
+
+SK_AVX2 SK_INLINE void narrow_avx2(Fp16* out, const float* in, int64_t n) {
+  for (int64_t i = 0; i < n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_load_ps(in + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_store_si128(reinterpret_cast<__m128i*>(out + i), half);
+  }
+}
+
+#define SK_SAME(isa, attribute)                                                                      \
+  attribute SK_INLINE void widen_##isa(float* out, const Bf16* in, int64_t n) { widen(out, in, n); } \
+  attribute SK_INLINE void narrow_##isa(Bf16* out, const float* in, int64_t n) { narrow(out, in, n); }
+SK_SAME(portable, )
+SK_SAME(avx2, SK_AVX2)
+SK_SAME(avx512, SK_AVX512)
+#undef SK_SAME
+SK_AVX512 SK_INLINE void widen_avx512(float* out, const Fp16* in, int64_t n) { widen_avx2(out, in, n); }
+SK_AVX512 SK_INLINE void narrow_avx512(Fp16* out, const float* in, int64_t n) { narrow_avx2(out, in, n); }
+
+template <class S>
+SK_INLINE void put(S* __restrict out, const S* __restrict in, const int8_t* __restrict keep, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = select(keep[i], out[i], in[i]);
+}
+
+template <class S>
+using Tile = void (*)(S*, const S*, S*, S*, S*, const uint8_t*, int64_t, int, const Scalars<Acc<S>>&);
+
+// A tile in place. a, b, c: null where the rule has no such state; bits: 64 bytes, or null where nothing is frozen; n <= 512.
+#define SK_TILE(isa, attribute)                                                                           \
+  template <Rule rule, class S>                                                                           \
+  attribute void tile_##isa(S* w, const S* g, S* a, S* b, S* c, const uint8_t* bits, int64_t n, int what, \
+                            const Scalars<Acc<S>>& s) {                                                   \
+    using A = Acc<S>;                                                                                     \
+    alignas(64) int8_t keep[kTile] = {};                                                                  \
+    if (bits) spread_##isa(keep, bits);                                                                   \
+    if constexpr (sizeof(S) > 2) {                                                                        \
+      alignas(64) A buffer[kTile];                                                                        \
+      if (what) {                                                                                         \
+        prepare<A>(buffer, g, w, n, what, s);                                                             \
+        g = buffer;                                                                                       \
+      }                                                                                                   \
+      if (bits) return step<rule, true, A>(w, g, a, b, c, keep, n, s);                                    \
+      step<rule, false, A>(w, g, a, b, c, nullptr, n, s);                                                 \
+    } else {                                                                                              \
+      alignas(64) A wide[2 + kStates][kTile];                                                             \
+      alignas(64) S rounded[kTile];                                                                       \
+      S* streams[2 + kStates] = {w, const_cast<S*>(g), a, b, c};                                          \
+      for (int t = 0; t < 2 + kStates; t++)                                                               \
+        if (streams[t]) widen_##isa(wide[t], streams[t], n);                                              \
+      if (what) prepare<A>(wide[1], wide[1], wide[0], n, what, s);                                        \
+      step<rule, false, A>(wide[0], wide[1], wide[2], wide[3], wide[4], nullptr, n, s);                   \
+      for (int t = 0; t < 2 + kStates; t++) {                                                             \
+        if (t == 1 || !streams[t]) continue;                                                              \
+        narrow_##isa(rounded, wide[t], n);                                                                \
+        put(streams[t], rounded, keep, n);                                                                \
+      }                                                                                                   \
+    }                                                                                                     \
   }
 SK_TILE(portable, )
 SK_TILE(avx2, SK_AVX2)
 SK_TILE(avx512, SK_AVX512)
 #undef SK_TILE
 
-template <class A, int... rule>
-Tile<A> pick(int wanted, std::integer_sequence<int, rule...>) {
-  static constexpr Tile<A> kTable[3][kRules] = {
-      {tile_portable<Rule(rule), A>...}, {tile_avx2<Rule(rule), A>...}, {tile_avx512<Rule(rule), A>...}};
+template <class S, int... rule>
+Tile<S> pick(int wanted, std::integer_sequence<int, rule...>) {
+  static constexpr Tile<S> kTable[3][kRules] = {
+      {tile_portable<Rule(rule), S>...}, {tile_avx2<Rule(rule), S>...}, {tile_avx512<Rule(rule), S>...}};
   return kTable[static_cast<int>(isa())][wanted];
 }
 
 // ------------------------------------------------------------------------------------------------------------ many tensors
 
-// A tensor's data with the strides to walk it in logical order; strides is null where memory is in that order already.
-struct View {
-  char* data = nullptr;
-  const int64_t* strides = nullptr;
+// The order in which a parameter is walked, and how far apart its elements are.
+struct Walk {
+  std::vector<int64_t> sizes, strides;
 };
 
 // One parameter. Streams are the weight, the gradient and the state.
@@ -205,102 +284,102 @@ struct Job {
   int64_t n, first_tile, index;
   const uint8_t* frozen;
   ScalarType type;
-  bool in_place;  // float or double with every stream in order
-  const int64_t* sizes;
-  int64_t dim;
-  View streams[2 + kStates];
+  char* streams[2 + kStates];
+  Walk logical;             // where the bits are, for tensors that are walked in memory order; else empty
+  std::vector<Walk> apart;  // where each stream is, for streams whose strides differ; else empty
   Scalars<double> scalars;
 };
 
-// Calls f(k, p) for elements [first, first + n) in logical order, p being element first + k of the view.
-template <class S, class F>
-SK_INLINE void walk(const View& view, const Job& job, int64_t first, int64_t n, F f) {
-  S* data = reinterpret_cast<S*>(view.data);
-  if (view.strides == nullptr) {
-    for (int64_t k = 0; k < n; k++) f(k, data + first + k);
-    return;
+// Calls f(k, offset) for elements [first, first + n) of a walk.
+template <class F>
+SK_INLINE void follow(const Walk& walk, int64_t first, int64_t n, F f) {
+  const int64_t last = static_cast<int64_t>(walk.sizes.size()) - 1;
+  const int64_t *sizes = walk.sizes.data(), *strides = walk.strides.data();
+  int64_t at[kMaxDims], rest = first, offset = 0;
+  for (int64_t d = last; d >= 0; d--) {
+    at[d] = rest % sizes[d];
+    rest /= sizes[d];
+    offset += at[d] * strides[d];
   }
-  int64_t at[kMaxDims], rest = first;
-  for (int64_t d = job.dim - 1; d >= 0; d--) {
-    at[d] = rest % job.sizes[d];
-    rest /= job.sizes[d];
-    data += at[d] * view.strides[d];
-  }
-  const int64_t last = job.dim - 1;
   for (int64_t k = 0; k < n;) {
-    const int64_t run = std::min(n - k, job.sizes[last] - at[last]), stride = view.strides[last];
-    for (int64_t i = 0; i < run; i++) f(k + i, data + i * stride);
+    const int64_t run = std::min(n - k, sizes[last] - at[last]), stride = strides[last];
+    for (int64_t i = 0; i < run; i++) f(k + i, offset + i * stride);
     k += run;
-    if (k == n) return;
-    data -= at[last] * stride;
+    offset -= at[last] * stride;
     at[last] = 0;
     for (int64_t d = last - 1; d >= 0; d--) {
-      data += view.strides[d];
-      if (++at[d] < job.sizes[d]) break;
-      data -= at[d] * view.strides[d];
+      offset += strides[d];
+      if (++at[d] < sizes[d]) break;
+      offset -= at[d] * strides[d];
       at[d] = 0;
     }
   }
 }
 
-// A tile through a buffer; frozen elements are not written.
-template <class S, class A>
-void buffered(const Job& job, int64_t first, int64_t n, const uint8_t* bits, Tile<A> f, int what, const Scalars<A>& s) {
-  alignas(64) A buffer[2 + kStates][kTile];
-  for (int t = 0; t < 2 + kStates; t++)
-    if (job.streams[t].data)
-      walk<S>(job.streams[t], job, first, n, [&](int64_t k, const S* p) { buffer[t][k] = static_cast<A>(*p); });
-  f(buffer[0], buffer[1], buffer[2], buffer[3], buffer[4], bits, n, what, s);
-  for (int t = 0; t < 2 + kStates; t++)
-    if (job.streams[t].data && t != 1)
-      walk<S>(job.streams[t], job, first, n, [&](int64_t k, S* p) {
-        if (bits == nullptr || !is_open(bits, k)) *p = static_cast<S>(buffer[t][k]);
-      });
+enum class Frozen { none, some, all };
+
+Frozen frozen(const uint8_t* bits, int64_t n) {
+  uint64_t words[8], all = ~uint64_t{0}, any = 0;
+  std::memcpy(words, bits, sizeof(words));
+  for (int i = 0; i < 8; i++) {
+    const int64_t left = std::clamp<int64_t>(n - 64 * i, 0, 64);
+    all &= left == 64 ? words[i] : words[i] | ~uint64_t{0} << left;
+    any |= words[i];
+  }
+  return all == ~uint64_t{0} ? Frozen::all : any ? Frozen::some : Frozen::none;
 }
 
-template <class S, class A>
+template <class S>
 void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
-  const Tile<A> f = pick<A>(rule, std::make_integer_sequence<int, kRules>());
+  using A = Acc<S>;
+  const Tile<S> f = pick<S>(rule, std::make_integer_sequence<int, kRules>());
   const Scalars<double>& d = job.scalars;
   const Scalars<A> s = {A(d.rate),   A(d.decay),    A(d.eps),        A(d.root),  A(d.mean),
                         A(d.square), A(d.new_mean), A(d.new_square), A(d.scale), A(d.weight_decay)};
   for (int64_t t = begin; t < end; t++) {
     const int64_t first = t * kTile, n = std::min(kTile, job.n - first);
     const uint8_t* bits = job.frozen ? job.frozen + t * kTileBytes : nullptr;
+    uint8_t moved[kTileBytes];
+    if (bits && !job.logical.sizes.empty()) {
+      std::memset(moved, 0, sizeof(moved));
+      follow(job.logical, first, n, [&](int64_t k, int64_t i) { moved[k >> 3] |= is_open(job.frozen, i) << (k & 7); });
+      bits = moved;
+    }
     if (bits) {
-      uint64_t words[8], all = ~uint64_t{0}, any = 0;
-      std::memcpy(words, bits, sizeof(words));
-      for (int i = 0; i < 8; i++) {
-        const int64_t left = std::clamp<int64_t>(n - 64 * i, 0, 64);
-        all &= left == 64 ? words[i] : words[i] | ~uint64_t{0} << left;
-        any |= words[i];
-      }
-      if (all == ~uint64_t{0}) continue;
-      if (any == 0) bits = nullptr;
+      const Frozen kind = frozen(bits, n);
+      if (kind == Frozen::all) continue;
+      if (kind == Frozen::none) bits = nullptr;
     }
-    if constexpr (std::is_same_v<S, A>) {
-      if (job.in_place) {
-        A* p[2 + kStates];
-        for (int i = 0; i < 2 + kStates; i++)
-          p[i] = reinterpret_cast<A*>(job.streams[i].data) + (job.streams[i].data ? first : 0);
-        f(p[0], p[1], p[2], p[3], p[4], bits, n, what, s);
-        continue;
-      }
+    S* p[2 + kStates];
+    if (job.apart.empty()) {
+      for (int i = 0; i < 2 + kStates; i++) p[i] = job.streams[i] ? reinterpret_cast<S*>(job.streams[i]) + first : nullptr;
+      f(p[0], p[1], p[2], p[3], p[4], bits, n, what, s);
+      continue;
     }
-    buffered<S, A>(job, first, n, bits, f, what, s);
+    alignas(64) S buffer[2 + kStates][kTile];
+    for (int i = 0; i < 2 + kStates; i++) {
+      p[i] = job.streams[i] ? buffer[i] : nullptr;
+      const S* from = reinterpret_cast<const S*>(job.streams[i]);
+      if (from) follow(job.apart[i], first, n, [&](int64_t k, int64_t at) { buffer[i][k] = from[at]; });
+    }
+    f(p[0], p[1], p[2], p[3], p[4], bits, n, what, s);
+    for (int i = 0; i < 2 + kStates; i++) {
+      S* to = reinterpret_cast<S*>(job.streams[i]);
+      if (to && i != 1) follow(job.apart[i], first, n, [&](int64_t k, int64_t at) { to[at] = buffer[i][k]; });
+    }
   }
 }
 
 void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
   switch (job.type) {
     case ScalarType::Float:
-      return run<float, float>(job, rule, what, begin, end);
+      return run<float>(job, rule, what, begin, end);
     case ScalarType::Double:
-      return run<double, double>(job, rule, what, begin, end);
+      return run<double>(job, rule, what, begin, end);
     case ScalarType::BFloat16:
-      return run<c10::BFloat16, float>(job, rule, what, begin, end);
+      return run<Bf16>(job, rule, what, begin, end);
     default:
-      return run<c10::Half, float>(job, rule, what, begin, end);
+      return run<Fp16>(job, rule, what, begin, end);
   }
 }
 
@@ -357,19 +436,29 @@ std::vector<float*> counters(const char* op, const Tensors& params, const Tensor
   return at;
 }
 
-// Whether memory holds every element once, in some order of the dimensions.
-bool dense(const Tensor& t) {
+// The dimensions of a tensor from the one with the largest stride to the one with the smallest, with the strides that they have
+// in logical order; nothing where memory does not hold every element once.
+Walk in_memory(const Tensor& t) {
   const auto sizes = t.sizes(), strides = t.strides();
-  int64_t order[kMaxDims], count = 0, expected = 1;
-  for (int64_t d = 0; d < t.dim(); d++)
-    if (sizes[d] != 1) order[count++] = d;
-  std::sort(order, order + count, [&](int64_t a, int64_t b) { return strides[a] < strides[b]; });
-  for (int64_t i = 0; i < count; i++) {
-    if (strides[order[i]] != expected) return false;
-    expected *= sizes[order[i]];
+  std::vector<int64_t> order, logical(sizes.size());
+  int64_t expected = 1;
+  for (int64_t d = static_cast<int64_t>(sizes.size()) - 1; d >= 0; d--) {
+    logical[d] = expected;
+    expected *= sizes[d];
+    if (sizes[d] != 1) order.push_back(d);
   }
-  return true;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return strides[a] > strides[b]; });
+  Walk walk;
+  for (const int64_t d : order) {
+    walk.sizes.push_back(sizes[d]);
+    walk.strides.push_back(logical[d]);
+    expected /= sizes[d];
+    if (strides[d] != expected) return {};
+  }
+  return walk;
 }
+
+Walk logically(const Tensor& t) { return {{t.sizes().begin(), t.sizes().end()}, {t.strides().begin(), t.strides().end()}}; }
 
 bool same(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
   return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
@@ -400,18 +489,16 @@ std::vector<Job> jobs_of(const char* op, const Tensors& params, Tensors& grads, 
     job.first_tile = next;
     next += tiles(job.n);
     const auto sizes = p.sizes(), strides = p.strides();
-    job.sizes = sizes.data();
-    job.dim = static_cast<int64_t>(sizes.size());
     bool ordered = true, alike = true;
     for (int k = 0; k < 2 + kStates; k++) {
+      job.streams[k] = nullptr;
       if (streams[k] == nullptr) continue;
       const Tensor& t = *streams[k];
       STD_TORCH_CHECK(k == 0 || same(t.sizes(), sizes), op, ": gradient and state of parameter ", i, " must have its shape, ",
                       job.n, " elements, got ", t.numel());
       STD_TORCH_CHECK(k < 2 || t.scalar_type() == job.type, op, ": the state of parameter ", i, " must have its dtype");
-      job.streams[k].data = static_cast<char*>(k == 1 ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr());
+      job.streams[k] = static_cast<char*>(k == 1 ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr());
       const bool contiguous = t.is_contiguous();
-      if (!contiguous) job.streams[k].strides = t.strides().data();
       ordered = ordered && contiguous;
       alike = alike && !contiguous && same(t.strides(), strides);
     }
@@ -419,11 +506,11 @@ std::vector<Job> jobs_of(const char* op, const Tensors& params, Tensors& grads, 
     if (frozen[i]) {
       check_bits(op, *frozen[i], job.n);
       job.frozen = static_cast<const uint8_t*>(frozen[i]->const_data_ptr());
-    } else if (!ordered && alike && dense(p)) {  // without bits any one order does
-      ordered = true;
-      for (View& view : job.streams) view.strides = nullptr;
     }
-    job.in_place = ordered;
+    if (ordered || job.n == 0) continue;
+    if (alike) job.logical = in_memory(p);
+    if (job.logical.sizes.empty())
+      for (const Tensor* t : streams) job.apart.push_back(t ? logically(*t) : Walk());
   }
   jobs.erase(std::remove_if(jobs.begin(), jobs.end(), [](const Job& job) { return job.n == 0; }), jobs.end());
   return jobs;
