@@ -248,6 +248,7 @@ struct Layer {
   const void* weight;
   void* w_eff;
   Stage stage;
+  int64_t missed;               // windows so far
   int64_t lo, hi;               // the window
   int64_t first_chunk, chunks;  // of this round
 };
@@ -296,7 +297,8 @@ static void window_from_sample(Layer& layer, Workspace& space) {
   K* sample = space.scratch.get<K>(2 * (size + kSlack));
   K* again = sample + size + kSlack;
   for (int64_t g = 0; g < groups; g++) {
-    const uint64_t hash = (uint64_t(g) + 1) * 0x9e3779b97f4a7c15u >> 32;
+    uint64_t hash = (uint64_t(g) + 1) * 0x9e3779b97f4a7c15u;  // splitmix64, shortened
+    hash = (hash ^ hash >> 29) * 0xbf58476d1ce4e5b9u >> 32;
     const K* group = scores + g * stride + int64_t(hash * uint64_t(stride - 3) >> 32);
     for (int j = 0; j < 4; j++) sample[g * 4 + j] = key_of<K, Value>(group[j], inf);
   }
@@ -339,19 +341,19 @@ static void window_exact(Layer& layer, Workspace& space) {
 
 // Widths for the next window, from how far the threshold moved and how many scores a key is worth here.
 template <class K>
-static void learn(Layer& layer, K threshold, int64_t within, bool missed) {
+static void learn(Layer& layer, K threshold, int64_t within) {
   double* hint = layer.hint;
   if (!hint) return;
   const double dense = double(within) / (double(layer.hi) - double(layer.lo) + 1);  // scores a key, about the threshold
   const auto half = [&](double share) { return share * double(layer.n) / (2 * dense); };
   const bool known = hint[1] > 0 && std::isfinite(hint[0]) && std::isfinite(hint[1]);
   double next = half(1. / 64);
-  if (known) next = std::max(4 * std::abs(double(threshold) - hint[0]), missed ? 0 : .75 * hint[1]);
+  if (known) next = std::max(4 * std::abs(double(threshold) - hint[0]), layer.missed ? 0 : .75 * hint[1]);
   next = std::clamp(next, half(1. / 1024), half(1. / 16));
   hint[0] = double(threshold);
   hint[1] = std::max(next, .5);
   hint[2] = double(within);
-  hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
+  hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + double(layer.missed);
 }
 
 // What is kept of the scores within the window: keys above `key`, and of those equal to it the ordinals [from, to).
@@ -423,7 +425,7 @@ template <class K>
 static void resolve(Layer& layer, Workspace& space, Ties ties) {
   const Chunk* const begin = space.chunks.data() + layer.first_chunk;
   const Chunk* const end = begin + layer.chunks;
-  const bool one_key = layer.lo == layer.hi, missed = layer.stage != Stage::hint && layer.hint && layer.hint[1] > 0;
+  const bool one_key = layer.lo == layer.hi;
   int64_t above = 0, within = 0, listed = 0;
   for (const Chunk* c = begin; c < end; c++) above += c->above, within += c->within, listed += c->keys_found;
   if (layer.k == 0 || layer.k == layer.n) {
@@ -432,6 +434,7 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
   }
   if (above >= layer.k || above + within < layer.k || (!one_key && listed < within)) {
     layer.stage = layer.stage == Stage::hint ? Stage::sample : Stage::exact;
+    layer.missed++;
     return;
   }
   const K* const all_keys = space.keys.get<K>(0);
@@ -443,7 +446,7 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
       std::memcpy(list + m, all_keys + c->keys, c->keys_found * sizeof(K));
     found = rank(list, m, static_cast<K>(layer.lo), static_cast<K>(layer.hi), layer.k - above);
   }
-  learn(layer, found.key, within, missed);
+  learn(layer, found.key, within);
   const Cut<K> cut = {found.key, ties == Ties::last ? found.ties - found.need : 0, ties == Ties::first ? found.need : found.ties};
   auto* bits = reinterpret_cast<Word*>(layer.bits);
   const auto* all_pieces = space.pieces.get<Piece>(0);
