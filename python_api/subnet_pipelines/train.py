@@ -99,6 +99,7 @@ class Run:
         self.cursor = Cursor(**tree.get("cursor", {}))
         self.seconds = tree.get("seconds", {"train": 0.0, "select": 0.0, "eval": 0.0, "total": 0.0})
         self.rows = tree.get("rows", {})  # row -> task -> {"right", "told"}; keys are strings, as in JSON
+        self.used = tree.get("used", {})  # row -> used fraction of the backbone, from methods that report it
         self.best = tree.get("best")
         if tree:
             method.load(tree["method"])
@@ -110,7 +111,7 @@ class Run:
         with contextlib.closing(self.folder), self.stop, self.show:
             self.go_on()
             self.save()
-        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows)
+        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows, self.used)
         write_run(result, self.folder.path)
         return result
 
@@ -246,6 +247,9 @@ class Run:
         all_rows = self.config.eval_rows == "all" or (self.config.eval_rows == "auto" and total <= 50)
         tests = range(total) if self.config.eval_future else range(t + 1)
         self.row(str(t), tests if all_rows or t == total - 1 else [t])
+        used = (self.method.report().get("capacity") or {}).get("used_fraction")
+        if used is not None:
+            self.used[str(t)] = used
 
     def row(self, name: str, tests: Iterable[int]) -> None:
         """Measure what is not yet measured of a row; an interruption keeps what is."""
@@ -274,6 +278,7 @@ class Run:
                 "cursor": asdict(self.cursor),
                 "seconds": self.seconds,
                 "rows": self.rows,
+                "used": self.used,
                 "best": self.best,
                 "method": self.method.state(),
                 "optimizer": self.opt.state_dict() if self.opt is not None else None,
