@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 
 from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.config import Settings
+from subnet_pipelines.interrupt import Interrupted
 from subnet_pipelines.progress import Quiet, shown_on
 from subnet_pipelines.report import COLUMNS, Result, draw, name_of, number, page, table_row
 from subnet_pipelines.train import run
@@ -29,7 +31,7 @@ SHOWN = ("acc", "bwt", "task_inference", "used_fraction", "measured_cap", "secon
 
 
 def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] = RUNS) -> int:
-    """Run the demo into `out`, replacing runs of an earlier demo there, and print its table; returns 0."""
+    """Run the demo into `out`, replacing runs of an earlier demo there, and print its table; returns the exit code."""
     begun, threads = time.monotonic(), torch.get_num_threads()
     torch.set_num_threads(1)  # the networks are tiny: more threads wait for each other
     results = []
@@ -44,6 +46,9 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
             method = settings.method(method_config, benchmark, seed)
             show: Quiet = shown_on(title=f"{name}: ")
             results.append(run(method, benchmark, run_config, folder, show=show, note={"fidelity": settings.fidelity}))
+    except Interrupted as stopped:
+        print("subnet-kernels: the demo was stopped; started again, it begins anew", file=sys.stderr)
+        return 128 + stopped.signum
     finally:
         torch.set_num_threads(threads)
     plots = [("after the last task", p) for p in draw(results, out) if p.name == "final.png" and len(results) > 1]
