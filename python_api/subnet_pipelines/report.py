@@ -87,7 +87,7 @@ def make_result(
         acc=metrics.acc(final),
         bwt=metrics.bwt(diagonal, final),
         forgetting=metrics.forgetting(matrix) if whole else None,
-        fwt=metrics.fwt(matrix, [untrained[str(j)]["right"] for j in range(n)]) if whole and untrained else None,
+        fwt=metrics.fwt(matrix, [untrained.get(str(j), {}).get("right") for j in range(n)]) if whole and untrained else None,
         task_inference={"accuracy": metrics.mean(told), "unit": unit} if metrics.mean(told) is not None else None,
         method_report=report,
         capacity=capacity,

@@ -117,7 +117,7 @@ class Run:
 
     def go_on(self) -> None:
         every, total = self.benchmark.stream(), len(self.benchmark)
-        if self.config.eval_future:
+        if self.config.eval_future and self.cursor == Cursor():
             self.row("untrained", range(total))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
@@ -149,7 +149,7 @@ class Run:
             self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
                 self.mark(parts[self.cursor.part])
-            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0)
+            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
         if phase.select == "best":
             self.method.restore(self.best)
         if phase.then is not None:
@@ -174,9 +174,9 @@ class Run:
             order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
             order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
             self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
-            more = self.epoch_end(phase, val)
-            c.epoch, c.batch, c.sums = c.epoch + 1, 0, {}
-            more &= c.epoch * a_round < steps
+            goes_on = self.epoch_end(phase, val)
+            c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
+            more = c.epoch * a_round < steps
 
     def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
         """The batches of (the rest of) an epoch."""
