@@ -99,6 +99,7 @@ class Run:
         self.cursor = Cursor(**tree.get("cursor", {}))
         self.seconds = tree.get("seconds", {"train": 0.0, "select": 0.0, "eval": 0.0, "total": 0.0})
         self.rows = tree.get("rows", {})  # row -> task -> {"right", "told"}; keys are strings, as in JSON
+        self.used = tree.get("used", {})  # row -> used fraction of the backbone, from methods that report it
         self.best = tree.get("best")
         if tree:
             method.load(tree["method"])
@@ -110,13 +111,13 @@ class Run:
         with contextlib.closing(self.folder), self.stop, self.show:
             self.go_on()
             self.save()
-        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows)
+        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows, self.used)
         write_run(result, self.folder.path)
         return result
 
     def go_on(self) -> None:
         every, total = self.benchmark.stream(), len(self.benchmark)
-        if self.config.eval_future:
+        if self.config.eval_future and self.cursor == Cursor():
             self.row("untrained", range(total))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
@@ -148,7 +149,7 @@ class Run:
             self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
                 self.mark(parts[self.cursor.part])
-            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0)
+            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
         if phase.select == "best":
             self.method.restore(self.best)
         if phase.then is not None:
@@ -173,9 +174,9 @@ class Run:
             order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
             order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
             self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
-            more = self.epoch_end(phase, val)
-            c.epoch, c.batch, c.sums = c.epoch + 1, 0, {}
-            more &= c.epoch * a_round < steps
+            goes_on = self.epoch_end(phase, val)
+            c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
+            more = c.epoch * a_round < steps
 
     def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
         """The batches of (the rest of) an epoch."""
@@ -246,6 +247,9 @@ class Run:
         all_rows = self.config.eval_rows == "all" or (self.config.eval_rows == "auto" and total <= 50)
         tests = range(total) if self.config.eval_future else range(t + 1)
         self.row(str(t), tests if all_rows or t == total - 1 else [t])
+        used = (self.method.report().get("capacity") or {}).get("used_fraction")
+        if used is not None:
+            self.used[str(t)] = used
 
     def row(self, name: str, tests: Iterable[int]) -> None:
         """Measure what is not yet measured of a row; an interruption keeps what is."""
@@ -274,6 +278,7 @@ class Run:
                 "cursor": asdict(self.cursor),
                 "seconds": self.seconds,
                 "rows": self.rows,
+                "used": self.used,
                 "best": self.best,
                 "method": self.method.state(),
                 "optimizer": self.opt.state_dict() if self.opt is not None else None,
