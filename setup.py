@@ -25,6 +25,7 @@ CPU_FLAGS = [
     "-O3",
     "-fvisibility=hidden",
     "-ffp-contract=off",  # the same bits on every instruction set
+    "-fno-math-errno",  # so that loops with a square root are vectorised
     "-Wall",
     "-Wextra",
     "-Werror=return-type",

@@ -6,11 +6,12 @@ the modules named in ``per_task``. What does not require a gradient is shared ba
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -262,6 +263,24 @@ class MaskBank:
             self._put(entry.state, entry.modules, in_place)
         self.active = name
 
+    @property
+    def is_live(self) -> bool:
+        """Whether forward goes through the live masks: no task is active and nothing superposed."""
+        layer = self.layers()[0]
+        return layer._active is None and layer._mix is None
+
+    @contextlib.contextmanager
+    def as_task(self, name: str | None) -> Iterator[None]:
+        """Run the block as a stored task (None: the live one); afterwards the model runs as it did before."""
+        before, modes = self.active, [(layer._active, layer._mix) for layer in self.layers()]
+        self.activate(name)
+        try:
+            yield
+        finally:
+            self.activate(before)
+            for layer, (active, mix) in zip(self.layers(), modes):
+                layer._active, layer._mix = active, mix
+
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
         if entry is not None and entry.index is None:
@@ -378,14 +397,8 @@ class MaskBank:
 
     def export(self, name: str) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
-        before, mixes = self.active, [(layer._active, layer._mix) for layer in self.layers()]
-        self.activate(name)
-        try:
+        with self.as_task(name):
             dense = copy.deepcopy(self.model)
-        finally:
-            self.activate(before)
-            for layer, (active, mix) in zip(self.layers(), mixes):
-                layer._active, layer._mix = active, mix
         plain = {masked: kind for kind, masked in DENSE.items()}
         for module in dense.modules():
             if isinstance(module, SubnetLayer):
@@ -514,26 +527,35 @@ class MaskBank:
         The model's weights must be those that the masks were learnt on; with restore=True the weights that the bank owns are written into
         the model instead. Raises ValueError in one sentence if a file is missing, damaged or does not fit the model.
         """
-        folder = Path(folder).resolve()
         bank = cls(model)
+        bank.read(folder, restore=restore)
+        return bank
+
+    def read(self, folder: Path | str, names: Sequence[str] | None = None, *, restore: bool = False) -> None:
+        """Add the entries of a folder to this bank, which must be empty; names: the first ones, in order (default all). As `load`."""
+        if self._entries:
+            raise ValueError(f"read: the bank must be empty, it has {len(self)} entries")
+        folder = Path(folder).resolve()
         manifest = _read_manifest(folder)
-        shapes = {key: list(layer.weight.shape) for key, layer in bank._layers.items()}
+        rows = manifest["entries"] if names is None else manifest["entries"][: len(names)]
+        if names is not None and [row["name"] for row in rows] != list(names):
+            raise ValueError(
+                f"read: {folder} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
+            )
+        shapes = {key: list(layer.weight.shape) for key, layer in self._layers.items()}
         stored = {key: value["shape"] for key, value in manifest["layers"].items()}
         if shapes != stored:
             wrong = next(key for key in [*shapes, *stored] if shapes.get(key) != stored.get(key))
             raise ValueError(
                 f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {folder}, the model's has {shapes.get(wrong)}"
             )
-        for row in manifest["entries"]:
-            bank._read_entry(folder, row, restore)
-        if manifest["backbone_sha256"] and bank.masks:
-            bank._backbone = manifest["backbone_sha256"]
-            if bank._hash() != bank._backbone:
-                raise ValueError(
-                    f"load: the model's weights must have hash {bank._backbone[:12]} as in {folder}, got {bank._hash()[:12]}"
-                )
-        refresh(bank.layers())
-        return bank
+        for row in rows:
+            self._read_entry(folder, row, restore)
+        if manifest["backbone_sha256"] and self.masks:
+            self._backbone, now = manifest["backbone_sha256"], self._hash()
+            if now != self._backbone:
+                raise ValueError(f"load: the model's weights must have hash {self._backbone[:12]} as in {folder}, got {now[:12]}")
+        refresh(self.layers())
 
     @torch.no_grad()
     def _read_entry(self, folder: Path, row: Mapping, restore: bool) -> None:

@@ -8,6 +8,7 @@ optimizer's layers in one call, and an eager forward refreshes a layer whose sco
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -253,7 +254,13 @@ def init_scores_(scores: Tensor) -> Tensor:
 _LAYERS: weakref.WeakSet = weakref.WeakSet()
 _GENERATION = 0  # moves when a layer appears or one's parameters are replaced
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
+_SECONDS = 0.0  # host time spent in `refresh`
 _OF_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def refresh_seconds() -> float:
+    """Host seconds that this process has spent in `refresh`; on a GPU that is the launching alone."""
+    return _SECONDS
 
 
 def _changed() -> None:
@@ -298,6 +305,8 @@ def refresh(model: nn.Module | Iterable[SubnetLayer]) -> None:
 
     model: a module, or layers. Needed by hand only after writes through ``.data``.
     """
+    global _SECONDS
+    begin = time.perf_counter()
     layers = [m for m in model.modules() if isinstance(m, SubnetLayer)] if isinstance(model, nn.Module) else list(model)
     groups: dict[tuple, list[SubnetLayer]] = {}
     for layer in layers:
@@ -314,6 +323,7 @@ def refresh(model: nn.Module | Iterable[SubnetLayer]) -> None:
             ops.refresh_threshold_(scores, weights, first, second, bits, w_eff)
         for layer in group:
             layer._seen = layer._now()
+    _SECONDS += time.perf_counter() - begin
 
 
 @torch.no_grad()

@@ -1,0 +1,41 @@
+"""Fixtures of all tests: the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
+
+import ctypes
+
+import pytest
+import torch
+
+from subnet_kernels.ops._library import LOADED, MISSING
+
+ISAS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(autouse=True)
+def _same_chance():
+    """Every test starts from one seed and leaves torch's number of threads as it found it."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+def switch_isa(request: str | None) -> str:
+    """The instruction set that the compiled CPU ops use, after a request for another one if that is given."""
+    function = ctypes.CDLL(str(LOADED["_C_cpu"])).subnet_kernels_isa
+    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
+    return function(request.encode() if request else None).decode()
+
+
+@pytest.fixture(params=ISAS)
+def cpu_isa(request):
+    """The test runs once for each instruction set that the compiled CPU ops have and this processor has too; its name."""
+    if "_C_cpu" not in LOADED:
+        pytest.skip(f"no compiled CPU ops: {MISSING['_C_cpu']}")
+    before = switch_isa(None)
+    try:
+        if switch_isa(request.param) != request.param:
+            pytest.skip(f"this processor, or SUBNET_KERNELS_CPU, does not allow {request.param}")
+        yield request.param
+    finally:
+        switch_isa(before)
