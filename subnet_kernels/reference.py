@@ -464,4 +464,4 @@ def update_adam_(
             variance = max_exp_avg_sqs[i]
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         denominator = variance.sqrt() / correction2.sqrt().to(p.dtype) + eps
-        _write(p, base - (rate / correction1).to(p.dtype) * (mean / denominator), live)
+        _write(p, base - (rate / correction1).to(p.dtype) * mean / denominator, live)

@@ -87,7 +87,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
         SK_STORE(c, most, variance);
       }
       const A denominator = root(variance) / s.root + s.eps;
-      const A moved = weight * s.decay - s.rate * (new_mean / denominator);
+      const A moved = weight * s.decay - s.rate * new_mean / denominator;
       SK_STORE(a, mean, new_mean);
       SK_STORE(b, square, new_square);
       SK_STORE(w, weight, moved);
