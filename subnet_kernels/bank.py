@@ -65,6 +65,7 @@ class MaskBank:
         self._backbone: str | None = None
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
         self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one is active
+        self._head: str | None = None  # whose state a superposition runs with
         self.active: str | None = None
 
     # ---------------------------------------------------------------------------------------------------------- looking
@@ -244,6 +245,7 @@ class MaskBank:
         entry = self[name] if name is not None else None
         if name is not None and bits is not None:
             raise ValueError(f"activate: expected a name or bits, got both, {name!r}")
+        self._head = None
         if entry is None and bits is None:
             self._to_live()
             return
@@ -272,14 +274,15 @@ class MaskBank:
     @contextlib.contextmanager
     def as_task(self, name: str | None) -> Iterator[None]:
         """Run the block as a stored task (None: the live one); afterwards the model runs as it did before."""
-        before, modes = self.active, [(layer._active, layer._mix) for layer in self.layers()]
+        active, head, modes = self.active, self._head, [(layer._active, layer._mix) for layer in self.layers()]
         self.activate(name)
         try:
             yield
         finally:
-            self.activate(before)
-            for layer, (active, mix) in zip(self.layers(), modes):
-                layer._active, layer._mix = active, mix
+            self.activate(active if head is None else head)
+            self.active, self._head = active, head
+            for layer, mode in zip(self.layers(), modes):
+                layer._active, layer._mix = mode
 
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
@@ -318,8 +321,8 @@ class MaskBank:
         requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
         """
         names = self._mask_names("superpose", self.masks if over is None else over)
-        if head is not None:
-            self.activate(head)
+        self.activate(head)
+        self.active, self._head = None, head  # the state is the head's, the weights are nobody's
         blocks, counts = self._of(names)
         equal = alphas is None
         if equal:

@@ -13,7 +13,7 @@ from torch import Tensor
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
-CHUNK = 1 << 20  # elements of an epoch that are shuffled at once: small enough to stay in the cache
+CHUNK = 1 << 18  # elements of an epoch that are gathered at once: a megabyte, which stays in the cache
 
 
 class Batch(NamedTuple):
@@ -78,8 +78,9 @@ def batches(x: Tensor, y: Tensor, t: Tensor | None, order: Tensor | None, size: 
     Rows are gathered a chunk of batches at a time; a batch is then three views.
     """
     rows = max(1, CHUNK // max(1, math.prod(x.shape[1:]) * size)) * size
-    for start in range(skip * size, len(x) if order is None else len(order), rows):
-        pick = slice(start, start + rows) if order is None else order[start : start + rows]
+    n = len(x) if order is None else len(order)
+    for start in range(skip * size, n, rows):
+        pick = slice(start, min(start + rows, n)) if order is None else order[start : start + rows]
         xs, ys = x[pick].split(size), y[pick].split(size)
         ts = t[pick].split(size) if t is not None else [None] * len(xs)
         yield from map(Batch, xs, ys, ts)

@@ -112,16 +112,24 @@ def load(folder: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tens
 
 def gather_view(index: Tensor | None) -> Callable[[Tensor], Tensor]:
     """The view that takes pixel index[i] (784 is a black one) for pixel i, and normalises. uint8 (m, 784) -> float32 (m, 784)."""
-    outside = None if index is None else (index == 784).nonzero().flatten()
+    if index is not None:
+        inside, outside = index.clamp(max=783), (index == 784).nonzero().flatten()
 
     def view(rows: Tensor) -> Tensor:
         if index is not None:
-            rows = rows.index_select(1, index.clamp(max=783))
+            rows = columns(rows, inside)
             if len(outside):
                 rows[:, outside] = 0
         return rows.to(torch.float32).div_(255).sub_(MEAN).div_(STD)
 
     return view
+
+
+def columns(rows: Tensor, index: Tensor) -> Tensor:
+    """rows[:, index], uint8 (m, n) and int64 (k,) -> uint8 (m, k); numpy's take is three times as fast as torch's on a CPU."""
+    if rows.device.type != "cpu":
+        return rows.index_select(1, index)
+    return torch.from_numpy(np.take(rows.numpy(), index.numpy(), axis=1))
 
 
 class MNIST(Benchmark):
