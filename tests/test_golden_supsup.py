@@ -126,7 +126,9 @@ def test_erdos_renyi(path):
 def test_signed_constant(path):
     """One magnitude a layer, the float32 one of the authors to its last two bits; signs as drawn, and an exact 0 stays 0."""
     gold = Golden(path)
-    for shape, constant in zip(gold["shapes"].tolist(), gold["constant"]):
+    constants = dict(zip(map(tuple, gold["shapes"].tolist()), gold["constant"]))  # layers of one shape have one constant
+    for shape, constant in constants.items():
+        assert all(c == constant for s, c in zip(gold["shapes"].tolist(), gold["constant"]) if tuple(s) == shape)
         weight = torch.randn(shape)
         weight.view(-1)[0] = 0
         drawn = weight.clone()
