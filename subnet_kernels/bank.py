@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from subnet_kernels import ops, reference
 from subnet_kernels.convert import matches
 from subnet_kernels.files import write_atomic
-from subnet_kernels.layers import DENSE, SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
+from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
 
 FORMAT = "subnet-kernels bank"
 VERSION = 1
@@ -56,17 +56,27 @@ class MaskBank:
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
         if not self._layers:
             raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
+        if any(layer._active is not None or layer._mix is not None for layer in self.layers()):
+            raise ValueError(
+                "MaskBank: the model must run its live masks, another bank has a task active: activate(None) there first"
+            )
         config = getattr(model, "subnet_config", None)
-        self._per_task = [n for n, _ in model.named_modules() if n and config and any(_fits(n, p) for p in config.per_task)]
+        self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
         self._blocks: dict[str, list[Tensor]] = {name: [] for name in self._layers}
         self._owned = {name: torch.zeros_like(layer.bits) for name, layer in self._layers.items()}
         self._counts: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
         self._backbone: str | None = None
+        self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
-        self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one is active
-        self._head: str | None = None  # whose state a superposition runs with
+        self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
+        self._held: str | None = None  # whose they are
+        self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
+        self._heads: dict[str, nn.Module] = {}  # and its per-task modules
         self.active: str | None = None
+        for layer in self.layers():
+            layer.frozen = layer.frozen_values = None
 
     # ---------------------------------------------------------------------------------------------------------- looking
 
@@ -103,15 +113,17 @@ class MaskBank:
 
     def bits(self, name: str) -> dict[str, Tensor]:
         """Packed bits of a mask: {layer name: uint8}. Raises ValueError for a combination."""
-        index = self[name].index
-        if index is None:
+        if self[name].index is None:
             raise ValueError(f"bank: {name!r} must be a mask, it is a combination of masks")
-        block, place = divmod(index, reference.BLOCK)
-        return {layer: blocks[block][:, place].reshape(-1) for layer, blocks in self._blocks.items()}
+        return self._bits_of(self[name])
+
+    def _bits_of(self, entry: Entry) -> dict[str, Tensor]:
+        block, place = divmod(entry.index, reference.BLOCK)
+        return {layer: blocks[block][:, place].clone(memory_format=_DENSE).view(-1) for layer, blocks in self._blocks.items()}
 
     def owned(self) -> dict[str, Tensor]:
-        """Packed bits that any committed mask uses: {layer name: uint8}."""
-        return self._owned
+        """Copies of the packed bits that any committed mask uses: {layer name: uint8}."""
+        return {key: bits.clone() for key, bits in self._owned.items()}
 
     def live_bits(self) -> dict[str, Tensor]:
         """Copies of the packed bits in training now: {layer name: uint8}."""
@@ -144,46 +156,67 @@ class MaskBank:
             raise ValueError(f"commit: {name!r} must be a new name, the bank has it already")
         if alphas is not None and bits is not None:
             raise ValueError("commit: expected bits or alphas, got both")
+        if over is not None and alphas is None:
+            raise ValueError("commit: over must come with alphas, got masks and nothing to weigh them with")
         if self._live is not None and alphas is None:
-            raise ValueError(f"commit: the live task must be active, got {self.active!r}; call activate(None) first")
-        state = {key: value.detach().clone() for key, value in self._state().items()}
-        modules = {key: _fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
-        kept = {key: layer.scores.detach().clone() for key, layer in self._layers.items()} if scores else {}
-        named = {key: value.detach().clone() for key, value in (tensors or {}).items()}
+            raise ValueError(f"commit: the live task must be active, got {self._held!r}; call activate(None) first")
+        try:
+            json.dumps(facts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"commit: facts must be values that JSON has: {error}") from None
+        for key, value in (tensors or {}).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"commit: tensors must be named tensors, got {type(value).__name__} for {key!r}")
         if alphas is not None:
-            over = tuple(over or self.masks)
+            over = tuple(self.masks if over is None else over)
             self._check_alphas("commit", alphas, len(self._mask_names("commit", over)))
-            self._entries[name] = Entry(None, state, modules, alphas.detach().clone(), over, kept, named, facts)
-            return
-        bits = self.live_bits() if bits is None else {key: value.clone() for key, value in bits.items()}
+        elif bits is not None:
+            self._check_bits("commit", bits)
+        entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
+        entry.modules = {key: _fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
+        entry.scores = {key: layer.scores.detach().clone() for key, layer in self._layers.items()} if scores else {}
+        entry.tensors = {key: value.detach().clone() for key, value in (tensors or {}).items()}
+        if alphas is not None:
+            entry.alphas, entry.over = alphas.detach().clone(), over
+        else:
+            bits = self.live_bits() if bits is None else bits
+            self._backbone = self._backbone or self._hash()
+            entry.index = len(self.masks)
+            self._append(bits)
+            self._freeze()
+        self._entries[name] = entry
+
+    def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
-            raise ValueError(f"commit: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
+            raise ValueError(f"{where}: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
         for key, layer in self._layers.items():
-            if bits[key].dtype != torch.uint8 or bits[key].shape != layer.bits.shape:
+            given, n = bits[key], layer.weight.numel()
+            if given.dtype != torch.uint8 or given.shape != layer.bits.shape or given.device != layer.bits.device:
                 raise ValueError(
-                    f"commit: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)}, "
-                    f"got {bits[key].dtype} of {tuple(bits[key].shape)}"
+                    f"{where}: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)} on {layer.bits.device}, "
+                    f"got {given.dtype} of {tuple(given.shape)} on {given.device}"
                 )
-        if self._backbone is None and not self.trains_weights:
-            self._backbone = self._hash()
-        self._append(bits)
-        self._entries[name] = Entry(len(self.masks), state, modules, None, (), kept, named, facts)
+            if not _is_padded(given, n):
+                raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
 
     def _append(self, bits: Mapping[str, Tensor]) -> None:
-        for key, layer in self._layers.items():
+        for key in self._layers:
             blocks, row = self._blocks[key], bits[key].view(-1, 1, reference.TILE // 8)
             if blocks and blocks[-1].shape[1] < reference.BLOCK:
                 blocks[-1] = torch.cat([blocks[-1], row], 1)
             else:
-                blocks.append(row.contiguous())
+                blocks.append(row.clone())
             ops.union_(self._owned[key], bits[key])
-            self._freeze(key, layer)
         self._counts.clear()
 
-    def _freeze(self, key: str, layer: SubnetLayer) -> None:
-        if layer.train_weight:
-            layer.frozen = self._owned[key].clone()
-            layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
+    def _freeze(self) -> None:
+        """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
+        for key, layer in self._layers.items():
+            if layer.train_weight:
+                if layer.frozen is not None:
+                    ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
+                layer.frozen = self._owned[key].clone()
+                layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
 
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
         """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
@@ -199,14 +232,14 @@ class MaskBank:
                 f"begin: per_task must name modules of {', '.join(self._per_task) or 'none'}, got {', '.join(sorted(unknown))}"
             )
         self.activate(None)
+        fresh = {key: _fresh(self.model.get_submodule(key), key, (per_task or {}).get(key)) for key in self._per_task}
         with torch.no_grad():
-            for key, value in self._state().items():
-                value.copy_(self._initial[key])
+            self._write(self._initial)
             if scores == "init":
                 for layer in self.layers():
                     init_scores_(layer.scores)
-        for key in self._per_task:
-            self.model.set_submodule(key, _fresh(self.model.get_submodule(key), key, (per_task or {}).get(key)))
+        for key, module in fresh.items():
+            self.model.set_submodule(key, module)
         refresh(self.layers())
 
     @torch.no_grad()
@@ -225,13 +258,19 @@ class MaskBank:
             self._entries[other].index = i
         for e in self._entries.values():
             e.saved = None  # the values that an entry's file holds are those it was the first to own
+        self._prefix = (0, {})
         self._blocks = {key: [] for key in self._layers}
-        for key, layer in self._layers.items():
-            self._owned[key].zero_()
-            layer.frozen = layer.frozen_values = None
+        for bits in self._owned.values():
+            bits.zero_()
         for bits in kept:
             self._append(bits)
         self._counts.clear()
+        if kept:
+            self._freeze()
+        else:
+            self._backbone = None
+            for layer in self.layers():
+                layer.frozen = layer.frozen_values = None
 
     # ---------------------------------------------------------------------------------------------------------- running
 
@@ -240,29 +279,24 @@ class MaskBank:
         """Run the model as a stored task; None is the live one again.
 
         bits: run as this mask with the live state, {layer name: packed bits}; in_place: copy into the tensors that forward reads
-        already (for CUDA graphs). While a task is active weights and scores get no gradient. Raises KeyError for an unknown name.
+        already (for CUDA graphs: those of the first such call, whatever is activated between). While a task is active weights and scores
+        get no gradient. Raises KeyError for an unknown name, ValueError for bad bits or, in place, another head width.
         """
-        entry = self[name] if name is not None else None
         if name is not None and bits is not None:
             raise ValueError(f"activate: expected a name or bits, got both, {name!r}")
-        self._head = None
-        if entry is None and bits is None:
-            self._to_live()
-            return
-        if entry is not None and self._live is None:
-            state = {key: value.detach().clone() for key, value in self._state().items()}
-            self._live = (state, {key: self.model.get_submodule(key) for key in self._per_task})
-        elif entry is None:
-            self._to_live()
-        for key, weight in self._effective(entry, bits).items():
-            layer = self._layers[key]
+        entry = self[name] if name is not None else None
+        if bits is not None:
+            self._check_bits("activate", bits)
+        weights = {} if entry is None and bits is None else self._effective(entry, bits)
+        self._hold(name, in_place)
+        for key, layer in self._layers.items():
             layer._mix = None
-            if in_place and layer._active is not None:
-                layer._active.copy_(weight)
-            else:
-                layer._active = weight
-        if entry is not None:
-            self._put(entry.state, entry.modules, in_place)
+            layer._active = weights.get(key)
+            if in_place and weights:
+                slot = self._slots.get(key)
+                if slot is None or slot.dtype != weights[key].dtype or slot.device != weights[key].device:
+                    slot = self._slots[key] = weights[key].clone()
+                layer._active = slot.copy_(weights[key])
         self.active = name
 
     @property
@@ -274,15 +308,16 @@ class MaskBank:
     @contextlib.contextmanager
     def as_task(self, name: str | None) -> Iterator[None]:
         """Run the block as a stored task (None: the live one); afterwards the model runs as it did before."""
-        active, head, modes = self.active, self._head, [(layer._active, layer._mix) for layer in self.layers()]
+        active, held, modes = self.active, self._held, [(layer._active, layer._mix) for layer in self.layers()]
         self.activate(name)
         try:
             yield
         finally:
-            self.activate(active if head is None else head)
-            self.active, self._head = active, head
-            for layer, mode in zip(self.layers(), modes):
-                layer._active, layer._mix = mode
+            with torch.no_grad():
+                self._hold(held)
+            self.active = active
+            for layer, (weight, mix) in zip(self.layers(), modes):
+                layer._active, layer._mix = weight, mix
 
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
@@ -290,28 +325,43 @@ class MaskBank:
             blocks, _ = self._of(entry.over)
             rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
             return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
-        if bits is None:
-            block, place = divmod(entry.index, reference.BLOCK)
-            bits = {key: self._blocks[key][block][:, place].reshape(-1) for key in weights}
+        bits = self._bits_of(entry) if bits is None else bits
         return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
 
-    def _to_live(self) -> None:
-        for layer in self.layers():
-            layer._active = layer._mix = None
-        if self._live is not None:
-            self._put(*self._live, False)
-            self._live = None
-        self.active = None
-
-    def _put(self, state: Mapping[str, Tensor], modules: Mapping[str, nn.Module], in_place: bool) -> None:
-        for key, value in self._state().items():
-            value.copy_(state[key])
-        for key, module in modules.items():
-            if in_place:
-                for mine, theirs in zip(_tensors(self.model.get_submodule(key)), _tensors(module)):
+    def _hold(self, name: str | None, in_place: bool = False) -> None:
+        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is."""
+        entry = self[name] if name is not None else None
+        if entry is None and self._live is None:
+            return
+        modules = {}
+        for key, module in (entry.modules if entry is not None else self._live[1]).items():
+            if entry is not None and in_place:
+                slot = self._heads.setdefault(key, _fixed_copy(module))
+                pairs = list(zip(_tensors(slot), _tensors(module)))
+                if any(mine.shape != theirs.shape for mine, theirs in pairs):
+                    raise ValueError(
+                        f"activate: in place, module {key!r} of {name!r} must have the sizes of the first one activated so"
+                    )
+                for mine, theirs in pairs:
                     mine.copy_(theirs)
-            else:
-                self.model.set_submodule(key, module)
+                module = slot
+            elif entry is not None:
+                module = _fixed_copy(module)
+            modules[key] = module
+        if self._live is None:
+            live = {key: value.detach().clone() for key, value in self._state().items()}
+            self._live = (live, {key: self.model.get_submodule(key) for key in self._per_task})
+        self._write(entry.state if entry is not None else self._live[0])
+        for key, module in modules.items():
+            current = self.model.get_submodule(key)
+            if module is not current:
+                self.model.set_submodule(key, module.train(current.training))
+        self._live = None if entry is None else self._live
+        self._held = name
+
+    def _write(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in self._state().items():
+            value.detach().copy_(state[key])
 
     def superpose(self, alphas: Tensor | None = None, *, over: Sequence[str] | None = None, head: str | None = None) -> Tensor:
         """Run the model as many masks at once: every layer's weight is W * sum_k alpha_k M_k.
@@ -321,17 +371,19 @@ class MaskBank:
         requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
         """
         names = self._mask_names("superpose", self.masks if over is None else over)
-        self.activate(head)
-        self.active, self._head = None, head  # the state is the head's, the weights are nobody's
-        blocks, counts = self._of(names)
         equal = alphas is None
         if equal:
             some = self.layers()[0].weight
             alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
         self._check_alphas("superpose", alphas, len(names))
+        blocks, counts = self._of(names, equal)
+        with torch.no_grad():
+            self._hold(head)
+        self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = None
-            layer._mix = (blocks[key], alphas if alphas.dim() == 1 else alphas[i], equal, counts[key] if equal else None)
+            row = None if alphas.dim() == 1 else i
+            layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
         return alphas
 
     def row_alpha_grad(
@@ -347,36 +399,44 @@ class MaskBank:
                 raise ValueError(
                     f"row_alpha_grad: layer {key!r} must be linear or an ungrouped Conv2d, got {type(layer).__name__}"
                 )
-        alphas = self.superpose(None, over=over, head=head)
-        try:
-            for layer in self.layers():
-                layer._trace = []
-            with torch.enable_grad():
-                value = objective(self.model(x)).sum()
-            calls = [(layer, *call) for layer in self.layers() for call in layer._trace]
-            grads = torch.autograd.grad(value, [y for _, _, y in calls])
-        finally:
-            for layer in self.layers():
-                layer._trace = None
+        with self.as_task(None):
+            alphas = self.superpose(None, over=over, head=head)
+            banks = [layer._mix[0] for layer in self.layers()]
+            try:
+                for layer in self.layers():
+                    layer._trace = []
+                with torch.enable_grad():
+                    value = objective(self.model(x)).sum()
+                calls = [(layer, bank, *call) for layer, bank in zip(self.layers(), banks) for call in layer._trace]
+            finally:
+                for layer in self.layers():
+                    layer._trace = None
+            grads = torch.autograd.grad(value, [y for *_, y in calls], allow_unused=True)
         total = x.new_zeros((x.shape[0], alphas.shape[-1]), dtype=alphas.dtype)
-        for (layer, inp, _), grad in zip(calls, grads):
-            weight, bank = layer.weight.detach().flatten(1), layer._mix[0]
+        for (layer, bank, inp, _), grad in zip(calls, grads):
+            if grad is None:  # what this call computed does not reach the objective
+                continue
+            weight = layer.weight.detach().flatten(1)
             if isinstance(layer, SubnetConv2d):
                 inp, grad = _columns(layer, inp), grad.flatten(2).transpose(1, 2)
             rows = ops.alpha_grad(inp.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0]), weight, bank)
+            if inp.shape[0] % x.shape[0]:
+                raise ValueError(f"row_alpha_grad: a layer's input must have {x.shape[0]} rows first, got {tuple(inp.shape)}")
             total += rows.view(x.shape[0], -1, rows.shape[1]).sum(1)
         return total
 
-    def _of(self, names: Sequence[str]) -> tuple[dict, dict]:
-        """Blocks and counts of some masks, cached until a mask is added or removed."""
+    def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
+        """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""
         key = tuple(names)
-        if key not in self._counts:
+        if key not in self._counts or (equal and not self._counts[key][1]):
             if list(key) == self.masks:
                 blocks = self._blocks
             else:
                 rows = [self.bits(name) for name in key]
                 blocks = {layer: _blocks_of([row[layer] for row in rows]) for layer in self._layers}
-            counts = {name: _count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()}
+            counts = (
+                {name: _count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()} if equal else {}
+            )
             self._counts = {key: (blocks, counts)}
         return self._counts[key]
 
@@ -400,16 +460,18 @@ class MaskBank:
 
     def export(self, name: str) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
-        with self.as_task(name):
-            dense = copy.deepcopy(self.model)
-        plain = {masked: kind for kind, masked in DENSE.items()}
-        for module in dense.modules():
-            if isinstance(module, SubnetLayer):
-                module.weight = nn.Parameter(module._active.clone(), requires_grad=False)
-                del module._parameters["scores"]
-                for key in _INSTALLED:
-                    module.__dict__.pop(key, None)
-                module.__class__ = plain[type(module)]
+        entry = self[name]
+        dense = copy.deepcopy(self.model)
+        for key, weight in self._effective(entry, None).items():
+            layer = dense.get_submodule(key)
+            layer.uninstall()
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
+        with torch.no_grad():
+            for key, value in entry.state.items():
+                tensors[key].copy_(value)
+        for key, module in entry.modules.items():
+            dense.set_submodule(key, _fixed_copy(module).train(dense.get_submodule(key).training))
         dense.__dict__.pop("subnet_config", None)
         return dense
 
@@ -449,30 +511,44 @@ class MaskBank:
         Where weights learn, every frozen weight is compared bit by bit with its value at the commit; else the backbone's hash.
         """
         for key, layer in self._layers.items():
-            if layer.frozen is not None:
+            if layer.train_weight and self.masks:
+                if layer.frozen is None:
+                    raise RuntimeError(
+                        f"verify: layer {key!r} must have frozen weights, it has none: another bank took over the model"
+                    )
                 now = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
                 moved = int((_raw(now) != _raw(layer.frozen_values)).any(-1).sum()) if now.numel() else 0
                 if moved:
                     raise RuntimeError(f"verify: layer {key!r} must keep its {now.numel()} frozen weights, {moved} of them moved")
-        if self._backbone is not None and self._hash() != self._backbone:
-            raise RuntimeError(
-                f"verify: the backbone must have hash {self._backbone[:12]}, got {self._hash()[:12]}: its weights changed"
-            )
+        if self._backbone is not None and (now := self._hash()) != self._backbone:
+            raise RuntimeError(f"verify: the backbone must have hash {self._backbone[:12]}, got {now[:12]}: its weights changed")
 
-    def _hash(self) -> str:
+    def _hash(self) -> str | None:
+        """Hash of what all tasks share and none may change: masked weights that do not learn, and unmasked fixed parameters."""
+        masked = {id(p) for layer in self.layers() for p in (layer.weight, layer.scores)}
+        fixed = [(key, layer.weight) for key, layer in self._layers.items() if not layer.train_weight]
+        fixed += [
+            (key, p)
+            for key, p in self.model.named_parameters()
+            if id(p) not in masked and key not in self._state_names and not matches(key, self._per_task)
+        ]
         digest = hashlib.sha256()
-        for key, layer in self._layers.items():
-            digest.update(f"{key} {tuple(layer.weight.shape)} {layer.weight.dtype}".encode())
-            digest.update(_raw(layer.weight.detach()).cpu().numpy().tobytes())
-        return digest.hexdigest()
+        for key, value in fixed:
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(_raw(value.detach()).cpu().numpy().tobytes())
+        return digest.hexdigest() if fixed else None
+
+    def _trainable(self) -> list[str]:
+        """Names of the tensors of the model that belong to a task and not to the backbone or a ``per_task`` module."""
+        masked = {id(p) for layer in self.layers() for p in (layer.weight, layer.scores)}
+        names = [key for key, p in self.model.named_parameters() if p.requires_grad and id(p) not in masked]
+        kept = self.model.state_dict(keep_vars=True)
+        names += [key for key, _ in self.model.named_buffers() if key in kept]
+        return [key for key in names if not matches(key, self._per_task)]
 
     def _state(self) -> dict[str, Tensor]:
-        """The tensors of the model that belong to a task and not to the backbone or a ``per_task`` module."""
-        masked = {id(p) for layer in self._layers.values() for p in (layer.weight, layer.scores)}
-        found = {k: p for k, p in self.model.named_parameters() if p.requires_grad and id(p) not in masked}
-        kept = self.model.state_dict(keep_vars=True)
-        found.update({k: b for k, b in self.model.named_buffers() if k in kept})
-        return {key: value for key, value in found.items() if not matches(key, self._per_task)}
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return {key: tensors[key] for key in self._state_names}
 
     # ---------------------------------------------------------------------------------------------------------- on disk
 
@@ -483,28 +559,17 @@ class MaskBank:
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
         rows = []
         for number, (name, entry) in enumerate(self._entries.items()):
-            tensors = {}
-            if entry.index is not None:
-                for key, bits in self.bits(name).items():
-                    tensors[f"bits/{key}"] = bits
-                    if self._layers[key].train_weight:
-                        weight = self._layers[key].weight.detach()
-                        tensors[f"values/{key}"] = weight[ops.unpack(bits & ~owned[key], weight.shape)]
-                        ops.union_(owned[key], bits)
-            path = folder / f"{number:05d}-{re.sub(r'[^A-Za-z0-9_.-]', '_', name)[:60]}.safetensors"
-            if entry.saved != path or not path.exists():
-                tensors |= {f"state/{k}": v for k, v in entry.state.items()} | {f"scores/{k}": v for k, v in entry.scores.items()}
-                tensors |= {f"tensors/{k}": v for k, v in entry.tensors.items()}
-                tensors |= {f"per_task/{m}/{k}": v for m, module in entry.modules.items() for k, v in module.state_dict().items()}
-                if entry.alphas is not None:
-                    tensors["alphas"] = entry.alphas
-                write_atomic(path, to_safetensors({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
+            if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
+                data = to_safetensors(self._tensors_of(entry))
+                slug, digest = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60], hashlib.sha256(data).hexdigest()[:12]
+                # the content is in the name: a file that an earlier manifest speaks of is never written over with another
+                path = folder / f"{number:05d}-{slug}-{digest}.safetensors"
+                write_atomic(path, data)
                 entry.saved = path
             kind = "mask" if entry.index is not None else "combination"
-            rows.append({"name": name, "file": path.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
+            rows.append({"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -514,14 +579,44 @@ class MaskBank:
                     "shape": list(layer.weight.shape),
                     "dtype": str(layer.weight.dtype).removeprefix("torch."),
                     "density": layer.density,
+                    "trains": layer.train_weight,
                 }
                 for key, layer in self._layers.items()
             },
-            "trains_weights": self.trains_weights,
+            "state": self._state_names,
+            "per_task": self._per_task,
             "backbone_sha256": self._backbone,
             "entries": rows,
         }
         write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
+        """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
+        tensors = {f"state/{key}": value for key, value in entry.state.items()}
+        tensors |= {f"scores/{key}": value for key, value in entry.scores.items()}
+        tensors |= {f"tensors/{key}": value for key, value in entry.tensors.items()}
+        tensors |= {f"per_task/{m}/{k}": v for m, module in entry.modules.items() for k, v in module.state_dict().items()}
+        if entry.alphas is not None:
+            tensors["alphas"] = entry.alphas
+        else:
+            owned = self._owned_before(entry.index)
+            for key, bits in self._bits_of(entry).items():
+                tensors[f"bits/{key}"] = bits
+                if self._layers[key].train_weight:
+                    weight = self._layers[key].weight.detach()
+                    tensors[f"values/{key}"] = weight[ops.unpack(bits & ~owned[key], weight.shape)]
+        return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+    def _owned_before(self, index: int) -> dict[str, Tensor]:
+        """Packed bits that the first `index` masks own, from those of the last call on."""
+        start, owned = self._prefix
+        if start > index or not owned:
+            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        for name in self.masks[start:index]:
+            for key, bits in self.bits(name).items():
+                ops.union_(owned[key], bits)
+        self._prefix = (index, owned)
+        return owned
 
     @classmethod
     def load(cls, folder: Path | str, model: nn.Module, *, restore: bool = False) -> MaskBank:
@@ -545,74 +640,117 @@ class MaskBank:
             raise ValueError(
                 f"read: {folder} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
             )
-        shapes = {key: list(layer.weight.shape) for key, layer in self._layers.items()}
+        self.activate(None)
+        self._fit(folder / "manifest.json", manifest)
+        found, masks, writes = {}, [], []
+        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        for row in rows:
+            path = folder / row["file"]
+            tensors = _read_tensors(path)
+            found[row["name"]] = entry = self._entry(path, row, tensors)
+            if row["kind"] == "combination":
+                entry.alphas = self._alphas(path, tensors, len(entry.over))
+                continue
+            bits, entry.index = self._mask(path, tensors), len(masks)
+            masks.append(bits)
+            writes += self._values(path, tensors, bits, owned, restore)
+        backbone = manifest["backbone_sha256"] if masks else None
+        if backbone is not None and (now := self._hash()) != backbone:
+            raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
+        for layer, new, values in writes:  # all is checked: from here on the model may change
+            ops.restore_([layer.weight], [new], [values])
+        self._entries, self._backbone = found, backbone
+        for bits in masks:
+            self._append(bits)
+        if masks:
+            self._freeze()
+        refresh(self.layers())
+
+    def _fit(self, path: Path, manifest: Mapping) -> None:
+        """Check a manifest against the model, and take over what a task's state is."""
+        shapes = {key: [*layer.weight.shape] for key, layer in self._layers.items()}
         stored = {key: value["shape"] for key, value in manifest["layers"].items()}
         if shapes != stored:
             wrong = next(key for key in [*shapes, *stored] if shapes.get(key) != stored.get(key))
             raise ValueError(
-                f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {folder}, the model's has {shapes.get(wrong)}"
+                f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {path}, the model's has {shapes.get(wrong)}"
             )
-        for row in rows:
-            self._read_entry(folder, row, restore)
-        if manifest["backbone_sha256"] and self.masks:
-            self._backbone, now = manifest["backbone_sha256"], self._hash()
-            if now != self._backbone:
-                raise ValueError(f"load: the model's weights must have hash {self._backbone[:12]} as in {folder}, got {now[:12]}")
-        refresh(self.layers())
+        for key, layer in self._layers.items():
+            if layer.train_weight != manifest["layers"][key]["trains"]:
+                raise ValueError(
+                    f"load: layer {key!r} must be converted with train_weights={not layer.train_weight} as in {path}"
+                )
+        if sorted(manifest["per_task"]) != sorted(self._per_task):
+            raise ValueError(f"load: per_task must be {manifest['per_task']} as in {path}, the model's is {self._per_task}")
+        tensors = {*dict(self.model.named_parameters()), *dict(self.model.named_buffers())}
+        missing = [key for key in manifest["state"] if key not in tensors]
+        if missing:
+            raise ValueError(f"load: the model must have {missing[0]!r}, a part of the task state in {path}")
+        self._state_names = list(manifest["state"])
+        self._initial = {key: value.detach().clone() for key, value in self._state().items()}
 
-    @torch.no_grad()
-    def _read_entry(self, folder: Path, row: Mapping, restore: bool) -> None:
-        path = folder / row["file"]
-        try:
-            with safe_open(path, "pt") as file:
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"load: {path} must be a readable safetensors file: {error}") from None
+    def _entry(self, path: Path, row: Mapping, tensors: Mapping[str, Tensor]) -> Entry:
+        """The entry of a manifest's row and its file, without mask or alphas."""
 
         def group(prefix: str) -> dict[str, Tensor]:
             return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
         device = self.layers()[0].weight.device
-        modules = {}
+        state, scores, modules = group("state/"), group("scores/"), {}
+        for what, stored, mine in (
+            ("task state", state, self._state()),
+            ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
+        ):
+            for key in sorted({*stored, *mine}):
+                if key not in mine or key not in stored or _kind(mine[key]) != _kind(stored[key]):
+                    expected, got = (_kind(t[key]) if key in t else "nothing" for t in (mine, stored))
+                    raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
         for key in self._per_task:
-            state = {k: v.to(device) for k, v in group(f"per_task/{key}/").items()}
-            modules[key] = _from_state(self.model.get_submodule(key), state, path)
-        state = {key: value.to(device) for key, value in group("state/").items()}
-        mine = {key: tuple(value.shape) for key, value in self._state().items()}
-        if mine != {key: tuple(value.shape) for key, value in state.items()}:
-            raise ValueError(
-                f"load: {path} must hold the task state {', '.join(mine) or '(none)'}, got {', '.join(state) or '(none)'}"
-            )
-        entry = Entry(
-            None, state, modules, None, tuple(row["over"]), group("scores/"), group("tensors/"), dict(row["facts"]), path
-        )
-        if row["kind"] == "combination":
-            entry.alphas = tensors["alphas"].to(device)
-            self._check_alphas("load", entry.alphas, len(self._mask_names("load", entry.over)))
-        else:
-            bits, values = group("bits/"), group("values/")
-            for key, layer in self._layers.items():
-                n = layer.weight.numel()
-                if key not in bits or bits[key].dtype != torch.uint8 or bits[key].shape != layer.bits.shape:
-                    raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
-                bits[key] = bits[key].to(device)
-                if not torch.equal(ops.pack(ops.unpack(bits[key], (n,))), bits[key]):
-                    raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
-                if layer.train_weight:
-                    self._take_values(path, key, layer, bits[key] & ~self._owned[key], values.get(key), restore)
-            entry.index = len(self.masks)
-            self._append(bits)
-        self._entries[row["name"]] = entry
+            modules[key] = _from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
+        state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
+        return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
 
-    def _take_values(self, path: Path, key: str, layer: SubnetLayer, new: Tensor, values: Tensor | None, restore: bool) -> None:
-        expected = int(ops.count(new))
-        if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
-            raise ValueError(f"load: {path} must hold the {expected} {layer.weight.dtype} values that layer {key!r} owns by it")
-        values = values.to(layer.weight.device)
-        if restore:
-            ops.restore_([layer.weight], [new], [values])
-        elif not torch.equal(_raw(layer.weight.detach()[ops.unpack(new, layer.weight.shape)]), _raw(values)):
-            raise ValueError(f"load: the model's weights in layer {key!r} must be those that {path} was learnt on, they differ")
+    def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
+        alphas = tensors.get("alphas")
+        if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
+            got = "nothing" if alphas is None else _kind(alphas)
+            raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
+        return alphas.to(self.layers()[0].weight.device)
+
+    def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        masks = {}
+        for key, layer in self._layers.items():
+            bits, n = tensors.get(f"bits/{key}"), layer.weight.numel()
+            if bits is None or bits.dtype != torch.uint8 or bits.shape != layer.bits.shape:
+                raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
+            if not _is_padded(bits, n):
+                raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
+            masks[key] = bits.to(layer.weight.device)
+        return masks
+
+    def _values(
+        self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
+    ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
+        """Check the values of weights that a mask is the first to own; returns what is to be written. Adds the mask to owned."""
+        writes = []
+        for key, layer in self._layers.items():
+            new = bits[key] & ~owned[key]
+            ops.union_(owned[key], bits[key])
+            if not layer.train_weight:
+                continue
+            values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
+            if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
+                raise ValueError(
+                    f"load: {path} must hold the {expected} {layer.weight.dtype} values that layer {key!r} owns by it"
+                )
+            values = values.to(layer.weight.device)
+            if restore:
+                writes.append((layer, new, values))
+            elif not torch.equal(_raw(layer.weight.detach()[ops.unpack(new, layer.weight.shape)]), _raw(values)):
+                raise ValueError(
+                    f"load: the model's weights in layer {key!r} must be those that {path} was learnt on, they differ"
+                )
+        return writes
 
 
 class TaskView(nn.Module):
@@ -635,17 +773,33 @@ class TaskView(nn.Module):
     def load_state_dict(self, *_, **__):
         raise RuntimeError("TaskView: a view cannot be loaded into, it is a snapshot; take a new one from the bank")
 
+    def _apply(self, *_, **__):
+        raise RuntimeError("TaskView: a view cannot be moved or cast, it is a snapshot; do so with what bank.export gives")
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskView:
+        if requires_grad:
+            raise RuntimeError("TaskView: a view's parameters learn nothing, it is a snapshot; train the model and commit again")
+        return self
+
     def __setattr__(self, name, value):
         if self.__dict__.get("_fixed"):
             raise AttributeError(f"TaskView: attribute {name!r} cannot be set, a view is a snapshot")
         super().__setattr__(name, value)
 
 
-_INSTALLED = "rule train_weight frozen frozen_values k bits w_eff hints _seen _active _mix _trace".split()
+_DENSE = torch.contiguous_format
 
 
-def _fits(name: str, pattern: str) -> bool:
-    return name.count(".") == pattern.count(".") and matches(name, [pattern])
+def _is_padded(bits: Tensor, n: int) -> bool:
+    """Whether packed bits are zero after those of n weights."""
+    tail = bits[n // 8 :].clone()
+    if n % 8:
+        tail[0] >>= n % 8
+    return not bool(tail.any())
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
@@ -666,7 +820,8 @@ def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
         if type(module) is not nn.Linear:
             raise ValueError(f"begin: module {name!r} must be a Linear to be given a width, got {type(module).__name__}")
         weight = module.weight
-        return nn.Linear(module.in_features, outputs, module.bias is not None, device=weight.device, dtype=weight.dtype)
+        new = nn.Linear(module.in_features, outputs, module.bias is not None, device=weight.device, dtype=weight.dtype)
+        return new.train(module.training)
     new = copy.deepcopy(module).requires_grad_(True)
     for part in new.modules():
         if hasattr(part, "reset_parameters"):
@@ -674,19 +829,22 @@ def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
     return new
 
 
-def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """A copy of the template with these tensors; a Linear takes their width."""
+def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
+    """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
     module = _fixed_copy(template)
-    if set(module.state_dict()) != set(state):
-        raise ValueError(f"load: {path} must hold {', '.join(module.state_dict())} of a per-task module, got {', '.join(state)}")
-    if type(module) is nn.Linear and state["weight"].dim() == 2 and state["weight"].shape[1] == module.in_features:
-        weight = state["weight"]
-        module = nn.Linear(weight.shape[1], weight.shape[0], module.bias is not None, device=weight.device, dtype=weight.dtype)
-    try:
-        module.load_state_dict(state)
-    except RuntimeError as error:
-        raise ValueError(f"load: {path} does not fit the per-task module: {' '.join(str(error).split())}") from None
-    return module.requires_grad_(False)
+    mine = module.state_dict()
+    if set(mine) != set(state):
+        raise ValueError(f"load: {path} must hold {', '.join(mine)} of module {name!r}, got {', '.join(state) or 'nothing'}")
+    if type(module) is nn.Linear and state["weight"].dim() == 2:
+        outputs = state["weight"].shape[0]
+        for key, value in list(module.named_parameters()):
+            setattr(module, key, nn.Parameter(value.new_empty((outputs, *value.shape[1:])), requires_grad=False))
+        module.out_features, mine = outputs, module.state_dict()
+    for key, value in mine.items():
+        if _kind(value) != _kind(state[key]):
+            raise ValueError(f"load: {path} must hold {_kind(value)} as {key!r} of module {name!r}, got {_kind(state[key])}")
+    module.load_state_dict(state)
+    return module
 
 
 def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -711,17 +869,48 @@ def _columns(layer: SubnetConv2d, x: Tensor) -> Tensor:
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
 
 
+def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
+            raise ValueError(f"load: {path} must have a proper {key!r} in its manifest, got {row!r:.80}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"load: {path} must be a readable safetensors file: {' '.join(str(error).split())}") from None
+
+
 def _read_manifest(folder: Path) -> dict:
     path = folder / "manifest.json"
     try:
         manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
     if manifest.get("version") != VERSION:
-        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r}")
-    for row in manifest.get("entries", ()):
-        if not isinstance(row, dict) or Path(str(row.get("file"))).name != row.get("file"):
-            raise ValueError(f"load: {path} must name its entries' files without folders, got {row!r:.80}")
+        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r:.80}")
+    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), entries=list)
+    for layer in manifest["layers"].values():
+        _need(path, layer, shape=list, trains=bool)
+    masks: set[str] = set()
+    names: set[str] = set()
+    for row in manifest["entries"]:
+        _need(path, row, name=str, file=str, kind=str, over=list, facts=dict)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+\.safetensors", row["file"]):
+            raise ValueError(f"load: {path} must name its entries' files plainly and without folders, got {row['file']!r:.80}")
+        if row["name"] in names or row["kind"] not in ("mask", "combination"):
+            raise ValueError(
+                f"load: {path} must hold masks and combinations of different names, got {row['kind']!r} {row['name']!r:.80}"
+            )
+        if any(not isinstance(name, str) or name not in masks for name in row["over"]):
+            raise ValueError(f"load: {path} must combine masks that come earlier in it, {row['name']!r:.80} does not")
+        names.add(row["name"])
+        if row["kind"] == "mask":
+            masks.add(row["name"])
+    if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
+        raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
     return manifest

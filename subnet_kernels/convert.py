@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
@@ -98,61 +98,76 @@ def _kaiming_normal_(weight: Tensor, fan: str, scale: float) -> Tensor:
     return weight.normal_(0, math.sqrt(2.0 / (_fan(weight, fan) * scale)))
 
 
-def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a module name, or one of the modules it lies in, fits one of the globs."""
-    parts = name.split(".")
-    return any(fnmatchcase(".".join(parts[: i + 1]), p) for i in range(len(parts)) for p in patterns)
+def matches(name: str, modules: Sequence[str]) -> bool:
+    """Whether a module's or tensor's name is one of these modules' or lies in one of them."""
+    return any(name == module or name.startswith(module + ".") for module in modules)
+
+
+def per_task_modules(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Names of the modules that the globs fit, without those that lie in another one. Raises ValueError where a glob fits none."""
+    names = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"convert: per_task {pattern!r} must name a module of the model, which has {', '.join(names)}")
+    found: list[str] = []
+    for name in names:  # outer modules come before inner ones
+        if not matches(name, found) and any(fnmatchcase(name, pattern) for pattern in patterns):
+            found.append(name)
+    return found
 
 
 def convert(model: nn.Module, config: SubnetConfig) -> nn.Module:
     """Turn the layers of a model into masked ones, in place, and return it.
 
-    Modules and Parameter objects keep their identity and state-dict keys; each masked layer gains ``scores``. Raises ValueError if
-    a layer is masked already, its weight is parametrised or tied to another module's, or no layer fits.
+    Modules and Parameter objects keep their identity and state-dict keys; each masked layer gains ``scores``. Raises ValueError, with the
+    model as it was, if a layer is masked already, its weight is parametrised or tied to another module's, or no layer fits.
     """
     chosen: dict[str, nn.Module] = {}
-    holders: dict[int, str] = {}
-    names = {name for name, _ in model.named_modules()}
-    for pattern in config.per_task:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(
-                f"convert: per_task {pattern!r} must name a module of the model, which has {', '.join(sorted(names - {''}))}"
-            )
+    per_task = per_task_modules(model, config.per_task)
     for name, module in model.named_modules():
         if isinstance(module, SubnetLayer):
             raise ValueError(f"convert: module {name!r} must be dense, it is masked already ({type(module).__name__})")
-        if matches(name, config.per_task):
+        kind = parametrize.type_before_parametrizations(module)
+        if matches(name, per_task) or kind not in DENSE or not (config.filter is None or config.filter(name, module)):
             continue
-        if type(module) in DENSE and (config.filter is None or config.filter(name, module)):
-            if parametrize.is_parametrized(module):
-                raise ValueError(f"convert: module {name!r} must have a plain weight, its weight is parametrised")
-            chosen[name] = module
+        if parametrize.is_parametrized(module) or not isinstance(module.weight, nn.Parameter):
+            raise ValueError(f"convert: module {name!r} must have a plain weight, its weight is parametrised")
+        chosen[name] = module
     if not chosen:
         raise ValueError(f"convert: expected a model with Linear or Conv layers to mask, got none in {type(model).__name__}")
+    weights: dict[int, str] = {}
+    for name, module in chosen.items():
+        weights.setdefault(id(module.weight), _join(name, "weight"))
     for name, module in model.named_modules():
         for key, parameter in module.named_parameters(recurse=False):
-            other = holders.setdefault(id(parameter), f"{name}.{key}".lstrip("."))
-            mine = f"{name}.{key}".lstrip(".")
-            if other != mine and any(f"{c}.weight".lstrip(".") in (other, mine) for c in chosen):
+            mine, other = _join(name, key), weights.get(id(parameter))
+            if other not in (None, mine):
                 raise ValueError(f"convert: weights must not be tied, {mine!r} is {other!r}")
-    layers = []
+    topk = config.select == "topk"
+    densities = {name: config.layer_density(name, m.weight.shape) if topk else 0.5 for name, m in chosen.items()}
     for name, module in chosen.items():
-        density = config.layer_density(name, module.weight.shape) if config.select == "topk" else 0.5
-        scale = density if config.scale_fan else 1.0
+        scale = densities[name] if config.scale_fan else 1.0
         if config.weight_init == "signed_constant":
             signed_constant_(module.weight, config.fan, scale)
         elif config.weight_init == "kaiming_normal":
             _kaiming_normal_(module.weight, config.fan, scale)
         module.weight.requires_grad_(config.train_weights)
         module.__class__ = DENSE[type(module)]
-        module.install(config.rule(density))
-        layers.append(module)
-    model.subnet_config = config
-    refresh(layers)
+        module.install(config.rule(densities[name]))
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer) and any(isinstance(m, SubnetLayer) for m in module.modules()):
+            module.activation_relu_or_gelu = 0  # its fused inference path would read the dense weights past their masks
+    # without functions, so that the model can be pickled; the densities are resolved
+    model.subnet_config = replace(config, density=densities, filter=None, per_task=tuple(per_task))
+    refresh(chosen.values())
     return model
+
+
+def _join(module: str, parameter: str) -> str:
+    return f"{module}.{parameter}" if module else parameter
 
 
 def dense_state_dict(model: nn.Module) -> dict[str, Tensor]:
     """The state dict that the dense model had: without scores. Loads into it, and into a converted model."""
-    masked = {f"{name}.scores".lstrip(".") for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
+    masked = {_join(name, "scores") for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
     return {key: value for key, value in model.state_dict().items() if key not in masked}

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +67,8 @@ class LiveWeight(torch.autograd.Function):
 
     @staticmethod
     def forward(weight, scores, w_eff, bits, frozen, by):
-        return (
-            w_eff.detach()
-        )  # shares the version counter: a refresh between forward and backward is an error, not a wrong gradient
+        # the alias shares the version counter: a refresh between forward and backward is an error, not a wrong gradient
+        return w_eff.detach()
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -104,18 +103,41 @@ class SubnetLayer:
         self.frozen: Tensor | None = None
         self.frozen_values: Tensor | None = None
         self._active: Tensor | None = None  # effective weight of the active task
-        self._mix: tuple | None = None  # (bank, alphas, equal, counts) of a superposition
+        self._mix: tuple | None = None  # (bank, alphas, row of alphas, counts, version of alphas) of a superposition
         self._trace: list | None = None  # (input, output) of each superposed forward, where somebody wants row gradients
-        self._allocate()
-        _register(self)
+        self._seen: tuple | None = None  # versions of scores and weight that bits and w_eff were made from
+        self._adopt()
+        _LAYERS.add(self)
 
-    def _allocate(self) -> None:
+    def uninstall(self) -> None:
+        """Become the dense layer that it was made from, with the weight it has now."""
+        _LAYERS.discard(self)
+        del self._parameters["scores"]
+        for name in _INSTALLED:
+            del self.__dict__[name]
+        self.__class__ = next(dense for dense, masked in DENSE.items() if masked is type(self))
+        _changed()
+
+    def _adopt(self) -> None:
+        """Take the registered parameters for this layer's own, and have live tensors that fit them."""
         weight = self.weight
-        self.k = self.rule.k(weight.numel())
-        self.bits = weight.new_zeros(reference.nbytes(weight.numel()), dtype=torch.uint8)
-        self.w_eff = torch.empty_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
-        self.hints = torch.zeros(4, dtype=torch.float64, device=weight.device)
-        self._seen: tuple | None = None
+        live = self.__dict__.get("w_eff")
+        self._own = (weight, self.scores)
+        self._seen = None
+        if live is None or (live.shape, live.dtype, live.device) != (weight.shape, weight.dtype, weight.device):
+            self.k = self.rule.k(weight.numel())
+            self.bits = torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
+            self.w_eff = torch.zeros_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+            self.hints = torch.zeros(4, dtype=torch.float64, device=weight.device)
+            to = lambda t, dtype=None: None if t is None else t.to(weight.device, dtype)  # noqa: E731
+            self.frozen, self.frozen_values = to(self.frozen), to(self.frozen_values, weight.dtype)
+            self._active = to(self._active, weight.dtype)
+        _changed()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if "_own" in self.__dict__ and {"weight", "scores"} <= self._parameters.keys():
+            self._adopt()
 
     @property
     def density(self) -> float:
@@ -124,32 +146,37 @@ class SubnetLayer:
 
     @density.setter
     def density(self, density: float) -> None:
-        self.rule = Rule(**{**vars(self.rule), "density": density})
+        self.rule = replace(self.rule, density=density)
         self.k = self.rule.k(self.weight.numel())
+        _changed()
         refresh([self])
 
-    def _now(self) -> tuple:
-        scores, weight = self.scores, self.weight
-        return scores._version, weight._version, id(scores), id(weight)
+    def _now(self) -> tuple[int, int]:
+        weight, scores = self._own
+        return scores._version, weight._version
 
     def effective_weight(self) -> Tensor:
         """The weight that forward uses, in the autograd graph: live, of the active task, or superposed."""
         if self._active is not None:
             return self._active
         if self._mix is not None:
-            bank, alphas, equal, counts = self._mix
-            return superpose_weight(self.weight.detach(), bank, alphas, equal, counts)
+            bank, alphas, row, counts, version = self._mix
+            # equal alphas are not read; once an optimizer has moved them, and where nobody can look (compiled), they are
+            equal = counts is not None and not torch.compiler.is_compiling() and alphas._version == version
+            alphas = alphas if row is None else alphas[row]
+            return superpose_weight(self.weight.detach(), bank, alphas, equal, counts if equal else None)
         weight, scores = self.weight, self.scores
-        if not (isinstance(weight, nn.Parameter) and isinstance(scores, nn.Parameter)):
+        if torch.compiler.is_compiling():
+            if not (isinstance(weight, nn.Parameter) and isinstance(scores, nn.Parameter)):
+                return self._stateless(weight, scores)
+        elif weight is not self._own[0] or scores is not self._own[1]:
             return self._stateless(weight, scores)
-        if not torch.compiler.is_compiling() and self._seen != self._now():
-            if self._seen is None or self._seen[2:] != (id(scores), id(weight)):
-                _changed()
+        elif self._seen != (scores._version, weight._version):
             refresh([self])
         return LiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.rule.key)
 
     def _stateless(self, weight: Tensor, scores: Tensor) -> Tensor:
-        """Under functional_call, func.grad and vmap the given tensors are selected from now; no live buffer is touched."""
+        """Selection from tensors that are not this layer's parameters: functional_call, func.grad, vmap. No live tensor is touched."""
         rule = self.rule
         if rule.select == "topk":
             return SubnetWeight.apply(weight, scores, self.frozen, self.k, rule.by, rule.ties)[0]
@@ -164,6 +191,7 @@ class SubnetLayer:
         if self._trace is not None:
             y = y if y.requires_grad else y.requires_grad_()
             self._trace.append((x.detach(), y))
+            y = y.clone()  # an activation that works in place must not change what was traced
         return y
 
     def extra_repr(self) -> str:
@@ -172,29 +200,32 @@ class SubnetLayer:
         return f"{super().extra_repr()}, {how}"
 
     def _apply(self, fn, recurse=True):
-        before = (self.weight.device, self.weight.dtype)
         super()._apply(fn, recurse)
-        weight = self.weight
-        if (weight.device, weight.dtype) != before:
-            frozen, values = self.frozen, self.frozen_values
-            self._allocate()
-            self.frozen = None if frozen is None else frozen.to(weight.device)
-            self.frozen_values = None if values is None else values.to(weight.device, weight.dtype)
-            self._active = None if self._active is None else self._active.to(weight.device, weight.dtype)
-        _changed()
+        self._adopt()
+        refresh([self])
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
         state_dict.setdefault(prefix + "scores", self.scores.detach())  # a dense checkpoint has none: keep ours
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._seen = None
-        _changed()
         refresh([self])
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["_own"]
+        state["_seen"] = state["_trace"] = None
+        if self._mix is not None:  # alphas may lie in a graph, which cannot be copied
+            bank, alphas, *rest = self._mix
+            state["_mix"] = (bank, alphas.detach(), *rest)
+        return state
 
     def __setstate__(self, state):
         super().__setstate__(state)
-        self._seen = None
-        _register(self)
+        self._adopt()
+        _LAYERS.add(self)
+
+
+_INSTALLED = "rule train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
 
 
 class SubnetLinear(SubnetLayer, nn.Linear):
@@ -252,25 +283,20 @@ def init_scores_(scores: Tensor) -> Tensor:
 # -------------------------------------------------------------------------------------------------- once per optimizer step
 
 _LAYERS: weakref.WeakSet = weakref.WeakSet()
-_GENERATION = 0  # moves when a layer appears or one's parameters are replaced
+_GENERATION = 0  # moves when what is cached below may have changed: a layer, its parameters, its live tensors, its rule
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
-_SECONDS = 0.0  # host time spent in `refresh`
-_OF_OPTIMIZER: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+_SECONDS = 0.0  # host time spent in refreshing
+_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (generation, parameters, layers, calls)
 
 
 def refresh_seconds() -> float:
-    """Host seconds that this process has spent in `refresh`; on a GPU that is the launching alone."""
+    """Host seconds that this process has spent in refreshing; on a GPU that is the launching alone."""
     return _SECONDS
 
 
 def _changed() -> None:
     global _GENERATION
     _GENERATION += 1
-
-
-def _register(layer: SubnetLayer) -> None:
-    _LAYERS.add(layer)
-    _changed()
 
 
 def frozen_bits(params: Sequence[Tensor]) -> list[Tensor | None]:
@@ -287,55 +313,76 @@ def frozen_bits(params: Sequence[Tensor]) -> list[Tensor | None]:
     return found
 
 
-def layers_of(optimizer: Optimizer) -> list[SubnetLayer]:
-    """The masked layers whose scores or weight an optimizer owns."""
-    params = sum(len(group["params"]) for group in optimizer.param_groups)
-    cached = _OF_OPTIMIZER.get(optimizer)
-    if cached is None or cached[0] != (_GENERATION, params):
-        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        mine = [layer for layer in _LAYERS if id(layer.scores) in ids or id(layer.weight) in ids]
-        cached = ((_GENERATION, params), [weakref.ref(layer) for layer in mine])
-        _OF_OPTIMIZER[optimizer] = cached
-    return [layer for ref in cached[1] if (layer := ref()) is not None]
+def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
+    """The calls that refresh these layers, one for all layers of one rule: (op, its arguments, layers).
+
+    They hold the parameters themselves, so a plan stays right through everything but `_changed`.
+    """
+    groups: dict[tuple, list[SubnetLayer]] = {}
+    for layer in layers:
+        rule, (weight, scores) = layer.rule, layer._own
+        if layer.scores is scores and layer.weight is weight and not weight.is_meta:  # not lent to functional_call, not sharded
+            kind = (rule.by, rule.ties) if rule.select == "topk" else (rule.value, rule.inclusive)
+            groups.setdefault((rule.select, *kind, weight.device), []).append(layer)
+    calls = []
+    for (how, first, second, _), group in groups.items():
+        weights, scores = [g._own[0] for g in group], [g._own[1] for g in group]
+        bits, w_eff = [g.bits for g in group], [g.w_eff for g in group]
+        if how == "topk":
+            arguments = (scores, weights, [g.k for g in group], bits, w_eff, [g.hints for g in group], first, second)
+            calls.append((ops.refresh_, arguments, group))
+        else:
+            calls.append((ops.refresh_threshold_, (scores, weights, first, second, bits, w_eff), group))
+    return calls
+
+
+def _run(calls: Iterable[tuple]) -> None:
+    global _SECONDS
+    timed = not torch.compiler.is_compiling()  # a traced optimizer step cannot read clocks
+    begin = time.perf_counter() if timed else 0.0
+    for op, arguments, group in calls:
+        op(*arguments)
+        for layer in group:
+            layer._seen = layer._now()
+    if timed:
+        _SECONDS += time.perf_counter() - begin
 
 
 @torch.no_grad()
 def refresh(model: nn.Module | Iterable[SubnetLayer]) -> None:
-    """Make bits and w_eff of every masked layer current: one `refresh_` for all layers of one rule.
+    """Make bits and w_eff of every masked layer current: one call for all layers of one rule.
 
-    model: a module, or layers. Needed by hand only after writes through ``.data``.
+    model: a module, or layers. Needed by hand only after writes through ``.data``, and before a compiled forward after any write
+    that is not an optimizer's step.
     """
-    global _SECONDS
-    begin = time.perf_counter()
-    layers = [m for m in model.modules() if isinstance(m, SubnetLayer)] if isinstance(model, nn.Module) else list(model)
-    groups: dict[tuple, list[SubnetLayer]] = {}
-    for layer in layers:
-        rule = layer.rule
-        if not layer.weight.is_meta:
-            kind = (rule.by, rule.ties) if rule.select == "topk" else (rule.value, rule.inclusive)
-            groups.setdefault((rule.select, *kind, layer.weight.device), []).append(layer)
-    for (how, first, second, _), group in groups.items():
-        scores, weights = [g.scores.detach() for g in group], [g.weight.detach() for g in group]
-        bits, w_eff = [g.bits for g in group], [g.w_eff for g in group]
-        if how == "topk":
-            ops.refresh_(scores, weights, [g.k for g in group], bits, w_eff, [g.hints for g in group], first, second)
-        else:
-            ops.refresh_threshold_(scores, weights, first, second, bits, w_eff)
-        for layer in group:
-            layer._seen = layer._now()
-    _SECONDS += time.perf_counter() - begin
+    _run(_plan([m for m in model.modules() if isinstance(m, SubnetLayer)] if isinstance(model, nn.Module) else list(model)))
+
+
+def _plan_of(optimizer: Optimizer) -> tuple:
+    """Of the masked layers whose scores or weight an optimizer owns: (generation, parameters, layers, calls)."""
+    count = 0
+    for group in optimizer.param_groups:
+        count += len(group["params"])
+    plan = _PLANS.get(optimizer)
+    if plan is None or plan[0] != _GENERATION or plan[1] != count:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = [layer for layer in _LAYERS if id(layer.scores) in ids or id(layer.weight) in ids]
+        plan = _PLANS[optimizer] = (_GENERATION, count, layers, _plan(layers))
+    return plan
 
 
 @torch.no_grad()
 def _after_step(optimizer: Optimizer, *_) -> None:
-    layers = layers_of(optimizer)
+    *_, layers, calls = _plan_of(optimizer)
     if not layers:
         return
     if not getattr(optimizer, "leaves_frozen", False):
         moved = [g for g in layers if g.frozen is not None]
+        if any(g.weight is not g._own[0] for g in moved):
+            raise RuntimeError("frozen weights must be whole tensors at an optimizer's step, these are sharded or replaced")
         if moved:
             ops.restore_([g.weight for g in moved], [g.frozen for g in moved], [g.frozen_values for g in moved])
-    refresh(layers)
+    _run(calls)
 
 
 register_optimizer_step_post_hook(_after_step)
