@@ -70,6 +70,15 @@ SK_INLINE A select(int8_t keep, A before, A after) {
 SK_INLINE float root(float x) { return __builtin_sqrtf(x); }
 SK_INLINE double root(double x) { return __builtin_sqrt(x); }
 
+SK_INLINE float fused(float x, float y, float z) { return __builtin_fmaf(x, y, z); }
+SK_INLINE double fused(double x, double y, double z) { return __builtin_fma(x, y, z); }
+
+// torch.lerp to the bit: from the nearer end, and rounded once, on every instruction set.
+template <class A>
+SK_INLINE A lerp(A from, A to, A share) {
+  return share < A(0.5) ? fused(share, to - from, from) : fused(share - 1, to - from, to);
+}
+
 // ------------------------------------------------------------------------------------------------------- one tile, any ISA
 
 // One rule over n weights: w the weights, g their gradients, a, b, c their state; weights with a byte that is not 0 are kept.
@@ -82,7 +91,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
     const A grad = g[i], weight = w[i];
     if constexpr (rule == kAdam || rule == kAmsgrad) {
       const A mean = a[i], square = b[i];
-      const A new_mean = mean + s.new_mean * (grad - mean);
+      const A new_mean = lerp(mean, grad, s.new_mean);
       const A new_square = s.square * square + s.new_square * (grad * grad);
       A variance = new_square;
       if constexpr (rule == kAmsgrad) {
@@ -91,7 +100,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
         SK_STORE(c, most, variance);
       }
       const A denominator = root(variance) / s.root + s.eps;
-      const A moved = weight * s.decay - s.rate * (new_mean / denominator);
+      const A moved = weight * s.decay - s.rate * new_mean / denominator;
       SK_STORE(a, mean, new_mean);
       SK_STORE(b, square, new_square);
       SK_STORE(w, weight, moved);
@@ -101,7 +110,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
       A variance = new_square;
       if constexpr (rule == kRmsCentered || rule == kRmsCenteredMomentum) {
         const A mean = b[i];
-        const A new_mean = mean + s.new_square * (grad - mean);
+        const A new_mean = lerp(mean, grad, s.new_square);
         variance = new_square - new_mean * new_mean;
         SK_STORE(b, mean, new_mean);
       }
