@@ -8,7 +8,7 @@ promise to any other optimizer, at the price of copies.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from operator import is_
 
 import torch
 from torch import Tensor
@@ -68,6 +68,7 @@ class _OneCall:
             with torch.enable_grad():
                 loss = closure()
         scaling = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")  # GradScaler puts them there
+        kept = self._kept()
         for group in self.param_groups:
             params = group["params"]
             grads = [p.grad for p in params]
@@ -76,13 +77,39 @@ class _OneCall:
                     params = [p for p, g in zip(params, grads) if g is not None]
                     grads = [g for g in grads if g is not None]
                     break
-            for grad in grads:
-                if grad.layout is not torch.strided:
-                    raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
-            if params:
-                for some, theirs in _by_device(params, grads):
-                    self._update(group, some, theirs, frozen_bits(some), self._rate(group, some[0].device), *scaling)
+            if not params:
+                continue
+            plan = kept.get(id(group))
+            stateful = self._keeps_state(group)
+            if plan is None or plan[3] is not stateful or len(plan[0]) != len(params) or not all(map(is_, plan[0], params)):
+                for grad in grads:
+                    if grad.layout is not torch.strided:
+                        raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
+                one_device = len({p.device for p in params}) == 1
+                plan = kept[id(group)] = list(params), [self.state[p] if stateful else {} for p in params], one_device, stateful
+            if plan[2]:
+                self._update(group, params, grads, plan[1], frozen_bits(params), self._rate(group, params[0].device), *scaling)
+                continue
+            for device in sorted({p.device for p in params}, key=str):
+                some, theirs, states = zip(*(row for row in zip(params, grads, plan[1]) if row[0].device == device))
+                rate = self._rate(group, device)
+                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling)
         return loss
+
+    def _keeps_state(self, group: dict) -> bool:
+        return True
+
+    def _kept(self) -> dict[int, tuple[list[Tensor], list[dict], bool]]:
+        """For each group the parameters of its last step, their state and whether all are on one device, while no state was replaced."""
+        known = self.__dict__.get("_known")
+        if (
+            known is None
+            or known[0] is not self.state
+            or len(known[1]) != len(self.state)
+            or not all(map(is_, known[1], self.state.values()))
+        ):
+            known = self._known = self.state, list(self.state.values()), {}
+        return known[2]
 
     def _rate(self, group: dict, device: torch.device) -> Tensor:
         """The group's learning rate as a 0-dim tensor; one of a float is kept until the float changes."""
@@ -96,31 +123,23 @@ class _OneCall:
             kept = rates[id(group)] = lr, torch.tensor(lr, dtype=torch.float64, device=device)
         return kept[1]
 
-    def _states(self, params: list[Tensor], names: tuple[str, ...]) -> list[list[Tensor]]:
-        """The state tensors of each name, in the order of params; a parameter without state gets zeros."""
-        states = [self.state[p] for p in params]
+    def _lists(self, params: list[Tensor], states: list[dict], names: tuple[str, ...]) -> list[list[Tensor]]:
+        """The state tensors of each name, then the steps, in the order of params; a parameter without state gets zeros."""
         for p, state in zip(params, states):
             if not state:
-                state["step"] = torch.zeros((), device=p.device)
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
                 for name in names:
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [[state[name] for state in states] for name in (*names, "step")]
 
-    def _update(self, group, params, grads, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
         raise NotImplementedError
-
-
-def _by_device(params: list[Tensor], grads: list[Tensor]) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    devices = {p.device for p in params}
-    if len(devices) == 1:
-        yield params, grads
-        return
-    for device in sorted(devices, key=str):
-        yield tuple(map(list, zip(*((p, g) for p, g in zip(params, grads) if p.device == device))))
 
 
 def _call(op, written: list[Tensor], *args) -> None:
     """Call a mutating op outside autograd: counts the versions of what it writes itself, which saves a detour of the dispatcher."""
+    if torch.compiler.is_compiling():
+        return op(*args)
     increment_version(written)
     with torch._C._AutoDispatchBelowADInplaceOrView():
         op(*args)
@@ -129,12 +148,14 @@ def _call(op, written: list[Tensor], *args) -> None:
 class SGD(_OneCall, torch.optim.SGD):
     """``torch.optim.SGD`` that leaves frozen weights and their momentum bit-identical; arguments as there."""
 
-    def _update(self, group, params, grads, frozen, lr, grad_scale, found_inf) -> None:
+    def _keeps_state(self, group: dict) -> bool:
+        return group["momentum"] != 0
+
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
         momentum = group["momentum"]
         options = momentum, group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"]
         if momentum == 0:
             return _call(update_sgd_, params, params, grads, [], frozen, lr, grad_scale, found_inf, *options, False)
-        states = [self.state[p] for p in params]
         buffers = [state.get("momentum_buffer") for state in states]
         new = [i for i, buffer in enumerate(buffers) if buffer is None]
         for first, some in ((True, new), (False, [i for i in range(len(params)) if buffers[i] is not None] if new else None)):
@@ -155,12 +176,12 @@ class SGD(_OneCall, torch.optim.SGD):
 class RMSprop(_OneCall, torch.optim.RMSprop):
     """``torch.optim.RMSprop`` that leaves frozen weights and their state bit-identical; arguments as there."""
 
-    def _update(self, group, params, grads, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
         momentum, centered = group["momentum"], group["centered"]
         names = ("square_avg", *(("grad_avg",) if centered else ()), *(("momentum_buffer",) if momentum > 0 else ()))
-        *states, steps = self._states(params, names)
-        square_avgs, grad_avgs = states[0], states[1] if centered else []
-        buffers = states[-1] if momentum > 0 else []
+        *lists, steps = self._lists(params, states, names)
+        square_avgs, grad_avgs = lists[0], lists[1] if centered else []
+        buffers = lists[-1] if momentum > 0 else []
         _call(
             update_rmsprop_, params + square_avgs + grad_avgs + buffers + steps,
             params, grads, square_avgs, grad_avgs, buffers, steps, frozen, lr, grad_scale, found_inf,
@@ -171,12 +192,12 @@ class RMSprop(_OneCall, torch.optim.RMSprop):
 class Adam(_OneCall, torch.optim.Adam):
     """``torch.optim.Adam`` that leaves frozen weights and their state bit-identical; arguments as there."""
 
-    def _update(self, group, params, grads, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
         amsgrad, (beta1, beta2) = group["amsgrad"], group["betas"]
         if amsgrad:
-            means, squares, largest, steps = self._states(params, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+            means, squares, largest, steps = self._lists(params, states, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
         else:
-            (means, squares, steps), largest = self._states(params, ("exp_avg", "exp_avg_sq")), []
+            (means, squares, steps), largest = self._lists(params, states, ("exp_avg", "exp_avg_sq")), []
         _call(
             update_adam_, params + means + squares + largest + steps,
             params, grads, means, squares, largest, steps, frozen, lr, grad_scale, found_inf,

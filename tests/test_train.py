@@ -29,6 +29,18 @@ from subnet_pipelines import (
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.chance import seeded
 
+
+@pytest.fixture(autouse=True, scope="module")
+def _quick():
+    """One thread, as the networks are tiny, and no plots, which have tests of their own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subnet_pipelines.report, "draw", lambda results, folder: [])
+        yield
+    torch.set_num_threads(threads)
+
+
 HERE = Path(subnet_pipelines.__file__).parent
 
 

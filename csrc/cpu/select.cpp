@@ -110,14 +110,7 @@ SK_AVX512 static void scan_avx512(Scan<K>& scan, int64_t first, int64_t last) {
     const K* scores = word_scores(s, w, copy);
     const uint64_t valid = valid_bits(w, s.n);
     __m512i keys[sizeof(K)];
-    Side side = {0, 0};
-#pragma GCC unroll 4
-    for (int j = 0; j < int(sizeof(K)); j++) {
-      keys[j] = keys_avx512<Value>(scores + j * kLanes, s.inf);
-      const uint64_t above = greater(keys[j], s.hi), reached = greater(keys[j], K(s.lo - 1));
-      side.above |= above << j * kLanes;
-      side.within |= (reached & ~above) << j * kLanes;
-    }
+    Side side = side_avx512<Value>(scores, s.lo, s.hi, s.inf, keys);
     s.bits[w] = side.above &= valid;
     s.above += __builtin_popcountll(side.above);
     if (side.within &= valid) {
@@ -255,6 +248,7 @@ struct Layer {
   const void* weight;
   void* w_eff;
   Stage stage;
+  int64_t missed;               // windows so far
   int64_t lo, hi;               // the window
   int64_t first_chunk, chunks;  // of this round
 };
@@ -303,7 +297,8 @@ static void window_from_sample(Layer& layer, Workspace& space) {
   K* sample = space.scratch.get<K>(2 * (size + kSlack));
   K* again = sample + size + kSlack;
   for (int64_t g = 0; g < groups; g++) {
-    const uint64_t hash = (uint64_t(g) + 1) * 0x9e3779b97f4a7c15u >> 32;
+    uint64_t hash = (uint64_t(g) + 1) * 0x9e3779b97f4a7c15u;  // splitmix64, shortened
+    hash = (hash ^ hash >> 29) * 0xbf58476d1ce4e5b9u >> 32;
     const K* group = scores + g * stride + int64_t(hash * uint64_t(stride - 3) >> 32);
     for (int j = 0; j < 4; j++) sample[g * 4 + j] = key_of<K, Value>(group[j], inf);
   }
@@ -346,67 +341,83 @@ static void window_exact(Layer& layer, Workspace& space) {
 
 // Widths for the next window, from how far the threshold moved and how many scores a key is worth here.
 template <class K>
-static void learn(Layer& layer, K threshold, int64_t within, bool missed) {
+static void learn(Layer& layer, K threshold, int64_t within) {
   double* hint = layer.hint;
   if (!hint) return;
   const double dense = double(within) / (double(layer.hi) - double(layer.lo) + 1);  // scores a key, about the threshold
   const auto half = [&](double share) { return share * double(layer.n) / (2 * dense); };
   const bool known = hint[1] > 0 && std::isfinite(hint[0]) && std::isfinite(hint[1]);
   double next = half(1. / 64);
-  if (known) next = std::max(4 * std::abs(double(threshold) - hint[0]), missed ? 0 : .75 * hint[1]);
+  if (known) next = std::max(4 * std::abs(double(threshold) - hint[0]), layer.missed ? 0 : .75 * hint[1]);
   next = std::clamp(next, half(1. / 1024), half(1. / 16));
   hint[0] = double(threshold);
   hint[1] = std::max(next, .5);
   hint[2] = double(within);
-  hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
+  hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + double(layer.missed);
 }
 
-// Sets the bits of the pieces' scores that belong to the k largest; `key` and the tie's ordinal decide.
+// What is kept of the scores within the window: keys above `key`, and of those equal to it the ordinals [from, to).
 template <class K>
 struct Cut {
   K key;
-  int64_t from, to;  // ordinals of the equal keys that are kept
+  int64_t from, to;
 };
 
-template <class K>
-static inline uint64_t chosen_portable(uint64_t within, const K* keys, const Cut<K>& cut, int64_t& ordinal) {
-  uint64_t chosen = 0;
-  for (uint64_t rest = within; rest; rest &= rest - 1, keys++) {
-    const bool tie = *keys == cut.key, kept = *keys > cut.key || (tie && ordinal >= cut.from && ordinal < cut.to);
-    ordinal += tie;
-    if (kept) chosen |= rest & -rest;
-  }
-  return chosen;
-}
-
 // The set bits of `ties` whose ordinals are kept; the first has the given ordinal.
-static inline uint64_t kept_ties(uint64_t ties, int64_t from, int64_t to, int64_t ordinal) {
-  const int64_t last = ordinal + __builtin_popcountll(ties);
-  if (ordinal >= from && last <= to) return ties;
-  if (last <= from || ordinal >= to) return 0;
+static inline uint64_t kept_ties(uint64_t ties, int count, int64_t from, int64_t to, int64_t ordinal) {
+  if (ordinal >= from && ordinal + count <= to) return ties;
+  if (ordinal + count <= from || ordinal >= to) return 0;
   uint64_t kept = 0;
   for (uint64_t rest = ties; rest; rest &= rest - 1, ordinal++)
     if (ordinal >= from && ordinal < to) kept |= rest & -rest;
   return kept;
 }
 
+// Opens the bits of one chunk's pieces. `keys` lists the keys within the window in order, or is null where all equal the cut's;
+// `ordinal` counts the ties so far.
 template <class K>
-SK_AVX512 static uint64_t chosen_avx512(uint64_t within, const K* keys, const Cut<K>& cut, int64_t& ordinal) {
-  constexpr int kLanes = 64 / sizeof(K);
-  const int count = __builtin_popcountll(within);
-  uint64_t above = 0, reached = 0;
-  for (int j = 0; j < count; j += kLanes) {
-    const __m512i block = _mm512_loadu_si512(keys + j);
-    above |= greater(block, cut.key) << j;
-    reached |= greater(block, K(cut.key - 1)) << j;
+static void settle_portable(const Piece* p, int64_t count, const K* keys, Cut<K> cut, Word* bits, int64_t& ordinal) {
+  for (const Piece* last = p + count; p < last; p++) {
+    uint64_t above = 0, ties = p->within;
+    if (keys) {
+      ties = 0;
+      for (uint64_t rest = p->within; rest; rest &= rest - 1, keys++) {
+        const uint64_t bit = rest & -rest;
+        above |= *keys > cut.key ? bit : 0;
+        ties |= *keys == cut.key ? bit : 0;
+      }
+    }
+    const int tied = __builtin_popcountll(ties);
+    bits[p->word] |= above | kept_ties(ties, tied, cut.from, cut.to, ordinal);
+    ordinal += tied;
   }
-  const uint64_t valid = count == 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1, ties = reached & ~above & valid;
-  const uint64_t kept = kept_ties(ties, cut.from, cut.to, ordinal);
-  ordinal += __builtin_popcountll(ties);
-  return _pdep_u64((above & valid) | kept, within);
 }
-static uint64_t chosen_avx512(uint64_t within, const int64_t* keys, const Cut<int64_t>& cut, int64_t& ordinal) {
-  return chosen_portable(within, keys, cut, ordinal);
+
+template <class K>
+SK_AVX512 static void settle_avx512(const Piece* p, int64_t count, const K* keys, Cut<K> cut, Word* bits, int64_t& ordinal) {
+  constexpr int kLanes = 64 / sizeof(K);
+  for (const Piece* last = p + count; p < last; p++) {
+    uint64_t above = 0, ties = p->within;
+    if (keys) {
+      const int size = __builtin_popcountll(p->within);
+      uint64_t reached = 0;
+      for (int j = 0; j < size; j += kLanes) {
+        const __m512i block = _mm512_loadu_si512(keys + j);
+        above |= greater(block, cut.key) << j;
+        reached |= greater(block, static_cast<K>(cut.key - 1)) << j;
+      }
+      above = _pdep_u64(above, p->within);
+      ties = _pdep_u64(reached, p->within) & ~above;
+      keys += size;
+    }
+    const int tied = __builtin_popcountll(ties);
+    bits[p->word] |= above | kept_ties(ties, tied, cut.from, cut.to, ordinal);
+    ordinal += tied;
+  }
+}
+
+static void settle_avx512(const Piece* p, int64_t count, const int64_t* keys, Cut<int64_t> cut, Word* bits, int64_t& ordinal) {
+  settle_portable(p, count, keys, cut, bits, ordinal);
 }
 
 // Completes a scanned layer, or moves it to the next stage where the window has missed.
@@ -414,7 +425,7 @@ template <class K>
 static void resolve(Layer& layer, Workspace& space, Ties ties) {
   const Chunk* const begin = space.chunks.data() + layer.first_chunk;
   const Chunk* const end = begin + layer.chunks;
-  const bool one_key = layer.lo == layer.hi, missed = layer.stage != Stage::hint && layer.hint && layer.hint[1] > 0;
+  const bool one_key = layer.lo == layer.hi;
   int64_t above = 0, within = 0, listed = 0;
   for (const Chunk* c = begin; c < end; c++) above += c->above, within += c->within, listed += c->keys_found;
   if (layer.k == 0 || layer.k == layer.n) {
@@ -423,6 +434,7 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
   }
   if (above >= layer.k || above + within < layer.k || (!one_key && listed < within)) {
     layer.stage = layer.stage == Stage::hint ? Stage::sample : Stage::exact;
+    layer.missed++;
     return;
   }
   const K* const all_keys = space.keys.get<K>(0);
@@ -434,27 +446,22 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
       std::memcpy(list + m, all_keys + c->keys, c->keys_found * sizeof(K));
     found = rank(list, m, static_cast<K>(layer.lo), static_cast<K>(layer.hi), layer.k - above);
   }
-  learn(layer, found.key, within, missed);
+  learn(layer, found.key, within);
   const Cut<K> cut = {found.key, ties == Ties::last ? found.ties - found.need : 0, ties == Ties::first ? found.need : found.ties};
   auto* bits = reinterpret_cast<Word*>(layer.bits);
   const auto* all_pieces = space.pieces.get<Piece>(0);
   const bool wide = is_avx512();
   int64_t ordinal = 0;
   for (const Chunk* c = begin; c < end; c++) {
-    const K* keys = all_keys + c->keys;
-    for (const Piece *p = all_pieces + c->pieces, *last = p + c->pieces_found; p < last; p++) {
-      uint64_t chosen;
-      if (one_key) {
-        chosen = kept_ties(p->within, cut.from, cut.to, ordinal);
-        ordinal += __builtin_popcountll(p->within);
-      } else {
-        chosen = wide ? chosen_avx512(p->within, keys, cut, ordinal) : chosen_portable(p->within, keys, cut, ordinal);
-        keys += __builtin_popcountll(p->within);
-      }
-      if (!chosen) continue;
-      bits[p->word] |= chosen;
-      if (layer.weight_size) keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, p->word, p->word + 1, layer.n);
-    }
+    const Piece* const pieces = all_pieces + c->pieces;
+    const K* const keys = one_key ? nullptr : all_keys + c->keys;
+    if (wide)
+      settle_avx512(pieces, c->pieces_found, keys, cut, bits, ordinal);
+    else
+      settle_portable(pieces, c->pieces_found, keys, cut, bits, ordinal);
+    if (layer.weight_size)
+      for (const Piece* p = pieces; p < pieces + c->pieces_found; p++)
+        keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, p->word, p->word + 1, layer.n);
   }
   layer.stage = Stage::done;
 }

@@ -23,7 +23,8 @@ SK_AVX2 static void open_avx2(const K* scores, K lo, K inf, Word* bits, int64_t 
 
 template <class K>
 SK_AVX512 static void open_avx512(const K* scores, K lo, K inf, Word* bits, int64_t first, int64_t last) {
-  for (int64_t w = first; w < last; w++) bits[w] = side_avx512<true>(scores + w * 64, lo, inf, inf).within;
+  __m512i keys[sizeof(K)];
+  for (int64_t w = first; w < last; w++) bits[w] = side_avx512<true>(scores + w * 64, lo, inf, inf, keys).within;
 }
 
 struct Layer {

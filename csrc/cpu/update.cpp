@@ -399,21 +399,21 @@ std::vector<Job> jobs_of(const char* op, const Tensors& params, Tensors& grads, 
     job.n = p.numel();
     job.first_tile = next;
     next += tiles(job.n);
-    job.sizes = p.sizes().data();
-    job.dim = p.dim();
+    const auto sizes = p.sizes(), strides = p.strides();
+    job.sizes = sizes.data();
+    job.dim = static_cast<int64_t>(sizes.size());
     bool ordered = true, alike = true;
     for (int k = 0; k < 2 + kStates; k++) {
       if (streams[k] == nullptr) continue;
       const Tensor& t = *streams[k];
-      STD_TORCH_CHECK(same(t.sizes(), p.sizes()), op, ": gradient and state of parameter ", i, " must have its shape, ", job.n,
-                      " elements, got ", t.numel());
-      STD_TORCH_CHECK(t.scalar_type() == job.type, op, ": the state of parameter ", i, " must have its dtype");
+      STD_TORCH_CHECK(k == 0 || same(t.sizes(), sizes), op, ": gradient and state of parameter ", i, " must have its shape, ",
+                      job.n, " elements, got ", t.numel());
+      STD_TORCH_CHECK(k < 2 || t.scalar_type() == job.type, op, ": the state of parameter ", i, " must have its dtype");
       job.streams[k].data = static_cast<char*>(k == 1 ? const_cast<void*>(t.const_data_ptr()) : t.mutable_data_ptr());
-      if (!t.is_contiguous()) {
-        ordered = false;
-        job.streams[k].strides = t.strides().data();
-      }
-      alike = alike && same(t.strides(), p.strides());
+      const bool contiguous = t.is_contiguous();
+      if (!contiguous) job.streams[k].strides = t.strides().data();
+      ordered = ordered && contiguous;
+      alike = alike && !contiguous && same(t.strides(), strides);
     }
     job.frozen = nullptr;
     if (frozen[i]) {

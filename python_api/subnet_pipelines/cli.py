@@ -108,6 +108,7 @@ def train(argv: list[str]) -> int:
 
 def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     """One run a seed, then the summary."""
+    from subnet_pipelines.folder import refuse_run
     from subnet_pipelines.interrupt import Interrupted
     from subnet_pipelines.progress import shown_on
     from subnet_pipelines.report import number, write_seeds
@@ -116,6 +117,8 @@ def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     seeds, device = seeds_of(given.seeds), device_of(given.device)
     method_config, benchmark_config, run_config = settings.build()
     out = Path(given.out or f"runs/{settings.method.name}-{settings.benchmark.name}-{settings.hash()}")
+    for seed in seeds if not given.resume else []:
+        refuse_run(out / f"seed-{seed}")
     results = []
     for seed in seeds:
         benchmark = settings.benchmark(benchmark_config, seed, given.data_dir, device)

@@ -12,9 +12,10 @@ from subnet_pipelines import checkpoint
 from subnet_pipelines.errors import Refusal
 
 
-def holds_run(path: Path) -> bool:
-    """Whether a run was begun in that folder."""
-    return any((path / name).exists() for name in ("metrics.jsonl", "checkpoint", "result.json"))
+def refuse_run(path: Path) -> None:
+    """Raise Refusal where a run was begun in that folder."""
+    if any((path / name).exists() for name in ("metrics.jsonl", "checkpoint", "result.json")):
+        raise Refusal(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
 
 
 def compare(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
@@ -32,8 +33,8 @@ class Folder:
 
     def __init__(self, path: Path, record: dict[str, Any], resume: bool, say: Callable[[str], None]):
         self.path, self.record = path, record
-        if holds_run(path) and not resume:
-            raise Refusal(f"{path}: holds a run already; add --resume to go on with it, or choose another --out")
+        if not resume:
+            refuse_run(path)
         tree = checkpoint.load(path / "checkpoint", say) if resume else None
         if tree is not None:
             compare(path, tree["record"], record)

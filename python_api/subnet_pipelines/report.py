@@ -10,6 +10,7 @@ import os
 import platform
 import statistics
 import subprocess
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
@@ -156,10 +157,10 @@ def write_run(result: Result, folder: Path) -> None:
     write_file(folder / "result.json", json.dumps(asdict(result), indent=1))
 
 
-def write_summary(results: list[Result], folder: Path) -> dict[str, Any]:
-    """summary.json over the seeds of one config: mean and sample standard deviation of every number of the table."""
+def summarise(results: list[Result]) -> dict[str, Any]:
+    """What summary.json holds: mean and sample standard deviation, over the seeds of one config, of every number of the tables."""
     first = results[0]
-    summary = {
+    return {
         "schema": SCHEMA,
         "method": first.method,
         "benchmark": first.benchmark,
@@ -168,16 +169,18 @@ def write_summary(results: list[Result], folder: Path) -> dict[str, Any]:
         "seeds": [r.seed for r in results],
         **{name: spread([row[name] for row in map(table_row, results)]) for name in COLUMNS},
     }
-    write_file(folder / "summary.json", json.dumps(summary, indent=1))
-    return summary
 
 
 def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
-    """summary.json, plots and report.html over the seeds of one config; returns the summary."""
-    summary = write_summary(results, folder)
+    """summary.json, plots and report.html over the seeds of one config, unless they are there already; returns the summary."""
+    summary = summarise(results)
+    text, path = json.dumps(summary, indent=1), folder / "summary.json"
+    if path.exists() and path.read_text() == text:
+        return summary
     plots = draw(results, folder)
     plots += sorted(p for r in results[:1] for p in (folder / f"seed-{r.seed}").glob("*.png") if p.name != "final.png")
     write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
+    write_file(path, text)
     return summary
 
 
@@ -219,58 +222,69 @@ def table_row(result: Result) -> dict[str, float | None]:
 
 
 def draw(results: list[Result], folder: Path) -> list[Path]:
-    """PNGs of the results into the folder: matrix heat map and a curve per task for one, final accuracies side by side for several."""
+    """PNGs into the folder: for one result the matrix, a curve per task and the used fraction; the final accuracies of all."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     made = []
 
-    def save(figure: Figure, name: str) -> None:
+    def save(name: str, paint: Callable[[Any], None], **labels: Any) -> None:
+        figure = Figure(figsize=(4.6, 3.8), dpi=100)
+        axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
+        paint(axes)
+        axes.set(**labels)
         FigureCanvasAgg(figure).print_png(folder / name, metadata={"Software": None})
         made.append(folder / name)
 
-    for result in results if len(results) == 1 else []:
-        n = len(result.final)
-        if result.accuracy_matrix is not None:
-            values = [[float("nan") if v is None else v for v in row] for row in result.accuracy_matrix]
-            figure = Figure(figsize=(4.6, 3.8), dpi=100, layout="constrained")
-            axes = figure.add_subplot()
-            image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
-            figure.colorbar(image, label="accuracy (%)")
-            axes.set(xlabel="task", ylabel="after task", title="accuracy matrix")
-            if n <= 10:
-                for t, row in enumerate(values):
-                    for j, v in enumerate(row):
-                        if v == v:
-                            axes.text(
-                                j, t, f"{v:.0f}", ha="center", va="center", color="white" if v < 60 else "black", fontsize=7
-                            )
-            save(figure, "accuracy_matrix.png")
-            figure = Figure(figsize=(4.6, 3.8), dpi=100, layout="constrained")
-            axes = figure.add_subplot()
-            for j in range(n):
-                axes.plot(range(j, n), [row[j] for row in values[j:]], marker=".", label=f"task {j}" if n <= 10 else None)
-            axes.set(xlabel="after task", ylabel="accuracy (%)", title="each task over the stream")
-            if n <= 10:
-                axes.legend(fontsize=6)
-            save(figure, "tasks.png")
-        used = result.method_report.get("used_fraction_per_task")
+    if len(results) == 1:
+        matrix, used = results[0].accuracy_matrix, results[0].method_report.get("used_fraction_per_task")
+        if matrix is not None:
+            values = [[float("nan") if v is None else v for v in row] for row in matrix]
+            save(
+                "accuracy_matrix.png", lambda axes: _heat(axes, values), xlabel="task", ylabel="after task", title="accuracy (%)"
+            )
+            save(
+                "tasks.png",
+                lambda axes: _curves(axes, values),
+                xlabel="after task",
+                ylabel="accuracy (%)",
+                title="each task",
+            )
         if used:
-            figure = Figure(figsize=(4.6, 3.8), dpi=100, layout="constrained")
-            axes = figure.add_subplot()
-            axes.plot(range(len(used)), used, marker=".")
-            axes.set(xlabel="after task", ylabel="used fraction", ylim=(0, 1), title="weights in use")
-            save(figure, "used_fraction.png")
-    figure = Figure(figsize=(4.6, 3.8), dpi=100, layout="constrained")
-    axes = figure.add_subplot()
-    for result in results:
-        axes.plot(
-            range(len(result.final)), [float("nan") if v is None else v for v in result.final], marker=".", label=name_of(result)
-        )
-    axes.set(xlabel="task", ylabel="accuracy at the end (%)", title="after the last task")
-    axes.legend(fontsize=6)
-    save(figure, "final.png")
+            save(
+                "used_fraction.png",
+                lambda axes: axes.plot(used, marker="."),
+                xlabel="after task",
+                ylim=(0, 1),
+                title="share of weights used",
+            )
+    save("final.png", lambda axes: _finals(axes, results), xlabel="task", ylabel="accuracy (%)", title="after the last task")
     return made
+
+
+def _heat(axes: Any, values: list[list[float]]) -> None:
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
+    if len(values) > 10:
+        axes.figure.colorbar(image)
+        return
+    for t, row in enumerate(values):
+        for j, v in enumerate(row):
+            if v == v:
+                axes.text(j, t, f"{v:.1f}", ha="center", va="center", color="white" if v < 60 else "black", fontsize=8)
+
+
+def _curves(axes: Any, values: list[list[float]]) -> None:
+    n = len(values)
+    for j in range(n):
+        axes.plot(range(j, n), [row[j] for row in values[j:]], marker=".", label=f"task {j}")
+    if n <= 10:
+        axes.legend(fontsize=7)
+
+
+def _finals(axes: Any, results: list[Result]) -> None:
+    for result in results:
+        axes.plot([float("nan") if v is None else v for v in result.final], marker=".", label=name_of(result))
+    axes.legend(fontsize=7)
 
 
 def name_of(result: Result) -> str:

@@ -21,7 +21,7 @@ def entry_name(task: int) -> str:
 
 
 class MaskedMethod(Method):
-    """A method whose tasks are entries of a bank, kept in out/bank. Subclasses call `adopt` with their network and say how a task is learnt."""
+    """A method whose tasks are entries of a bank, kept in out/bank; subclasses `adopt` a network and say how a task is learnt."""
 
     forget_free = True
 

@@ -1,0 +1,122 @@
+"""Timing and result files, shared by every benchmark.
+
+``times = measure({"ours": f, "rival": g})`` runs the callables in turn in one process, so that a busy neighbour slows all alike;
+``record(...)`` keeps the rows in ``bench/results/cpu-<model>.json``, each with its unit, threads, versions and commit.
+"""
+
+import contextlib
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class Timing(NamedTuple):
+    """Microseconds of one callable: the minimum is what gates read, the median shows how noisy the machine was."""
+
+    min: float
+    median: float
+    calls: int
+
+
+def measure(
+    callables: dict[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 5, burst: int = 4
+) -> dict[str, Timing]:
+    """Times each callable, all of them interleaved.
+
+    A round gives every callable in turn one call that is not timed, which brings its data into the caches, and `burst` that are;
+    slow ones get fewer. Rounds go on until the time is used, and for at least `rounds`.
+    """
+    spent: dict[str, list[int]] = {name: [] for name in callables}
+    began = time.perf_counter()
+    done = 0
+    while done < rounds or time.perf_counter() - began < seconds:
+        for name, call in callables.items():
+            start = time.perf_counter_ns()
+            call()
+            first = time.perf_counter_ns() - start
+            repeats = burst if first < 5e6 else 1
+            for _ in range(repeats):
+                start = time.perf_counter_ns()
+                call()
+                spent[name].append(time.perf_counter_ns() - start)
+        done += 1
+    return {name: Timing(min(t) / 1e3, statistics.median(t) / 1e3, len(t)) for name, t in spent.items()}
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    """torch on `count` threads inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def machine() -> dict[str, object]:
+    """The processor, as the operating system names it."""
+    model = platform.processor() or platform.machine()
+    flags = ""
+    with contextlib.suppress(OSError):
+        info = Path("/proc/cpuinfo").read_text()
+        model = re.search(r"model name\s*: (.*)", info).group(1).strip()
+        family = re.search(r"cpu family\s*: (\d+)", info)
+        number = re.search(r"\nmodel\s*: (\d+)", info)
+        flags = f" family {family.group(1)} model {number.group(1)}" if family and number else ""
+    return {"model": model + flags, "cores": os.cpu_count()}
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit + ("+changes" if [line for line in changed.splitlines() if "bench/results/" not in line] else "")
+
+
+def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, object] | None = None) -> Path:
+    """Writes a row for each callable of a case, in place of the row of the same bench, case, name and threads; returns the file."""
+    from subnet_kernels import __version__
+
+    here = machine()
+    path = RESULTS / f"cpu-{re.sub('[^a-z0-9]+', '-', str(here['model']).lower()).strip('-')}.json"
+    results = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
+    where = {"bench": bench, "case": case, "threads": torch.get_num_threads()}
+    versions = {"subnet_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    rows = [
+        {**where, "name": name, "unit": "us", "min": round(t.min, 2), "median": round(t.median, 2), "calls": t.calls}
+        | {"commit": _commit(), "versions": versions, **(notes or {})}
+        for name, t in times.items()
+    ]
+    new = {(bench, case, name, where["threads"]) for name in times}
+    kept = [row for row in results["rows"] if (row["bench"], row["case"], row["name"], row["threads"]) not in new]
+    results["rows"] = sorted(kept + rows, key=lambda row: (row["bench"], row["case"], row["threads"]))
+    RESULTS.mkdir(exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    os.replace(temporary, path)
+    return path
+
+
+def table(title: str, times: dict[str, Timing], ours: str) -> str:
+    """A few lines for a person: each callable's time and how many times longer than ours it takes."""
+    lines = [f"{title}, {torch.get_num_threads()} thread(s)"]
+    for name, t in times.items():
+        lines.append(f"  {name:<28} {t.min:>12.1f} us   median {t.median:>12.1f}   {t.min / times[ours].min:>9.2f}x ours")
+    return "\n".join(lines)
