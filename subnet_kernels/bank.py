@@ -160,6 +160,7 @@ class MaskBank:
             raise ValueError("commit: over must come with alphas, got masks and nothing to weigh them with")
         if self._live is not None and alphas is None:
             raise ValueError(f"commit: the live task must be active, got {self._held!r}; call activate(None) first")
+        self._follow()
         try:
             json.dumps(facts)
         except (TypeError, ValueError) as error:
@@ -284,6 +285,7 @@ class MaskBank:
         """
         if name is not None and bits is not None:
             raise ValueError(f"activate: expected a name or bits, got both, {name!r}")
+        self._follow()
         entry = self[name] if name is not None else None
         if bits is not None:
             self._check_bits("activate", bits)
@@ -336,7 +338,7 @@ class MaskBank:
         modules = {}
         for key, module in (entry.modules if entry is not None else self._live[1]).items():
             if entry is not None and in_place:
-                slot = self._heads.setdefault(key, _fixed_copy(module))
+                slot = self._heads[key] = self._heads.get(key, _fixed_copy(module)).to(_like(self.model.get_submodule(key)))
                 pairs = list(zip(_tensors(slot), _tensors(module)))
                 if any(mine.shape != theirs.shape for mine, theirs in pairs):
                     raise ValueError(
@@ -346,7 +348,7 @@ class MaskBank:
                     mine.copy_(theirs)
                 module = slot
             elif entry is not None:
-                module = _fixed_copy(module)
+                module = _fixed_copy(module).to(_like(self.model.get_submodule(key)))
             modules[key] = module
         if self._live is None:
             live = {key: value.detach().clone() for key, value in self._state().items()}
@@ -358,6 +360,14 @@ class MaskBank:
                 self.model.set_submodule(key, module.train(current.training))
         self._live = None if entry is None else self._live
         self._held = name
+
+    def _follow(self) -> None:
+        """Move the masks to where the model has moved."""
+        for key, layer in self._layers.items():
+            if (device := layer.weight.device) != self._owned[key].device:
+                self._owned[key] = self._owned[key].to(device)
+                self._blocks[key] = [block.to(device) for block in self._blocks[key]]
+                self._counts, self._prefix, self._slots = {}, (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
         for key, value in self._state().items():
@@ -376,6 +386,7 @@ class MaskBank:
             some = self.layers()[0].weight
             alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
         self._check_alphas("superpose", alphas, len(names))
+        self._follow()
         blocks, counts = self._of(names, equal)
         with torch.no_grad():
             self._hold(head)
@@ -460,6 +471,7 @@ class MaskBank:
 
     def export(self, name: str) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
+        self._follow()
         entry = self[name]
         dense = copy.deepcopy(self.model)
         for key, weight in self._effective(entry, None).items():
@@ -471,7 +483,8 @@ class MaskBank:
             for key, value in entry.state.items():
                 tensors[key].copy_(value)
         for key, module in entry.modules.items():
-            dense.set_submodule(key, _fixed_copy(module).train(dense.get_submodule(key).training))
+            current = dense.get_submodule(key)
+            dense.set_submodule(key, _fixed_copy(module).to(_like(current)).train(current.training))
         dense.__dict__.pop("subnet_config", None)
         return dense
 
@@ -811,6 +824,11 @@ def _raw(tensor: Tensor) -> Tensor:
     return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
 
 
+def _like(module: nn.Module) -> Tensor:
+    """A tensor whose device and floating dtype are the module's."""
+    return next((t for t in _tensors(module) if t.is_floating_point()), torch.empty(0))
+
+
 def _fixed_copy(module: nn.Module) -> nn.Module:
     return copy.deepcopy(module).requires_grad_(False)
 
@@ -906,7 +924,8 @@ def _read_manifest(folder: Path) -> dict:
             raise ValueError(
                 f"load: {path} must hold masks and combinations of different names, got {row['kind']!r} {row['name']!r:.80}"
             )
-        if any(not isinstance(name, str) or name not in masks for name in row["over"]):
+        combines = row["kind"] == "combination"
+        if combines != bool(row["over"]) or any(not isinstance(name, str) or name not in masks for name in row["over"]):
             raise ValueError(f"load: {path} must combine masks that come earlier in it, {row['name']!r:.80} does not")
         names.add(row["name"])
         if row["kind"] == "mask":
