@@ -119,7 +119,7 @@ def test_missing_mnist_names_the_file_and_where_to_put_it(tmp_path, monkeypatch)
     with pytest.raises(Refusal) as error:
         mnist.load(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"MNIST: {IMAGES} is not in {tmp_path}/nowhere/mnist and could not be downloaded (no network): "
+        f"MNIST: {IMAGES} is not in {tmp_path}/nowhere/mnist and could not be downloaded (OSError at {mnist.MIRROR}): "
         f"put it there, or name the folder that holds mnist/{IMAGES} with --data-dir"
     )
     assert not (tmp_path / "nowhere").exists()

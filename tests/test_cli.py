@@ -237,20 +237,21 @@ def test_layers_lie_in_order(tmp_path, monkeypatch):
     monkeypatch.setattr(method, "FIDELITY", {"sound": {}, "code": {"lr": 0.3, "patience": 3, "head": "shared"}, "paper": {}})
     monkeypatch.setattr("subnet_pipelines.config.CONFIGS", tmp_path)
     (tmp_path / "finetune").mkdir()
-    (tmp_path / "finetune" / "permuted-mnist-mini.yaml").write_text(
-        "lr: 0.2\nmodel: fc-1024\nexpected: {acc: [1, 2]}\nsource: nobody\n"
-    )
+    recipe = "lr: 0.2\nmodel: fc-1024\nexpected: {acc: [1, 2]}\nsource: nobody\nfidelity: {code: {lr_min: 0.1, patience: 2}}\n"
+    (tmp_path / "finetune" / "permuted-mnist-mini.yaml").write_text(recipe)
     (tmp_path / "c.yaml").write_text("fidelity: code\npatience: 4\nhead: shared\nval-fraction: 0.2\n")
     found = Settings("finetune", "permuted-mnist-mini").resolve(tmp_path / "c.yaml", {"head": "per-task", "tasks": "7"})
     default = method.Config()
     assert found.values["batch_size"] == default.batch_size  # dataclass
     assert found.values["model"] == "fc-1024"  # recipe over dataclass
     assert found.values["lr"] == 0.3  # preset over recipe
+    assert found.values["lr_min"] == 0.1  # the recipe's part of the preset
     assert found.values["patience"] == 4  # file over preset
     assert found.values["val_fraction"] == 0.2
     assert found.values["head"] == "per-task"  # flag over file
     assert found.values["tasks"] == 7
     assert found.fidelity == "code"
+    assert Settings("finetune", "permuted-mnist-mini").resolve().values["lr_min"] == default.lr_min
     assert Settings("finetune", "permuted-mnist-mini").resolve(tmp_path / "c.yaml", {}, "sound").values["lr"] == 0.2
     assert [type(c) for c in found.build()] == [method.Config, benchmark.Config, RunConfig]
 

@@ -56,8 +56,11 @@ class Settings:
                 self.values[f.name] = f.default if f.default is not MISSING else f.default_factory()
         self.fidelity, self.title = "sound", f"{method} on {benchmark}"
         recipe = CONFIGS / method / f"{benchmark}.yaml"
+        self.presets: dict[str, dict[str, Any]] = {}  # the recipe's own part of a fidelity preset
         if recipe.exists():
-            self.lay(str(recipe), read_yaml(recipe))
+            given = read_yaml(recipe)
+            self.presets = given.pop("fidelity", {})
+            self.lay(str(recipe), given)
 
     def resolve(self, file: Path | None = None, flags: dict[str, Any] | None = None, fidelity: str | None = None) -> Settings:
         """Lay preset, file and flags over the recipe, in this order. Raises Refusal for what does not fit."""
@@ -73,6 +76,7 @@ class Settings:
             raise Refusal(f"fidelity must be one of {', '.join(FIDELITIES)}, got {self.fidelity!r}")
         for cls in (self.method, self.benchmark):
             layers.append((f"fidelity {self.fidelity} of {cls.name}", cls.FIDELITY[self.fidelity]))
+        layers.append((f"fidelity {self.fidelity} of the recipe", self.presets.get(self.fidelity, {})))
         layers += [(str(file), given), ("", flags or {})]
         for where, layer in layers:
             self.lay(where, layer)

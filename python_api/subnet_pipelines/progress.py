@@ -71,6 +71,7 @@ class Bar(Plain):
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.fields[note]}"),
+            transient=True,
         )
         self.bar.start()
         self.task = self.bar.add_task("", total=1, note="")

@@ -61,7 +61,7 @@ def find(name: str, data_dir: Path) -> Path:
             write_file(folders[0] / name, Path(got).read_bytes())
         return folders[0] / name
     except Exception as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} at {MIRROR}"
         raise Refusal(
             f"MNIST: {name} is not in {folders[0]} and could not be downloaded ({reason}): "
             f"put it there, or name the folder that holds mnist/{name} with --data-dir"
@@ -164,7 +164,6 @@ class PermutedMNIST(MNIST):
 
     name = "permuted-mnist"
     Config = PermutedConfig
-    FIDELITY = {"sound": {}, "code": {"val_split": "first", "permutation": "sklearn"}, "paper": {}}
 
     def permutation(self, i: int) -> Tensor:
         """Task i's order of the pixels, int64 (784,): pixel k of the view is pixel permutation[k] of the picture."""
