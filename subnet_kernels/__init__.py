@@ -1,5 +1,8 @@
 """Kernels for networks that are used through masks: one backbone, thousands of tasks, one bit per weight and task."""
 
+from subnet_kernels.bank import MaskBank
+from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_
+from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
 from subnet_kernels.ops import (
     alpha_grad,
     apply,
@@ -24,9 +27,20 @@ from subnet_kernels.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "ErdosRenyi",
+    "MaskBank",
+    "Rule",
+    "SubnetConfig",
+    "SubnetConv1d",
+    "SubnetConv2d",
+    "SubnetConv3d",
+    "SubnetLayer",
+    "SubnetLinear",
     "alpha_grad",
     "apply",
+    "convert",
     "count",
+    "dense_state_dict",
     "k_kth",
     "k_sort",
     "masked_conv",
@@ -34,8 +48,10 @@ __all__ = [
     "overlap",
     "pack",
     "pack_bank",
+    "refresh",
     "restore_",
     "select",
+    "signed_constant_",
     "stats",
     "subnet_linear",
     "superpose",

@@ -34,6 +34,20 @@ def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
 
 
+def tensors(op: str, name: str, value: object) -> list[Tensor]:
+    """value as a list of tensors."""
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{op}: {name} must be a list of tensors, got {type(value).__name__}")
+    for i, v in enumerate(value):
+        tensor(op, f"{name}[{i}]", v)
+    return list(value)
+
+
+def same_dtype(op: str, name: str, value: Tensor, other: str, like: Tensor) -> None:
+    if value.dtype != like.dtype:
+        raise ValueError(f"{op}: {name} must have the dtype of {other}, {like.dtype}, got {value.dtype}")
+
+
 def bits(op: str, name: str, value: Tensor, n: int | None, like: Tensor | None = None) -> None:
     """value is packed bits of n weights (of any number where n is None), on the device of `like`."""
     tensor(op, name, value)
@@ -53,8 +67,10 @@ def bits(op: str, name: str, value: Tensor, n: int | None, like: Tensor | None =
 def bank(op: str, value: Sequence[Tensor], n: int, like: Tensor) -> int:
     """value is a bank over n weights; returns its number of tasks."""
     tiles = nbytes(n) // (TILE // 8)
-    if isinstance(value, Tensor) or not isinstance(value, (list, tuple)) or not value:
-        raise ValueError(f"{op}: bank must be a non-empty list of blocks from pack_bank, got {type(value).__name__}")
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"{op}: bank must be a list of blocks from pack_bank, got {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{op}: bank must hold at least one block from pack_bank, got an empty {type(value).__name__}")
     for i, block in enumerate(value):
         tensor(op, f"bank[{i}]", block)
         if block.dtype != torch.uint8 or block.dim() != 3 or block.shape[0] != tiles or block.shape[2] != TILE // 8:

@@ -28,12 +28,58 @@ def _straight_through_fake(grad, weight, scores, bits, frozen, by="magnitude", n
     )
 
 
-straight_through = define(
+_straight_through = define(
     'straight_through(Tensor grad, Tensor weight, Tensor scores, Tensor bits, Tensor? frozen, str by="magnitude", '
     "bool need_weight=True, bool need_scores=True) -> (Tensor, Tensor)",
     reference.straight_through,
     _straight_through_fake,
 )
+
+
+class StraightThrough(torch.autograd.Function):
+    """The gradients of a straight-through weight, themselves differentiable: linear in G, and dS in W (sign(score) is flat)."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, weight, scores, bits, frozen, by, need_weight, need_scores):
+        return _straight_through(grad, weight, scores, bits, frozen, by, need_weight, need_scores)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, weight, scores, bits, frozen, ctx.by, ctx.need_weight, ctx.need_scores = inputs
+        ctx.save_for_backward(grad, weight, scores, bits, frozen)
+
+    @staticmethod
+    def backward(ctx, g_weight, g_scores):
+        grad, weight, scores, bits, frozen = ctx.saved_tensors
+        d_grad = d_weight = None
+        if ctx.need_weight:
+            d_grad = Apply.apply(g_weight.to(grad.dtype), bits if frozen is None else bits & ~frozen)
+        if ctx.need_scores:
+            slope = g_scores * scores.detach().sign() if ctx.by == "magnitude" else g_scores
+            through = (slope * weight).to(grad.dtype)
+            d_grad = through if d_grad is None else d_grad + through
+            d_weight = (slope * grad).to(weight.dtype)
+        return d_grad, d_weight, None, None, None, None, None, None
+
+
+def straight_through(
+    grad: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    bits: Tensor,
+    frozen: Tensor | None,
+    by: str = "magnitude",
+    need_weight: bool = True,
+    need_scores: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """dW and dS from G, for the backward of a straight-through weight; arguments as `reference.straight_through`, not checked.
+
+    Goes through autograd only where the backward itself is recorded (create_graph, torch.func), which an ordinary one never pays for.
+    """
+    function = StraightThrough.apply if torch.is_grad_enabled() else _straight_through
+    return function(grad, weight, scores, bits, frozen, by, need_weight, need_scores)
 
 
 class Apply(torch.autograd.Function):
@@ -72,6 +118,9 @@ def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence
     weights: any dtype and strides; bits: uint8 (ceil(N/512)*64,) each; values: (count(bits),) each, weight's dtype, in logical
     order. Raises ValueError if the lists, sizes, dtypes or devices disagree.
     """
+    weights, bits, values = (
+        check.tensors("restore_", name, value) for name, value in (("weights", weights), ("bits", bits), ("values", values))
+    )
     if not len(weights) == len(bits) == len(values):
         raise ValueError(
             f"restore_: weights, bits and values must be lists of one length, got {len(weights)}, {len(bits)}, {len(values)}"
@@ -83,4 +132,4 @@ def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence
                 f"restore_: values[{i}] must be one-dimensional {w.dtype} on {w.device}, got {tuple(v.shape)} {v.dtype} on {v.device}"
             )
     if len(weights):
-        _restore([w.detach() for w in weights], list(bits), list(values))
+        _restore([w.detach() for w in weights], bits, values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -45,9 +46,10 @@ def pack(mask: Tensor) -> Tensor:
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
     """Unpack bits: uint8 (ceil(N/512)*64,) -> bool of the given shape, N elements. Raises ValueError if the sizes disagree."""
-    shape = [int(size) for size in shape]
-    check.bits("unpack", "bits", bits, torch.Size(shape).numel())
-    return _unpack(bits, shape)
+    if isinstance(shape, (str, int)) or any(not isinstance(size, (int, torch.SymInt)) or size < 0 for size in shape):
+        raise ValueError(f"unpack: shape must be a sequence of sizes, none negative, got {shape!r}")
+    check.bits("unpack", "bits", bits, math.prod(shape))
+    return _unpack(bits, list(shape))
 
 
 def count(bits: Tensor) -> Tensor:

@@ -134,7 +134,9 @@ def masked_conv(
         raise ValueError(
             f"masked_conv: weight must have 3, 4 or 5 dimensions and x as many, got {tuple(weight.shape)} and x of {tuple(x.shape)}"
         )
-    if groups < 1 or x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+    if not isinstance(groups, int) or isinstance(groups, bool) or groups < 1:
+        raise ValueError(f"masked_conv: groups must be an int of at least 1, got {groups!r}")
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise ValueError(
             f"masked_conv: x must have {weight.shape[1]} * groups channels and the outputs divide by groups = {groups}, "
             f"got x of {tuple(x.shape)} and weight of {tuple(weight.shape)}"
@@ -142,9 +144,14 @@ def masked_conv(
     _check_pair("masked_conv", x, weight, bias)
     check.bits("masked_conv", "bits", bits, weight.numel(), weight)
     sizes = [
-        _per_dimension("masked_conv", name, v, n)
-        for name, v in (("stride", stride), ("padding", padding), ("dilation", dilation))
+        _per_dimension("masked_conv", name, v, n, least)
+        for name, v, least in (("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1))
     ]
+    reach = [d * (kernel - 1) + 1 for kernel, d in zip(weight.shape[2:], sizes[2])]
+    if any(size + 2 * p < r for size, p, r in zip(x.shape[2:], sizes[1], reach)):
+        raise ValueError(
+            f"masked_conv: x must be at least as large as the dilated kernel {tuple(reach)}, got {tuple(x.shape[2:])} padded by {sizes[1]}"
+        )
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias)):
         return _convolution(x, Apply.apply(weight, bits), bias, *sizes, groups)
     return _masked_conv(x, weight, bits, bias, *sizes, groups)
@@ -166,7 +173,8 @@ def subnet_linear(
     None -> (..., O). Scores learn straight through: dS = G * W (* sign(score) by magnitude), G the gradient at the effective weight;
     dW = G where open and not frozen. Raises ValueError on a bad argument.
     """
-    _check_linear("subnet_linear", x, weight, bias, same_dtype=False)
+    # F.linear autocasts by itself, and scores are compared in their own dtype.
+    _check_linear("subnet_linear", x, weight, bias, same_dtype=not isinstance(x, Tensor) or not _autocasts(x.device.type))
     effective = subnet_weight("subnet_linear", weight, scores, k, frozen, by, ties)
     return torch.nn.functional.linear(x, effective, bias)
 
@@ -186,10 +194,14 @@ def subnet_weight(where: str, weight: Tensor, scores: Tensor, k: int, frozen: Te
 
 def _autocast(*tensors: Tensor | None) -> list[Tensor | None]:
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not _autocasts(kind):
         return list(tensors)
     dtype = torch.get_autocast_dtype(kind)
     return [t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors]
+
+
+def _autocasts(kind: str) -> bool:
+    return kind != "meta" and torch.is_autocast_enabled(kind)  # which raises for meta
 
 
 def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_dtype: bool = True) -> None:
@@ -201,17 +213,20 @@ def _check_linear(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_
 
 
 def _check_pair(op: str, x: Tensor, weight: Tensor, bias: Tensor | None, same_dtype: bool = True) -> None:
-    if same_dtype and x.dtype != weight.dtype:
-        raise ValueError(f"{op}: x must have weight's dtype, {weight.dtype}, got {x.dtype}")
     check.device(op, "x", x, weight)
+    if same_dtype:
+        check.same_dtype(op, "x", x, "weight", weight)
     if bias is not None:
         check.tensor(op, "bias", bias)
+        check.device(op, "bias", bias, weight)
+        if same_dtype:
+            check.same_dtype(op, "bias", bias, "weight", weight)
         if bias.shape != weight.shape[:1]:
             raise ValueError(f"{op}: bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
 
 
-def _per_dimension(op: str, name: str, value: int | tuple[int, ...], n: int) -> list[int]:
-    values = [value] * n if isinstance(value, int) else list(value)
-    if len(values) != n:
-        raise ValueError(f"{op}: {name} must be an int or {n} of them, got {value!r}")
+def _per_dimension(op: str, name: str, value: int | tuple[int, ...], n: int, least: int) -> list[int]:
+    values = list(value) if isinstance(value, (list, tuple)) else [value] * n
+    if len(values) != n or any(not isinstance(v, int) or v < least for v in values):
+        raise ValueError(f"{op}: {name} must be an int of at least {least} or {n} of them, got {value!r}")
     return values

@@ -30,8 +30,9 @@ _refresh = define(
 def k_sort(n: int, density: float) -> int:
     """Kept weights by SupSup's rule: n - int((1 - density) * n), in Python doubles.
 
-    Raises ValueError unless 0 < density <= 1.
+    Raises ValueError unless n >= 0 and 0 < density <= 1.
     """
+    _check_n("k_sort", n)
     check_density("k_sort", density)
     return n - int((1 - density) * n)
 
@@ -39,15 +40,21 @@ def k_sort(n: int, density: float) -> int:
 def k_kth(n: int, density: float) -> int:
     """Kept weights by WSN's rule: n - round(.01 * ((1 - density) * 100) * (n - 1)), in Python doubles and in that order.
 
-    Rounds half to even. 0 for n = 0. Raises ValueError unless 0 < density <= 1.
+    Rounds half to even. 0 for n = 0. Raises ValueError unless n >= 0 and 0 < density <= 1.
     """
+    _check_n("k_kth", n)
     check_density("k_kth", density)
     return n - round(0.01 * ((1 - density) * 100) * (n - 1)) if n else 0
 
 
+def _check_n(where: str, n: int) -> None:
+    if not isinstance(n, (int, torch.SymInt)) or isinstance(n, bool) or n < 0:
+        raise ValueError(f"{where}: n must be an int of at least 0, got {n!r}")
+
+
 def check_density(where: str, density: float) -> None:
     """Raise ValueError unless 0 < density <= 1."""
-    if not isinstance(density, (int, float)) or not 0 < density <= 1:
+    if not isinstance(density, (int, float)) or isinstance(density, bool) or not 0 < density <= 1:
         raise ValueError(f"{where}: density must be in (0, 1], got {density!r}")
 
 
@@ -64,7 +71,7 @@ def select(
     Not differentiable: see `subnet_linear` for the straight-through rule. Raises ValueError on a bad argument.
     """
     single = isinstance(scores, Tensor)
-    tensors = [scores] if single else list(scores)
+    tensors = [scores] if single else check.tensors("select", "scores", scores)
     sizes = list(k) if isinstance(k, (list, tuple)) else [k] * len(tensors)
     if len(tensors) != len(sizes):
         raise ValueError(f"select: k must be one int or one for each score tensor, got {len(sizes)} for {len(tensors)} tensors")

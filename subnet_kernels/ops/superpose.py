@@ -109,10 +109,13 @@ def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None = No
             f"superpose: alphas must have shape ({tasks},), one for each task of the bank, got {tuple(alphas.shape)}"
         )
     check.device("superpose", "alphas", alphas, weight)
-    if counts is not None and (counts.shape != weight.shape or counts.dtype != torch.int32):
-        raise ValueError(
-            f"superpose: counts must be int32 of shape {tuple(weight.shape)}, got {counts.dtype} of {tuple(counts.shape)}"
-        )
+    if counts is not None:
+        check.tensor("superpose", "counts", counts)
+        if counts.shape != weight.shape or counts.dtype != torch.int32:
+            raise ValueError(
+                f"superpose: counts must be int32 of shape {tuple(weight.shape)}, got {counts.dtype} of {tuple(counts.shape)}"
+            )
+        check.device("superpose", "counts", counts, weight)
     return superpose_weight(weight, bank, alphas, equal, counts)
 
 
@@ -124,7 +127,7 @@ def superpose_weight(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor, equ
 def alpha_grad(x: Tensor, grad_y: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
     """Gradient of a linear layer's objective to the alphas, for every row of the batch by itself.
 
-    x: (B, I); grad_y: (B, O), the gradient at the layer's output; weight: (O, I); bank: blocks of K masks -> (B, K):
+    x: (B, I); grad_y: (B, O), the gradient at the layer's output; weight: (O, I); one dtype; bank: blocks of K masks -> (B, K):
     sum_oi grad_y[b, o] (W * M_k)[o, i] x[b, i]. Not differentiable. Raises ValueError on a bad argument.
     """
     for name, value in (("x", x), ("grad_y", grad_y), ("weight", weight)):
@@ -135,4 +138,7 @@ def alpha_grad(x: Tensor, grad_y: Tensor, weight: Tensor, bank: Sequence[Tensor]
             f"alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I), "
             f"got {tuple(x.shape)}, {tuple(grad_y.shape)} and {tuple(weight.shape)}"
         )
+    for name, value in (("x", x), ("grad_y", grad_y)):
+        check.same_dtype("alpha_grad", name, value, "weight", weight)
+        check.device("alpha_grad", name, value, weight)
     return _alpha_grad(x.detach(), grad_y.detach(), weight.detach(), list(bank))

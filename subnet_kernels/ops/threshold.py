@@ -27,7 +27,9 @@ def threshold(scores: Tensor | Sequence[Tensor], value: float, inclusive: bool =
     Raises ValueError on a bad argument.
     """
     single = isinstance(scores, Tensor)
-    tensors = [scores] if single else list(scores)
+    tensors = [scores] if single else check.tensors("threshold", "scores", scores)
+    if not isinstance(value, (int, float)):
+        raise ValueError(f"threshold: value must be a number, got {value!r}")
     for i, s in enumerate(tensors):
         check.floating("threshold", "scores" if single else f"scores[{i}]", s)
         check.device("threshold", f"scores[{i}]", s, tensors[0])

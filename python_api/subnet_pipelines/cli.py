@@ -1,0 +1,170 @@
+"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | info."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from subnet_pipelines.errors import Refusal
+
+SHARED = ("benchmark", "data_dir", "device", "seeds", "out", "resume", "config", "fidelity", "help")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are our one sentence."""
+
+    def error(self, message: str) -> Any:
+        raise Refusal(message)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, 2 for what was refused, 128 + the signal for what was interrupted."""
+    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return command(argv)
+    except Refusal as error:
+        print(f"subnet-kernels: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def command(argv: list[str]) -> int:
+    parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
+    parser.add_argument("command", choices=("demo", "train", "info"), help="what to do; each has its own --help")
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    name = parser.parse_args(argv[:1]).command
+    return {"demo": demo, "train": train, "info": info}[name](argv[1:])
+
+
+def info(argv: list[str]) -> int:
+    """What is active on this machine, and why the rest is not."""
+    Parser("subnet-kernels info", description=info.__doc__).parse_args(argv)
+    from subnet_kernels.info import report
+
+    print(report())
+    return 0
+
+
+def demo(argv: list[str]) -> int:
+    """Train the methods side by side on a few tasks of the shipped images, in about a minute."""
+    parser = Parser("subnet-kernels demo", description=demo.__doc__, allow_abbrev=False)
+    parser.add_argument("--seed", default="1", help="seed of every run (1)")
+    parser.add_argument("--out", default="runs/demo", metavar="DIR", help="folder of the runs and of report.html")
+    given = parser.parse_args(argv)
+    from subnet_pipelines.demo import run_demo
+
+    seeds = seeds_of(given.seed, "--seed")
+    if len(seeds) > 1:
+        raise Refusal(f"--seed takes one seed, got {given.seed}")
+    return run_demo(seeds[0], Path(given.out))
+
+
+def train(argv: list[str]) -> int:
+    """Train a method on a benchmark's stream of tasks."""
+    first = Parser("subnet-kernels train", add_help=False, allow_abbrev=False)
+    first.add_argument("method", nargs="?")
+    first.add_argument("--benchmark")
+    known, _ = first.parse_known_args(argv)
+    from subnet_pipelines.benchmarks import BENCHMARKS
+    from subnet_pipelines.config import Settings, nearest, owners
+    from subnet_pipelines.methods import METHODS
+
+    parser = Parser(
+        "subnet-kernels train",
+        description=f"{train.__doc__} With METHOD and --benchmark, --help lists their settings too.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("method", metavar="METHOD", help=f"one of {', '.join(METHODS)}")
+    parser.add_argument("--benchmark", metavar="NAME", required=True, help=f"one of {', '.join(BENCHMARKS)}")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets ($SUBNET_DATA_DIR, else the user's cache)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--seeds", default="1", metavar="1,2,3", help="one run a seed (1)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs (runs/METHOD-BENCHMARK-HASH)")
+    parser.add_argument("--resume", action="store_true", help="go on with an interrupted run, or skip a finished one")
+    parser.add_argument("--config", metavar="FILE", help="YAML of settings, over the recipe and under the flags")
+    parser.add_argument("--fidelity", metavar="WORD", help="sound (default), code or paper: how their disagreements are settled")
+    settings = None
+    if known.method is not None and known.benchmark is not None:
+        settings = Settings(known.method, known.benchmark)
+        group = parser.add_argument_group(f"settings of {known.method} on {known.benchmark}")
+        for field, text in settings.help.items():
+            default = f"(default {settings.values[field]})".replace("%", "%%")
+            group.add_argument(flag(field), metavar="X", default=argparse.SUPPRESS, help=f"{text.replace('%', '%%')} {default}")
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        word = rest[0].split("=")[0]
+        if not word.startswith("--"):
+            raise Refusal(f"unexpected {rest[0]!r}")
+        key = word[2:].replace("-", "_")
+        if owners(key):
+            raise Refusal(f"{word} does not apply to {settings.title}; it is a setting of {', '.join(owners(key))}")
+        raise Refusal(f"{word} is no flag of {settings.title}" + nearest(word, map(flag, (*SHARED, *settings.types))))
+    flags = {k: v for k, v in vars(given).items() if k in settings.types}
+    settings.resolve(Path(given.config) if given.config else None, flags, given.fidelity)
+    return train_seeds(settings, given)
+
+
+def train_seeds(settings: Any, given: argparse.Namespace) -> int:
+    """One run a seed, then the summary."""
+    from subnet_pipelines.folder import refuse_run
+    from subnet_pipelines.interrupt import Interrupted
+    from subnet_pipelines.progress import shown_on
+    from subnet_pipelines.report import number, write_seeds
+    from subnet_pipelines.train import run
+
+    seeds, device = seeds_of(given.seeds), device_of(given.device)
+    method_config, benchmark_config, run_config = settings.build()
+    out = Path(given.out or f"runs/{settings.method.name}-{settings.benchmark.name}-{settings.hash()}")
+    for seed in seeds if not given.resume else []:
+        refuse_run(out / f"seed-{seed}")
+    results = []
+    for seed in seeds:
+        benchmark = settings.benchmark(benchmark_config, seed, given.data_dir, device)
+        method = settings.method(method_config, benchmark, seed)
+        show = shown_on(title=f"seed {seed}: " if len(seeds) > 1 else "")
+        try:
+            note = {"fidelity": settings.fidelity}
+            results.append(run(method, benchmark, run_config, out / f"seed-{seed}", given.resume, show, note=note))
+        except Interrupted as stopped:
+            print(f"subnet-kernels: {stopped}", file=sys.stderr)
+            return 128 + stopped.signum
+    summary = write_seeds(results, out)
+    spread = f" +- {number(summary['acc']['std'])}" if len(seeds) > 1 else ""
+    print(f"{settings.title}: ACC {number(summary['acc']['mean'])}{spread} %; {out / 'report.html'}")
+    return 0
+
+
+def flag(field: str) -> str:
+    """A field's flag."""
+    return "--" + field.replace("_", "-")
+
+
+def seeds_of(text: str, name: str = "--seeds") -> list[int]:
+    """The seeds of a flag. Raises Refusal."""
+    try:
+        seeds = [int(s) for s in text.split(",")]
+    except ValueError:
+        raise Refusal(f"{name} must be whole numbers, as in 1,2,3, got {text!r}") from None
+    if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
+        raise Refusal(f"{name} must be different numbers from 0 to 2^31 - 1, got {text}")
+    return seeds
+
+
+def device_of(word: str) -> Any:
+    """The torch device of --device. Raises Refusal."""
+    import torch
+
+    if word not in ("auto", "cpu", "cuda"):
+        raise Refusal(f"--device must be auto, cpu or cuda, got {word!r}")
+    if word == "cuda" and not torch.cuda.is_available():
+        raise Refusal("--device cuda: torch finds no CUDA device here; use --device cpu")
+    return torch.device("cuda" if word == "cuda" or (word == "auto" and torch.cuda.is_available()) else "cpu")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

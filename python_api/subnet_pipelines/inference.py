@@ -1,0 +1,119 @@
+"""Which task is this? The arithmetic of SupSup's inference without a task id (Wortsman et al. 2020, "Supermasks in Superposition").
+
+All masks run at once, weighted by coefficients alpha (`subnet_kernels.superpose`); the gradient of an objective of the logits to
+alpha says which mask to lean on. Everything here works on tensors alone and knows no model: the caller turns alphas into a gradient.
+
+Shape letters: B rows, C logits, K candidate tasks; `...` any leading dimensions, none where one decision serves the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """H: the entropy of the softmax of each row. A confident output has little of it.
+
+    logits: (B, C) -> (B,), in nats, differentiable.
+    """
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def g_objective(logits: Tensor, real: int) -> Tensor:
+    """G: the logsumexp of each row, in which only the superfluous neurons pass a gradient.
+
+    The network has more outputs than classes. Training pushes the superfluous ones down on data of a task, so G is small for the
+    right mask; its value counts all logits, but its gradient sees the superfluous ones alone, because the first `real` are detached.
+
+    logits: (B, C); real: number of classes, 0 <= real <= C -> (B,), differentiable. Raises ValueError if real is out of range.
+    """
+    if not 0 <= real <= logits.shape[-1]:
+        raise ValueError(f"g_objective: real must be between 0 and the {logits.shape[-1]} logits of a row, got {real!r}")
+    return torch.cat([logits[..., :real].detach(), logits[..., real:]], -1).logsumexp(-1)
+
+
+def one_shot(grad: Tensor) -> Tensor:
+    """The task whose coefficient would lower the objective most if it grew: argmin of the gradient over the last dimension.
+
+    grad: (..., K), the gradient of the objective at equal alphas, one column for every candidate -> int64 (...). Of equal gradients
+    the first wins, and NaN never wins over a number. Every column is a candidate: the authors also pass masks that no task has
+    trained yet, whose gradient is exactly 0, so that these win wherever all trained ones are positive; to look at trained tasks
+    only, pass their columns only.
+    """
+    return _nan_last(grad).argmin(-1)
+
+
+def binary_survivors(grad: Tensor, alive: Tensor, log_base: int = 2) -> Tensor:
+    """One round of the binary rule: the candidates whose gradient is at most the lower median of those alive.
+
+    In general at most the ((n - 1) // log_base)-th (from 0) of the n sorted gradients; log_base = 2 is the lower median. Ties at
+    that value all survive, so that a round may eliminate nobody.
+
+    grad: (..., K); alive: bool (..., K), at least one of each row -> bool (..., K). Raises ValueError if shapes differ, if nobody
+    is alive, or if log_base < 2.
+    """
+    if grad.shape != alive.shape or alive.dtype != torch.bool:
+        raise ValueError(
+            f"binary_survivors: alive must be bool of grad's shape {tuple(grad.shape)}, got {alive.dtype} of {tuple(alive.shape)}"
+        )
+    if log_base < 2:
+        raise ValueError(f"binary_survivors: log_base must be at least 2, got {log_base!r}")
+    count = alive.sum(-1, keepdim=True)
+    if (count == 0).any():
+        raise ValueError("binary_survivors: every row must have a candidate alive, got one without")
+    key = torch.where(alive, _nan_last(grad), math.inf)
+    cut = key.sort(-1).values.gather(-1, (count - 1) // log_base)
+    return alive & (key <= cut)
+
+
+class Binary(NamedTuple):
+    """What `infer_binary` found."""
+
+    alphas: Tensor  # (..., K): equal on the survivors and 0 elsewhere, so one-hot where the search finished
+    task: Tensor  # int64 (...): the survivor, or the first of several
+    finished: Tensor  # bool (...): whether one candidate was left within the limit of rounds
+    rounds: int  # gradients asked for
+
+
+def infer_binary(
+    gradient: Callable[[Tensor], Tensor],
+    alive: Tensor,
+    log_base: int = 2,
+    max_rounds: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Binary:
+    """Halve the candidates until one is left: SupSup's binary rule.
+
+    gradient: alphas (..., K) -> gradient of the objective to them, (..., K); alive: bool (..., K), the candidates at the start
+    (learned tasks); log_base: see `binary_survivors`; max_rounds: the limit, floor(log2(K) + 1) by default as in the authors' code,
+    which identical masks would otherwise exceed for ever; dtype: of the alphas, by default torch's default dtype.
+
+    Every round gives equal alphas to the survivors, asks for one gradient, and keeps the better part. With one candidate at the start
+    the single round confirms it.
+    """
+    if max_rounds is None:
+        max_rounds = math.floor(math.log2(alive.shape[-1]) + 1)
+    dtype = dtype or torch.get_default_dtype()
+    rounds = 0
+    alphas = _equal(alive, dtype)
+    finished = torch.zeros(alive.shape[:-1], dtype=torch.bool, device=alive.device)
+    while rounds < max_rounds and not bool(finished.all()):
+        alive = binary_survivors(gradient(alphas), alive, log_base)
+        alphas = _equal(alive, dtype)
+        finished = alive.sum(-1) == 1
+        rounds += 1
+    return Binary(alphas, alive.to(torch.uint8).argmax(-1), finished, rounds)
+
+
+def _equal(alive: Tensor, dtype: torch.dtype) -> Tensor:
+    return alive.to(dtype) / alive.sum(-1, keepdim=True).to(dtype)
+
+
+def _nan_last(grad: Tensor) -> Tensor:
+    return torch.where(grad.isnan(), math.inf, grad)

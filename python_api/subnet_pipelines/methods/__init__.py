@@ -1,0 +1,11 @@
+"""Methods by name: a new one is its file, a line here, a YAML and a test."""
+
+from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
+from subnet_pipelines.methods.finetune import Finetune
+from subnet_pipelines.methods.impresslearn import ImpressLearn
+from subnet_pipelines.methods.supsup import SupSup
+from subnet_pipelines.methods.wsn import WSN
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (Finetune, WSN, SupSup, ImpressLearn)}
+
+__all__ = ["METHODS", "Clock", "Method", "MethodConfig", "Phase", "Prediction"]

@@ -1,0 +1,173 @@
+"""Method: what is learnt, how a step is made, how one predicts. Every default is the plain thing, so that finetuning is an empty method."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.schedules import Plateau
+
+
+class Prediction(NamedTuple):
+    """logits float (B, classes); task int64 (B,), the task of each row as given or inferred, None where the method infers none."""
+
+    logits: Tensor
+    task: Tensor | None = None
+
+
+@dataclass
+class Clock:
+    """Where a run is: read by methods, advanced by the loop. `task` is None where the stream's borders are hidden."""
+
+    task: int | None = None
+    phase: str = ""
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    steps: int = 1
+
+    @property
+    def progress(self) -> float:
+        """Steps made in this phase over all its steps, 0 at the first step."""
+        return self.step / self.steps
+
+
+@dataclass
+class Phase:
+    """A stretch of steps with one optimizer: a row of a method's timetable, made afresh at resume.
+
+    epochs or steps (at most; steps wins) say how long; optimizer builds the optimizer once `first` has run; schedule is None (constant), a
+    function of progress in [0, 1) that gives the factor on each group's first learning rate, or a Plateau. select="best" ends with the
+    copy of least validation loss. first and then are called once, before the first step and after the last.
+    """
+
+    name: str
+    epochs: int = 1
+    steps: int | None = None
+    batch_size: int = 128
+    optimizer: Callable[[], torch.optim.Optimizer] | None = None
+    schedule: Callable[[float], float] | Plateau | None = None
+    select: Literal["last", "best"] = "last"
+    first: Callable[[], None] | None = None
+    then: Callable[[], None] | None = None
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    """Settings that every method has."""
+
+    epochs: int = 5
+    """Epochs of the main phase."""
+    iterations: int | None = None
+    """Steps of the main phase instead of epochs."""
+    batch_size: int = 10
+    """Rows of a training batch."""
+
+    def check(self) -> None:
+        """Raise Refusal where a field is out of range."""
+        if self.epochs < 1:
+            raise Refusal(f"epochs must be at least 1, got {self.epochs}")
+        if self.iterations is not None and self.iterations < 1:
+            raise Refusal(f"iterations must be at least 1, got {self.iterations}")
+        if self.batch_size < 1:
+            raise Refusal(f"batch_size must be at least 1, got {self.batch_size}")
+
+
+class Method(nn.Module):
+    """The base of all methods. A subclass builds its network in __init__ and overrides `plan` and what it does differently.
+
+    All that must survive an interruption is a parameter, a buffer, or in `facts`. No .item(), print or progress in a method.
+    """
+
+    name: str
+    Config = MethodConfig
+    FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
+    forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
+    scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
+    out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
+
+    def __init__(self, config: MethodConfig, benchmark: Benchmark, seed: int):
+        super().__init__()
+        config.check()
+        if benchmark.config.scenario not in self.scenarios:
+            raise Refusal(
+                f"{self.name} serves scenario {' and '.join(self.scenarios)}, not {benchmark.config.scenario} of {benchmark.name}"
+            )
+        self.config, self.seed, self.device = config, seed, benchmark.device
+
+    @property
+    def select_seconds(self) -> float:
+        """Seconds spent in mask selection since the method was made; 0 where there is none."""
+        return 0.0
+
+    def plan(self, task: Task | None) -> list[Phase]:
+        """The timetable of one task (None: the whole stream, borders hidden). Pure: no side effect, the same answer every time."""
+        raise NotImplementedError
+
+    def logits(self, batch: Batch, clock: Clock) -> Tensor:
+        """Training logits (B, classes) of batch.x (B, ...)."""
+        raise NotImplementedError
+
+    def loss(self, batch: Batch, clock: Clock) -> Tensor:
+        """What a step descends, 0-dim: cross-entropy of the logits."""
+        return F.cross_entropy(self.logits(batch, clock), batch.y)
+
+    def gradients(self, clock: Clock) -> None:
+        """Called between backward and step."""
+
+    def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
+        """One training step; returns 0-dim tensors to be averaged over the epoch, "loss" among them."""
+        opt.zero_grad()
+        loss = self.loss(batch, clock)
+        loss.backward()
+        self.gradients(clock)
+        opt.step()
+        return {"loss": loss.detach()}
+
+    def validate(self, batch: Batch, clock: Clock) -> Tensor:
+        """Validation loss of a batch, 0-dim, a mean over its rows; called in eval mode without gradients."""
+        return self.loss(batch, clock)
+
+    def predict(self, x: Tensor, task: int | None) -> Prediction:
+        """Logits of x (B, ...) as the given task, which is None where it must be inferred.
+
+        Called in eval mode without gradients (enable them where inference needs them). Raises NotLearnt for a task not learnt yet.
+        """
+        raise NotImplementedError
+
+    def report(self) -> dict[str, Any]:
+        """What only the method knows, as JSON; "capacity", if there, becomes the result's capacity."""
+        return {}
+
+    def facts(self) -> dict[str, Any]:
+        """JSON that `build` needs to make a fresh object's tensors match this one's."""
+        return {}
+
+    def build(self, facts: dict[str, Any]) -> None:
+        """Make in a fresh object the parts that training had added, before their tensors are loaded."""
+
+    def state(self) -> dict[str, Any]:
+        """All that must survive: a tree of dicts, lists, numbers, strings and tensors."""
+        return {"facts": self.facts(), "tensors": self.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Take up a state() in a fresh object."""
+        self.build(state["facts"])
+        self.load_state_dict(state["tensors"], strict=True)
+
+    def snapshot(self) -> dict[str, Any]:
+        """A copy of what model selection puts back: by default all tensors of the module."""
+        return {name: tensor.clone() for name, tensor in self.state_dict().items()}
+
+    def restore(self, snapshot: dict[str, Any]) -> None:
+        """Put a snapshot back, into the same tensors."""
+        self.load_state_dict(snapshot, strict=True)

@@ -1,0 +1,335 @@
+"""Results: one dataclass that is the schema of result.json, the summary over seeds, plots, and a page that holds them all."""
+
+from __future__ import annotations
+
+import base64
+import functools
+import html
+import json
+import os
+import platform
+import statistics
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from subnet_pipelines import metrics
+from subnet_pipelines.checkpoint import write_file
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.folder import compare
+
+SCHEMA = 1
+Vector = list[float | None]
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}
+td,th{padding:.25rem .75rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+figure{display:inline-block;margin:.5rem 1rem .5rem 0}figcaption{text-align:center;font-size:.85em}img{max-width:100%}
+pre{overflow:auto;background:#f6f6f6;padding:.5rem}"""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What result.json holds. Accuracies are percent; null is what was not measured."""
+
+    schema: int
+    method: str
+    benchmark: str
+    scenario: str
+    seed: int
+    config: dict[str, Any]
+    environment: dict[str, Any]
+    seconds: dict[str, float]  # train, of it select, eval, and total of the process's runs
+    accuracy_matrix: list[Vector] | None  # (t, j): task j just after task t; null in long streams
+    diagonal: Vector
+    final: Vector
+    acc: float | None
+    bwt: float | None
+    forgetting: float | None
+    fwt: float | None
+    task_inference: dict[str, Any] | None
+    method_report: dict[str, Any]
+    capacity: dict[str, Any] | None
+
+
+def make_result(
+    method: Any, benchmark: Any, record: dict[str, Any], seconds: dict[str, float], rows: dict[str, dict], used: dict[str, float]
+) -> Result:
+    """A finished run's result. rows: row -> task -> {"right", "told"} as measured; used: row -> used fraction; keys strings."""
+    n = len(benchmark)
+    right = [[rows.get(str(t), {}).get(str(j), {}).get("right") for j in range(n)] for t in range(n)] if n <= 1000 else None
+    diagonal = [rows.get(str(t), {}).get(str(t), {}).get("right") for t in range(n)]
+    final = [rows[str(n - 1)][str(j)]["right"] for j in range(n)]
+    told = [rows[str(n - 1)][str(j)]["told"] for j in range(n)]
+    whole = right is not None and all(str(j) in rows.get(str(t), {}) for t in range(n) for j in range(t + 1))
+    matrix = right if whole else None
+    untrained = rows.get("untrained")
+    report = dict(method.report())
+    capacity = report.pop("capacity", None)
+    if capacity is not None and all(str(t) in used for t in range(n)):
+        capacity = {**capacity, "used_fraction_per_task": [used[str(t)] for t in range(n)]}
+    unit = record.get("inference_unit")
+    return Result(
+        schema=SCHEMA,
+        method=method.name,
+        benchmark=benchmark.name,
+        scenario=benchmark.config.scenario,
+        seed=method.seed,
+        config={k: v for k, v in record.items() if k not in ("method", "benchmark", "seed")},
+        environment=environment(method.device),
+        seconds={k: round(v, 3) for k, v in seconds.items()},
+        accuracy_matrix=matrix,
+        diagonal=diagonal,
+        final=final,
+        acc=metrics.acc(final),
+        bwt=metrics.bwt(diagonal, final),
+        forgetting=metrics.forgetting(matrix) if whole else None,
+        fwt=metrics.fwt(matrix, [untrained.get(str(j), {}).get("right") for j in range(n)]) if whole and untrained else None,
+        task_inference={"accuracy": metrics.mean(told), "unit": unit} if metrics.mean(told) is not None else None,
+        method_report=report,
+        capacity=capacity,
+    )
+
+
+def finished(folder: Path, record: dict[str, Any]) -> Result | None:
+    """The folder's result if it is this record's and complete; None where the run is to go on. Raises Refusal as `compare` does."""
+    path = folder / "result.json"
+    if not path.exists():
+        return None
+    result = read_result(path)
+    old = {"method": result.method, "benchmark": result.benchmark, "seed": result.seed, **result.config}
+    compare(folder, old, record)
+    return result if old["tasks"] == record["tasks"] else None
+
+
+def read_result(path: Path) -> Result:
+    """A result.json. Raises Refusal, naming the file, where it is none."""
+    try:
+        found = json.loads(path.read_bytes())
+        if found.get("schema") != SCHEMA:
+            raise ValueError(f"schema is {found.get('schema')}, this version reads {SCHEMA}")
+        return Result(**{f.name: found[f.name] for f in fields(Result)})
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        raise Refusal(f"{path}: is no result of this version ({error})") from None
+
+
+@functools.lru_cache
+def environment(device: torch.device) -> dict[str, Any]:
+    """Versions, machine and commit of a run."""
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": metadata.version("numpy"),
+        "subnet_kernels": _version(),
+        "commit": _commit(),
+        "machine": f"{platform.system()} {platform.machine()}",
+        "cpu": _cpu(),
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+    }
+
+
+def _version() -> str:
+    import subnet_kernels
+
+    return subnet_kernels.__version__
+
+
+def _commit() -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=5, check=True
+        )
+        return done.stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def write_run(result: Result, folder: Path) -> None:
+    """result.json, the plots and report.html of one run; result.json last, as it says that the run is finished."""
+    plots = captioned([result], draw([result], folder))
+    write_file(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
+    write_file(folder / "result.json", json.dumps(asdict(result), indent=1))
+
+
+def summarise(results: list[Result]) -> dict[str, Any]:
+    """What summary.json holds: mean and sample standard deviation, over the seeds of one config, of every number of the tables."""
+    first = results[0]
+    return {
+        "schema": SCHEMA,
+        "method": first.method,
+        "benchmark": first.benchmark,
+        "scenario": first.scenario,
+        "config": first.config,
+        "seeds": [r.seed for r in results],
+        **{name: spread([row[name] for row in map(table_row, results)]) for name in COLUMNS},
+    }
+
+
+def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
+    """summary.json, plots and report.html over the seeds of one config, unless they are there already; returns the summary."""
+    summary = summarise(results)
+    text, path = json.dumps(summary, indent=1), folder / "summary.json"
+    if path.exists() and path.read_text() == text:
+        return summary
+    plots = [(f"final accuracies, {len(results)} seeds", p) for p in draw(results, folder) if p.name == "final.png"]
+    plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
+    write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
+    write_file(path, text)
+    return summary
+
+
+def spread(values: list[float | None]) -> dict[str, float | None]:
+    """{"mean", "std"}: sample standard deviation, null for one value; both null where a value is."""
+    if not values or any(v is None for v in values):
+        return {"mean": None, "std": None}
+    return {"mean": statistics.fmean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+COLUMNS = {  # of the tables: name -> (heading, unit)
+    "acc": ("ACC", "%"),
+    "bwt": ("BWT", "pp"),
+    "forgetting": ("forgetting", "pp"),
+    "task_inference": ("task inferred", "%"),
+    "used_fraction": ("used", ""),
+    "paper_cap": ("CAP, paper's formula", "%"),
+    "measured_cap": ("CAP, measured", "%"),
+    "seconds": ("time", "s"),
+}
+
+
+def table_row(result: Result) -> dict[str, float | None]:
+    """The numbers of a result that tables show, by the names of COLUMNS."""
+    capacity = result.capacity or {}
+    return {
+        "acc": result.acc,
+        "bwt": result.bwt,
+        "forgetting": result.forgetting,
+        "task_inference": (result.task_inference or {}).get("accuracy"),
+        "used_fraction": capacity.get("used_fraction"),
+        "paper_cap": capacity.get("paper_cap"),
+        "measured_cap": capacity.get("measured_cap"),
+        "seconds": result.seconds["total"],
+    }
+
+
+# ---- plots and page -------------------------------------------------------------------------------------------------
+
+
+def draw(results: list[Result], folder: Path) -> list[Path]:
+    """PNGs into the folder: for one result the matrix, a curve per task and the used fraction; the final accuracies of all."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    made = []
+
+    def save(name: str, paint: Callable[[Any], None], **labels: Any) -> None:
+        figure = Figure(figsize=(4.6, 3.8), dpi=100)
+        axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
+        paint(axes)
+        axes.set(**labels)
+        FigureCanvasAgg(figure).print_png(folder / name, metadata={"Software": None})
+        made.append(folder / name)
+
+    if len(results) == 1:
+        matrix, used = results[0].accuracy_matrix, (results[0].capacity or {}).get("used_fraction_per_task")
+        if matrix is not None:
+            values = [[float("nan") if v is None else v for v in row] for row in matrix]
+            save(
+                "accuracy_matrix.png", lambda axes: _heat(axes, values), xlabel="task", ylabel="after task", title="accuracy (%)"
+            )
+            save(
+                "tasks.png",
+                lambda axes: _curves(axes, values),
+                xlabel="after task",
+                ylabel="accuracy (%)",
+                title="each task",
+            )
+        if used:
+            save(
+                "used_fraction.png",
+                lambda axes: axes.plot(used, marker="."),
+                xlabel="after task",
+                ylim=(0, 1),
+                title="share of weights used",
+            )
+    save("final.png", lambda axes: _finals(axes, results), xlabel="task", ylabel="accuracy (%)", title="after the last task")
+    return made
+
+
+def _heat(axes: Any, values: list[list[float]]) -> None:
+    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
+    if len(values) > 10:
+        axes.figure.colorbar(image)
+        return
+    for t, row in enumerate(values):
+        for j, v in enumerate(row):
+            if v == v:
+                axes.text(j, t, f"{v:.1f}", ha="center", va="center", color="white" if v < 60 else "black", fontsize=8)
+
+
+def _curves(axes: Any, values: list[list[float]]) -> None:
+    n = len(values)
+    for j in range(n):
+        axes.plot(range(j, n), [row[j] for row in values[j:]], marker=".", label=f"task {j}")
+    if n <= 10:
+        axes.legend(fontsize=7)
+
+
+def _finals(axes: Any, results: list[Result]) -> None:
+    for result in results:
+        label = f"{result.method} {result.scenario}, seed {result.seed}"
+        axes.plot([float("nan") if v is None else v for v in result.final], marker=".", label=label)
+    axes.legend(fontsize=7)
+
+
+def name_of(result: Result) -> str:
+    """A result's label in plots and tables."""
+    return f"{result.method}, {result.benchmark} {result.scenario}, seed {result.seed}"
+
+
+def captioned(results: list[Result], plots: list[Path]) -> list[tuple[str, Path]]:
+    """Plots with the name of what they show."""
+    return [(", ".join(map(name_of, results)), p) for p in plots]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """A number for people; a dash where there is none."""
+    return "–" if value is None else f"{value:.{digits}f}"
+
+
+def page(title: str, results: list[Result], plots: list[tuple[str, Path]]) -> str:
+    """One self-contained HTML page: table, plots (caption, PNG) embedded, config and environment of each run."""
+    shown = [c for c in COLUMNS if any(table_row(r)[c] is not None for r in results)]
+    head = "".join(f"<th>{html.escape(COLUMNS[c][0])}{f' ({COLUMNS[c][1]})' if COLUMNS[c][1] else ''}</th>" for c in shown)
+    body = "".join(
+        f"<tr><td>{html.escape(name_of(r))}</td>" + "".join(f"<td>{number(table_row(r)[c])}</td>" for c in shown) + "</tr>"
+        for r in results
+    )
+    pictures = "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, path in plots
+    )
+    facts = [json.dumps({"config": r.config, "environment": r.environment, "method": r.method_report}, indent=1) for r in results]
+    details = "".join(
+        f"<details><summary>{html.escape(name_of(r))}: config and environment</summary><pre>{html.escape(text)}</pre></details>"
+        for r, text in zip(results, facts)
+    )
+    return (
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1><table><tr><th>run</th>{head}</tr>{body}</table>{pictures}{details}</html>\n"
+    )

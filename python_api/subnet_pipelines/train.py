@@ -1,0 +1,317 @@
+"""The loop: it owns time, order, measuring and saving; a method owns the arithmetic of a step and its own state."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from subnet_pipelines.benchmarks.base import Benchmark, Task, batches
+from subnet_pipelines.chance import seed_of, stream
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.evaluate import evaluate, validate
+from subnet_pipelines.folder import Folder
+from subnet_pipelines.interrupt import Interrupted, Stop
+from subnet_pipelines.methods.base import Clock, Method, Phase
+from subnet_pipelines.progress import Quiet
+from subnet_pipelines.report import Result, finished, make_result, write_run
+from subnet_pipelines.schedules import Plateau, set_lr
+
+WINDOW = 100  # steps between two looks at the losses, each one host sync
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of the loop."""
+
+    eval_rows: Literal["auto", "all", "last"] = "auto"
+    """Measure every learnt task after each task (all), or only the one just learnt until the end (last); auto is all up to 50 tasks."""
+    eval_batch: int = 500
+    """Rows of a test batch."""
+    eval_future: bool = False
+    """Measure tasks not learnt yet too, for forward transfer."""
+
+    def check(self) -> None:
+        """Raise Refusal where a field is out of range."""
+        if self.eval_batch < 1:
+            raise Refusal(f"eval_batch must be at least 1, got {self.eval_batch}")
+
+
+@dataclass
+class Cursor:
+    """Where the run is, and the sums that go with it. `part` counts tasks within a phase where the stream's borders are hidden."""
+
+    task: int = 0
+    phase: int = 0
+    part: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    begun: bool = False  # the phase's `first` has run
+    best: float = math.inf  # least validation loss of the phase
+    sums: dict[str, float] = field(default_factory=dict)  # of what steps returned in this epoch
+
+
+def run(
+    method: Method,
+    benchmark: Benchmark,
+    config: RunConfig,
+    out: Path | str,
+    resume: bool = False,
+    show: Quiet | None = None,
+    save_every: float = 60.0,
+    note: dict[str, Any] | None = None,
+) -> Result:
+    """Train the method on the benchmark's stream, measure it, and write the folder `out`; returns what result.json holds.
+
+    resume goes on at the batch where `out` stopped, to the same final bits; method must then be fresh. save_every: seconds between
+    checkpoints; note: more fields for the recorded config. Raises Refusal where `out` holds a run and resume is false, where it was made
+    with another config, or where a loss is not finite; Interrupted at SIGTERM or SIGINT, after a checkpoint.
+    """
+    config.check()
+    method.out = Path(out)
+    record = {"method": method.name, "benchmark": benchmark.name, "seed": method.seed}
+    record |= {**asdict(method.config), **asdict(benchmark.config), **asdict(config), **(note or {})}
+    if resume and (done := finished(Path(out), record)) is not None:
+        return done
+    show = show or Quiet()
+    return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every).go()
+
+
+class Run:
+    """One run of one seed."""
+
+    def __init__(self, method: Method, benchmark: Benchmark, config: RunConfig, folder: Folder, show: Quiet, save_every: float):
+        self.method, self.benchmark, self.config, self.folder, self.show = method, benchmark, config, folder, show
+        self.save_every, self.started = save_every, time.monotonic()
+        self.saved, self.stop, self.clock = self.started, Stop(), Clock()
+        self.opt: torch.optim.Optimizer | None = None
+        self.plateau: Plateau | None = None
+        self.waiting: dict[str, Any] = {}  # a loaded optimizer's and schedule's state, until the phase has made them
+        tree = folder.tree or {}
+        self.cursor = Cursor(**tree.get("cursor", {}))
+        self.seconds = tree.get("seconds", {"train": 0.0, "select": 0.0, "eval": 0.0, "total": 0.0})
+        self.rows = tree.get("rows", {})  # row -> task -> {"right", "told"}; keys are strings, as in JSON
+        self.used = tree.get("used", {})  # row -> used fraction of the backbone, from methods that report it
+        self.best = tree.get("best")
+        if tree:
+            method.load(tree["method"])
+            self.waiting = {"optimizer": tree["optimizer"], "left": tree["left"]}
+            self.random(tree["random"])
+
+    def go(self) -> Result:
+        """The whole stream."""
+        with contextlib.closing(self.folder), self.stop, self.show:
+            self.go_on()
+            self.save()
+        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows, self.used)
+        write_run(result, self.folder.path)
+        return result
+
+    def go_on(self) -> None:
+        every, total = self.benchmark.stream(), len(self.benchmark)
+        if self.config.eval_future and self.cursor == Cursor():
+            self.row("untrained", range(total))
+        while self.cursor.task < len(every):
+            index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
+            parts = range(total) if index is None else [index]
+            plan = self.method.plan(None if index is None else self.benchmark.task(index))
+            while self.cursor.phase < len(plan):
+                self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
+            self.mark(parts[-1])
+            self.cursor = Cursor(task=self.cursor.task + 1)
+            if time.monotonic() - self.saved >= self.save_every / 6:
+                self.save()
+
+    def phase(self, phase: Phase, index: int | None, parts: Sequence[int], marks: bool) -> None:
+        """first, the steps, then. marks: measure at the hidden borders within it."""
+        if not self.cursor.begun:
+            torch.manual_seed(seed_of(self.method.seed, "phase", self.cursor.task, self.cursor.phase))
+            if phase.first is not None:
+                phase.first()
+            self.cursor.begun = True
+        self.opt = phase.optimizer() if phase.optimizer is not None else None
+        rates = [float(group["lr"]) for group in self.opt.param_groups] if self.opt is not None else []
+        self.plateau = replace(phase.schedule) if isinstance(phase.schedule, Plateau) else None
+        if self.opt is not None and self.waiting.get("optimizer") is not None:
+            self.opt.load_state_dict(self.waiting["optimizer"])
+        if self.plateau is not None and self.waiting.get("left") is not None:
+            self.plateau.left = self.waiting["left"]
+        self.waiting = {}
+        while self.cursor.part < len(parts):
+            self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
+            if marks and self.cursor.part < len(parts) - 1:
+                self.mark(parts[self.cursor.part])
+            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
+        if phase.select == "best":
+            self.method.restore(self.best)
+        if phase.then is not None:
+            phase.then()
+        self.cursor = Cursor(task=self.cursor.task, phase=self.cursor.phase + 1)
+        self.opt = self.plateau = self.best = None
+
+    def part(self, phase: Phase, task: Task, index: int | None, rates: list[float]) -> None:
+        """All epochs of a phase over one task's rows."""
+        watched = phase.select == "best" or self.plateau is not None
+        if watched and task.val is None:
+            raise Refusal(f"{self.method.name} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
+        train, val = self.tensors(task.train, index), self.tensors(task.val, index) if watched else None
+        n, c, clock = len(train[1]), self.cursor, self.clock
+        a_round = -(-n // phase.batch_size)
+        steps = phase.steps if phase.steps is not None else phase.epochs * a_round
+        clock.task, clock.phase, clock.steps = index, phase.name, steps
+        self.show.begin(f"{task.name}, {phase.name}", steps, c.step)
+        more = c.epoch * a_round < steps
+        while more:
+            clock.epoch = c.epoch
+            order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
+            order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
+            self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
+            goes_on = self.epoch_end(phase, val)
+            c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
+            more = c.epoch * a_round < steps
+
+    def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
+        """The batches of (the rest of) an epoch."""
+        c, clock, method, opt, stop = self.cursor, self.clock, self.method, self.opt, self.stop
+        window: list[dict[str, Tensor]] = []
+        method.train()
+        begun, due = self.watch(), self.saved + self.save_every
+        for batch in feed:
+            clock.batch, clock.step = c.batch, c.step
+            if schedule is not None:
+                for group, rate in zip(opt.param_groups, rates):
+                    set_lr(group, rate * schedule(clock.progress))
+            window.append(method.step(batch, opt, clock))
+            c.batch += 1
+            c.step += 1
+            if len(window) == WINDOW or stop.signum is not None or time.monotonic() >= due:
+                self.look(window)
+                self.show.steps(c.step)
+                if stop.signum is not None or time.monotonic() >= due:
+                    self.spend(begun)
+                    self.save()
+                    stop.obey(f"at {self.where(c.batch)}")
+                    begun, due = self.watch(), self.saved + self.save_every
+        self.look(window)
+        self.spend(begun)
+
+    def epoch_end(self, phase: Phase, val: tuple | None) -> bool:
+        """Validate, keep the best copy, log; False where the schedule ends the phase."""
+        c, more = self.cursor, True
+        line = {
+            "kind": "epoch",
+            "task": self.clock.task,
+            "part": c.part,
+            "phase": phase.name,
+            "epoch": c.epoch,
+            "batches": c.batch,
+        }
+        line |= {name: total / c.batch for name, total in c.sums.items()}
+        if val is not None:
+            begun = time.monotonic()
+            line["val_loss"] = loss = validate(self.method, self.clock, *val, self.config.eval_batch)
+            if not math.isfinite(loss):
+                raise Refusal(f"{self.method.name}: validation loss is {loss} after {self.where(c.batch)}")
+            line["lr"] = float(self.opt.param_groups[0]["lr"])
+            improved, c.best = loss < c.best, min(loss, c.best)
+            if improved and phase.select == "best":
+                self.best = self.method.snapshot()
+            if self.plateau is not None:
+                more = self.plateau.epoch(improved, self.opt)
+            self.seconds["eval"] += time.monotonic() - begun
+        self.folder.log(line)
+        self.show.epoch(line)
+        return more
+
+    def look(self, window: list[dict[str, Tensor]]) -> None:
+        """Add a window of what steps returned to the epoch's sums, one number at a time so that stops leave no trace, and empty it."""
+        for name in window[0] if window else ():
+            values = torch.stack([made[name] for made in window]).tolist()
+            for i, value in enumerate(values):
+                if not math.isfinite(value):
+                    raise Refusal(f"{self.method.name}: {name} is {value} at {self.where(self.cursor.batch - len(window) + i)}")
+                self.cursor.sums[name] = self.cursor.sums.get(name, 0.0) + value
+        window.clear()
+
+    def mark(self, t: int) -> None:
+        """Measure row t: the tasks so far, or all."""
+        total = len(self.benchmark)
+        all_rows = self.config.eval_rows == "all" or (self.config.eval_rows == "auto" and total <= 50)
+        tests = range(total) if self.config.eval_future else range(t + 1)
+        self.row(str(t), tests if all_rows or t == total - 1 else [t])
+        used = (self.method.report().get("capacity") or {}).get("used_fraction")
+        if used is not None:
+            self.used[str(t)] = used
+
+    def row(self, name: str, tests: Iterable[int]) -> None:
+        """Measure what is not yet measured of a row; an interruption keeps what is."""
+        row, begun = self.rows.setdefault(name, {}), time.monotonic()
+        missing = [j for j in tests if str(j) not in row]
+        try:
+            for j in missing:
+                row[str(j)] = evaluate(self.method, self.benchmark, j, self.config.eval_batch, self.stop)
+        except Interrupted:
+            self.save()
+            raise
+        finally:
+            self.seconds["eval"] += time.monotonic() - begun
+        if missing:
+            line = {"kind": "row", "row": name, "accuracy": {j: v["right"] for j, v in row.items()}}
+            self.folder.log(line)
+            self.show.row(line)
+
+    def save(self) -> None:
+        """A checkpoint of everything."""
+        now = time.monotonic()
+        self.seconds["total"] += now - self.started
+        self.started = now
+        self.folder.save(
+            {
+                "cursor": asdict(self.cursor),
+                "seconds": self.seconds,
+                "rows": self.rows,
+                "used": self.used,
+                "best": self.best,
+                "method": self.method.state(),
+                "optimizer": self.opt.state_dict() if self.opt is not None else None,
+                "left": self.plateau.left if self.plateau is not None else None,
+                "random": self.random(),
+            }
+        )
+        self.saved = time.monotonic()
+
+    def random(self, states: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """torch's global generators; set first where states are given."""
+        if states is not None:
+            torch.set_rng_state(states["cpu"])
+            if "cuda" in states and torch.cuda.is_available():
+                torch.cuda.set_rng_state(states["cuda"])
+        cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+        return {"cpu": torch.get_rng_state(), **cuda}
+
+    def tensors(self, split: Any, index: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A split's x, y and the task of each row, None where it is hidden."""
+        x, y = split.tensors()
+        return x, y, None if index is None else torch.full((1,), index, device=y.device).expand(len(y))
+
+    def watch(self) -> tuple[float, float]:
+        """Now, on the wall's clock and the method's selection clock."""
+        return time.monotonic(), self.method.select_seconds
+
+    def spend(self, begun: tuple[float, float]) -> None:
+        """Add the time since a watch() to the seconds spent in training and, of it, in selection."""
+        for name, now, then in zip(("train", "select"), self.watch(), begun):
+            self.seconds[name] += now - then
+
+    def where(self, batch: int) -> str:
+        """task, phase, epoch, batch for people."""
+        task = self.cursor.part if self.clock.task is None else self.clock.task
+        return f"task {task}, phase {self.clock.phase}, epoch {self.cursor.epoch}, batch {batch}"

@@ -1,0 +1,935 @@
+"""Many tasks' masks over one backbone: learn one, keep it, run as any of them, or as all at once.
+
+A *task* is a mask over the weights of the masked layers, and its state: every other trainable parameter and persistent buffer, and
+the modules named in ``per_task``. What does not require a gradient is shared backbone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor, nn
+
+from subnet_kernels import ops, reference
+from subnet_kernels.convert import matches
+from subnet_kernels.files import write_atomic
+from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
+
+FORMAT = "subnet-kernels bank"
+VERSION = 1
+
+
+@dataclass
+class Entry:
+    """One entry of a bank: a mask (its place among the masks is `index`) or a combination of masks (alphas over names)."""
+
+    index: int | None
+    state: dict[str, Tensor]
+    modules: dict[str, nn.Module]
+    alphas: Tensor | None = None
+    over: tuple[str, ...] = ()
+    scores: dict[str, Tensor] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    facts: dict = field(default_factory=dict)
+    saved: Path | None = None  # its file, where it has been written or read
+
+
+class MaskBank:
+    """All tasks' masks over one converted model.
+
+    model: a module that `convert` went over. Raises ValueError if it has no masked layer.
+    """
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+        self._layers = {name: m for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
+        if not self._layers:
+            raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
+        if any(layer._active is not None or layer._mix is not None for layer in self.layers()):
+            raise ValueError(
+                "MaskBank: the model must run its live masks, another bank has a task active: activate(None) there first"
+            )
+        config = getattr(model, "subnet_config", None)
+        self._per_task = list(config.per_task) if config else []
+        self._entries: dict[str, Entry] = {}
+        self._blocks: dict[str, list[Tensor]] = {name: [] for name in self._layers}
+        self._owned = {name: torch.zeros_like(layer.bits) for name, layer in self._layers.items()}
+        self._counts: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
+        self._backbone: str | None = None
+        self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
+        self._initial = {key: value.detach().clone() for key, value in self._state().items()}
+        self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
+        self._held: str | None = None  # whose they are
+        self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
+        self._heads: dict[str, nn.Module] = {}  # and its per-task modules
+        self.active: str | None = None
+        for layer in self.layers():
+            layer.frozen = layer.frozen_values = None
+
+    # ---------------------------------------------------------------------------------------------------------- looking
+
+    def layers(self) -> list[SubnetLayer]:
+        """The masked layers, in module order."""
+        return list(self._layers.values())
+
+    @property
+    def layer_names(self) -> list[str]:
+        return list(self._layers)
+
+    @property
+    def names(self) -> list[str]:
+        """Entries in the order of their commits."""
+        return list(self._entries)
+
+    @property
+    def masks(self) -> list[str]:
+        """Names of the entries that are masks."""
+        return [name for name, entry in self._entries.items() if entry.index is not None]
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise KeyError(
+                f"bank: {name!r} must be one of its {len(self)} entries, {', '.join(map(repr, self.names[:8])) or 'of which none'}"
+            )
+        return self._entries[name]
+
+    def bits(self, name: str) -> dict[str, Tensor]:
+        """Packed bits of a mask: {layer name: uint8}. Raises ValueError for a combination."""
+        if self[name].index is None:
+            raise ValueError(f"bank: {name!r} must be a mask, it is a combination of masks")
+        return self._bits_of(self[name])
+
+    def _bits_of(self, entry: Entry) -> dict[str, Tensor]:
+        block, place = divmod(entry.index, reference.BLOCK)
+        return {layer: blocks[block][:, place].clone(memory_format=_DENSE).view(-1) for layer, blocks in self._blocks.items()}
+
+    def owned(self) -> dict[str, Tensor]:
+        """Copies of the packed bits that any committed mask uses: {layer name: uint8}."""
+        return {key: bits.clone() for key, bits in self._owned.items()}
+
+    def live_bits(self) -> dict[str, Tensor]:
+        """Copies of the packed bits in training now: {layer name: uint8}."""
+        refresh([layer for layer in self.layers() if layer._seen != layer._now()])
+        return {name: layer.bits.clone() for name, layer in self._layers.items()}
+
+    # --------------------------------------------------------------------------------------------------------- learning
+
+    @torch.no_grad()
+    def commit(
+        self,
+        name: str,
+        *,
+        bits: Mapping[str, Tensor] | None = None,
+        alphas: Tensor | None = None,
+        over: Sequence[str] | None = None,
+        scores: bool = False,
+        tensors: Mapping[str, Tensor] | None = None,
+        **facts,
+    ) -> None:
+        """Keep the live task under a name; where weights learn, own and freeze the weights that its mask opens.
+
+        bits: another mask than the live one, {layer name: packed bits}; alphas: (layers, K) or (K,), keep this combination of the K
+        masks named in `over` (default all) in place of a mask; scores: keep the scores too; tensors, facts: named tensors and JSON
+        values of the method. Raises ValueError if the name exists, another task is active or an argument does not fit.
+        """
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"commit: name must be a non-empty string, got {name!r}")
+        if name in self._entries:
+            raise ValueError(f"commit: {name!r} must be a new name, the bank has it already")
+        if alphas is not None and bits is not None:
+            raise ValueError("commit: expected bits or alphas, got both")
+        if over is not None and alphas is None:
+            raise ValueError("commit: over must come with alphas, got masks and nothing to weigh them with")
+        if self._live is not None and alphas is None:
+            raise ValueError(f"commit: the live task must be active, got {self._held!r}; call activate(None) first")
+        self._follow()
+        try:
+            json.dumps(facts)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"commit: facts must be values that JSON has: {error}") from None
+        for key, value in (tensors or {}).items():
+            if not isinstance(value, Tensor):
+                raise ValueError(f"commit: tensors must be named tensors, got {type(value).__name__} for {key!r}")
+        if alphas is not None:
+            over = tuple(self.masks if over is None else over)
+            self._check_alphas("commit", alphas, len(self._mask_names("commit", over)))
+        elif bits is not None:
+            self._check_bits("commit", bits)
+        entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
+        entry.modules = {key: _fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
+        entry.scores = {key: layer.scores.detach().clone() for key, layer in self._layers.items()} if scores else {}
+        entry.tensors = {key: value.detach().clone() for key, value in (tensors or {}).items()}
+        if alphas is not None:
+            entry.alphas, entry.over = alphas.detach().clone(), over
+        else:
+            bits = self.live_bits() if bits is None else bits
+            self._backbone = self._backbone or self._hash()
+            entry.index = len(self.masks)
+            self._append(bits)
+            self._freeze()
+        self._entries[name] = entry
+
+    def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
+        if set(bits) != set(self._layers):
+            raise ValueError(f"{where}: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
+        for key, layer in self._layers.items():
+            given, n = bits[key], layer.weight.numel()
+            if given.dtype != torch.uint8 or given.shape != layer.bits.shape or given.device != layer.bits.device:
+                raise ValueError(
+                    f"{where}: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)} on {layer.bits.device}, "
+                    f"got {given.dtype} of {tuple(given.shape)} on {given.device}"
+                )
+            if not _is_padded(given, n):
+                raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
+
+    def _append(self, bits: Mapping[str, Tensor]) -> None:
+        for key in self._layers:
+            blocks, row = self._blocks[key], bits[key].view(-1, 1, reference.TILE // 8)
+            if blocks and blocks[-1].shape[1] < reference.BLOCK:
+                blocks[-1] = torch.cat([blocks[-1], row], 1)
+            else:
+                blocks.append(row.clone())
+            ops.union_(self._owned[key], bits[key])
+        self._counts.clear()
+
+    def _freeze(self) -> None:
+        """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
+        for key, layer in self._layers.items():
+            if layer.train_weight:
+                if layer.frozen is not None:
+                    ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
+                layer.frozen = self._owned[key].clone()
+                layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
+
+    def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
+        """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
+
+        scores: ``"keep"`` or ``"init"`` (drawn anew, from PyTorch's global generator as the modules are); per_task: output widths of
+        Linear modules, {name: outputs}. Make a new optimizer after it: the modules are new. Raises ValueError on a bad argument.
+        """
+        if scores not in ("keep", "init"):
+            raise ValueError(f"begin: scores must be 'keep' or 'init', got {scores!r}")
+        unknown = set(per_task or {}) - set(self._per_task)
+        if unknown:
+            raise ValueError(
+                f"begin: per_task must name modules of {', '.join(self._per_task) or 'none'}, got {', '.join(sorted(unknown))}"
+            )
+        self.activate(None)
+        fresh = {key: _fresh(self.model.get_submodule(key), key, (per_task or {}).get(key)) for key in self._per_task}
+        with torch.no_grad():
+            self._write(self._initial)
+            if scores == "init":
+                for layer in self.layers():
+                    init_scores_(layer.scores)
+        for key, module in fresh.items():
+            self.model.set_submodule(key, module)
+        refresh(self.layers())
+
+    @torch.no_grad()
+    def remove(self, name: str) -> None:
+        """Forget an entry; what is owned and frozen is computed anew. Raises ValueError if a combination needs it."""
+        entry = self[name]
+        users = [other for other, e in self._entries.items() if name in e.over]
+        if users:
+            raise ValueError(f"remove: {name!r} must not be part of a combination, {users[0]!r} uses it")
+        self.activate(None)
+        kept = [self.bits(other) for other in self.masks if other != name]
+        del self._entries[name]
+        if entry.index is None:
+            return
+        for i, other in enumerate(self.masks):
+            self._entries[other].index = i
+        for e in self._entries.values():
+            e.saved = None  # the values that an entry's file holds are those it was the first to own
+        self._prefix = (0, {})
+        self._blocks = {key: [] for key in self._layers}
+        for bits in self._owned.values():
+            bits.zero_()
+        for bits in kept:
+            self._append(bits)
+        self._counts.clear()
+        if kept:
+            self._freeze()
+        else:
+            self._backbone = None
+            for layer in self.layers():
+                layer.frozen = layer.frozen_values = None
+
+    # ---------------------------------------------------------------------------------------------------------- running
+
+    @torch.no_grad()
+    def activate(self, name: str | None, *, bits: Mapping[str, Tensor] | None = None, in_place: bool = False) -> None:
+        """Run the model as a stored task; None is the live one again.
+
+        bits: run as this mask with the live state, {layer name: packed bits}; in_place: copy into the tensors that forward reads
+        already (for CUDA graphs: those of the first such call, whatever is activated between). While a task is active weights and scores
+        get no gradient. Raises KeyError for an unknown name, ValueError for bad bits or, in place, another head width.
+        """
+        if name is not None and bits is not None:
+            raise ValueError(f"activate: expected a name or bits, got both, {name!r}")
+        self._follow()
+        entry = self[name] if name is not None else None
+        if bits is not None:
+            self._check_bits("activate", bits)
+        weights = {} if entry is None and bits is None else self._effective(entry, bits)
+        self._hold(name, in_place)
+        for key, layer in self._layers.items():
+            layer._mix = None
+            layer._active = weights.get(key)
+            if in_place and weights:
+                slot = self._slots.get(key)
+                if slot is None or slot.dtype != weights[key].dtype or slot.device != weights[key].device:
+                    slot = self._slots[key] = weights[key].clone()
+                layer._active = slot.copy_(weights[key])
+        self.active = name
+
+    @property
+    def is_live(self) -> bool:
+        """Whether forward goes through the live masks: no task is active and nothing superposed."""
+        layer = self.layers()[0]
+        return layer._active is None and layer._mix is None
+
+    @contextlib.contextmanager
+    def as_task(self, name: str | None) -> Iterator[None]:
+        """Run the block as a stored task (None: the live one); afterwards the model runs as it did before."""
+        active, held, modes = self.active, self._held, [(layer._active, layer._mix) for layer in self.layers()]
+        self.activate(name)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                self._hold(held)
+            self.active = active
+            for layer, (weight, mix) in zip(self.layers(), modes):
+                layer._active, layer._mix = weight, mix
+
+    def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
+        if entry is not None and entry.index is None:
+            blocks, _ = self._of(entry.over)
+            rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
+            return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
+        bits = self._bits_of(entry) if bits is None else bits
+        return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
+
+    def _hold(self, name: str | None, in_place: bool = False) -> None:
+        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is."""
+        entry = self[name] if name is not None else None
+        if entry is None and self._live is None:
+            return
+        modules = {}
+        for key, module in (entry.modules if entry is not None else self._live[1]).items():
+            if entry is not None and in_place:
+                slot = self._heads[key] = self._heads.get(key, _fixed_copy(module)).to(_like(self.model.get_submodule(key)))
+                pairs = list(zip(_tensors(slot), _tensors(module)))
+                if any(mine.shape != theirs.shape for mine, theirs in pairs):
+                    raise ValueError(
+                        f"activate: in place, module {key!r} of {name!r} must have the sizes of the first one activated so"
+                    )
+                for mine, theirs in pairs:
+                    mine.copy_(theirs)
+                module = slot
+            elif entry is not None:
+                module = _fixed_copy(module).to(_like(self.model.get_submodule(key)))
+            modules[key] = module
+        if self._live is None:
+            live = {key: value.detach().clone() for key, value in self._state().items()}
+            self._live = (live, {key: self.model.get_submodule(key) for key in self._per_task})
+        self._write(entry.state if entry is not None else self._live[0])
+        for key, module in modules.items():
+            current = self.model.get_submodule(key)
+            if module is not current:
+                self.model.set_submodule(key, module.train(current.training))
+        self._live = None if entry is None else self._live
+        self._held = name
+
+    def _follow(self) -> None:
+        """Move the masks to where the model has moved."""
+        for key, layer in self._layers.items():
+            if (device := layer.weight.device) != self._owned[key].device:
+                self._owned[key] = self._owned[key].to(device)
+                self._blocks[key] = [block.to(device) for block in self._blocks[key]]
+                self._counts, self._prefix, self._slots = {}, (0, {}), {}
+
+    def _write(self, state: Mapping[str, Tensor]) -> None:
+        for key, value in self._state().items():
+            value.detach().copy_(state[key])
+
+    def superpose(self, alphas: Tensor | None = None, *, over: Sequence[str] | None = None, head: str | None = None) -> Tensor:
+        """Run the model as many masks at once: every layer's weight is W * sum_k alpha_k M_k.
+
+        alphas: (K,), or (layers, K) with a row for each masked layer, differentiable; None is 1/K each. over: names of the K masks,
+        default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones) -> the alphas, a leaf that
+        requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
+        """
+        names = self._mask_names("superpose", self.masks if over is None else over)
+        equal = alphas is None
+        if equal:
+            some = self.layers()[0].weight
+            alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
+        self._check_alphas("superpose", alphas, len(names))
+        self._follow()
+        blocks, counts = self._of(names, equal)
+        with torch.no_grad():
+            self._hold(head)
+        self.active = None
+        for i, (key, layer) in enumerate(self._layers.items()):
+            layer._active = None
+            row = None if alphas.dim() == 1 else i
+            layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
+        return alphas
+
+    def row_alpha_grad(
+        self, x: Tensor, objective: Callable[[Tensor], Tensor], *, over: Sequence[str] | None = None, head: str | None = None
+    ) -> Tensor:
+        """Gradient to the alphas, at equal alphas, of every row's own objective: SupSup's one-shot inference row by row.
+
+        x: (B, ...); objective: logits (B, C) -> (B,), row b depending on row b alone -> (B, K). One forward and backward of the summed
+        objective, then `alpha_grad` of every layer. Linear layers and ungrouped Conv2d; others raise ValueError.
+        """
+        for key, layer in self._layers.items():
+            if not isinstance(layer, SubnetLinear) and not (isinstance(layer, SubnetConv2d) and layer.groups == 1):
+                raise ValueError(
+                    f"row_alpha_grad: layer {key!r} must be linear or an ungrouped Conv2d, got {type(layer).__name__}"
+                )
+        with self.as_task(None):
+            alphas = self.superpose(None, over=over, head=head)
+            banks = [layer._mix[0] for layer in self.layers()]
+            try:
+                for layer in self.layers():
+                    layer._trace = []
+                with torch.enable_grad():
+                    value = objective(self.model(x)).sum()
+                calls = [(layer, bank, *call) for layer, bank in zip(self.layers(), banks) for call in layer._trace]
+            finally:
+                for layer in self.layers():
+                    layer._trace = None
+            grads = torch.autograd.grad(value, [y for *_, y in calls], allow_unused=True)
+        total = x.new_zeros((x.shape[0], alphas.shape[-1]), dtype=alphas.dtype)
+        for (layer, bank, inp, _), grad in zip(calls, grads):
+            if grad is None:  # what this call computed does not reach the objective
+                continue
+            weight = layer.weight.detach().flatten(1)
+            if isinstance(layer, SubnetConv2d):
+                inp, grad = _columns(layer, inp), grad.flatten(2).transpose(1, 2)
+            rows = ops.alpha_grad(inp.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0]), weight, bank)
+            if inp.shape[0] % x.shape[0]:
+                raise ValueError(f"row_alpha_grad: a layer's input must have {x.shape[0]} rows first, got {tuple(inp.shape)}")
+            total += rows.view(x.shape[0], -1, rows.shape[1]).sum(1)
+        return total
+
+    def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
+        """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""
+        key = tuple(names)
+        if key not in self._counts or (equal and not self._counts[key][1]):
+            if list(key) == self.masks:
+                blocks = self._blocks
+            else:
+                rows = [self.bits(name) for name in key]
+                blocks = {layer: _blocks_of([row[layer] for row in rows]) for layer in self._layers}
+            counts = (
+                {name: _count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()} if equal else {}
+            )
+            self._counts = {key: (blocks, counts)}
+        return self._counts[key]
+
+    def _mask_names(self, where: str, names: Sequence[str]) -> list[str]:
+        names = list(names)
+        if not names:
+            raise ValueError(f"{where}: expected at least one mask, the bank has none")
+        for name in names:
+            if self[name].index is None:
+                raise ValueError(f"{where}: {name!r} must be a mask, it is a combination of masks")
+        return names
+
+    def _check_alphas(self, where: str, alphas: Tensor, tasks: int) -> None:
+        if alphas.shape not in ((tasks,), (len(self._layers), tasks)):
+            raise ValueError(
+                f"{where}: alphas must have shape ({tasks},) or ({len(self._layers)}, {tasks}), masked layers by masks, "
+                f"got {tuple(alphas.shape)}"
+            )
+
+    # -------------------------------------------------------------------------------------------------------- exporting
+
+    def export(self, name: str) -> nn.Module:
+        """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
+        self._follow()
+        entry = self[name]
+        dense = copy.deepcopy(self.model)
+        for key, weight in self._effective(entry, None).items():
+            layer = dense.get_submodule(key)
+            layer.uninstall()
+            layer.weight = nn.Parameter(weight, requires_grad=False)
+        tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
+        with torch.no_grad():
+            for key, value in entry.state.items():
+                tensors[key].copy_(value)
+        for key, module in entry.modules.items():
+            current = dense.get_submodule(key)
+            dense.set_submodule(key, _fixed_copy(module).to(_like(current)).train(current.training))
+        dense.__dict__.pop("subnet_config", None)
+        return dense
+
+    def view(self, name: str) -> TaskView:
+        """An immutable snapshot of one task for serving, safe to call from many threads."""
+        return TaskView(self.export(name))
+
+    # ------------------------------------------------------------------------------------------------------ bookkeeping
+
+    @property
+    def trains_weights(self) -> bool:
+        return any(layer.train_weight for layer in self.layers())
+
+    def capacity(self) -> dict[str, float | int | None]:
+        """What the bank costs.
+
+        used_fraction: share (0-1) of masked weights that a committed mask opens; mask_bytes: packed masks of all entries; bits_per_weight:
+        per task; measured_cap: percent of the dense fp32 masked backbone that used values and masks take, where weights do not learn
+        100 + the masks; seed_only_cap: the masks alone, for a backbone that is stored as its seed (None where weights learn).
+        """
+        total = sum(layer.weight.numel() for layer in self.layers())
+        used = int(sum(ops.count(bits) for bits in self._owned.values()))
+        mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self.masks)
+        alphas = sum(e.alphas.numel() * 4 for e in self._entries.values() if e.alphas is not None)
+        share = 100 * (mask_bytes + alphas) / (4 * total)
+        return {
+            "used_fraction": used / total,
+            "mask_bytes": mask_bytes,
+            "bits_per_weight": 8 * (mask_bytes + alphas) / total / max(len(self), 1),
+            "measured_cap": share + 100 * used / total if self.trains_weights else 100 + share,
+            "seed_only_cap": None if self.trains_weights else share,
+        }
+
+    def verify(self) -> None:
+        """Prove that nothing moved that a committed task uses. Raises RuntimeError naming the layer and how many weights did.
+
+        Where weights learn, every frozen weight is compared bit by bit with its value at the commit; else the backbone's hash.
+        """
+        for key, layer in self._layers.items():
+            if layer.train_weight and self.masks:
+                if layer.frozen is None:
+                    raise RuntimeError(
+                        f"verify: layer {key!r} must have frozen weights, it has none: another bank took over the model"
+                    )
+                now = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
+                moved = int((_raw(now) != _raw(layer.frozen_values)).any(-1).sum()) if now.numel() else 0
+                if moved:
+                    raise RuntimeError(f"verify: layer {key!r} must keep its {now.numel()} frozen weights, {moved} of them moved")
+        if self._backbone is not None and (now := self._hash()) != self._backbone:
+            raise RuntimeError(f"verify: the backbone must have hash {self._backbone[:12]}, got {now[:12]}: its weights changed")
+
+    def _hash(self) -> str | None:
+        """Hash of what all tasks share and none may change: masked weights that do not learn, and unmasked fixed parameters."""
+        masked = {id(p) for layer in self.layers() for p in (layer.weight, layer.scores)}
+        fixed = [(key, layer.weight) for key, layer in self._layers.items() if not layer.train_weight]
+        fixed += [
+            (key, p)
+            for key, p in self.model.named_parameters()
+            if id(p) not in masked and key not in self._state_names and not matches(key, self._per_task)
+        ]
+        digest = hashlib.sha256()
+        for key, value in fixed:
+            digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
+            digest.update(_raw(value.detach()).cpu().numpy().tobytes())
+        return digest.hexdigest() if fixed else None
+
+    def _trainable(self) -> list[str]:
+        """Names of the tensors of the model that belong to a task and not to the backbone or a ``per_task`` module."""
+        masked = {id(p) for layer in self.layers() for p in (layer.weight, layer.scores)}
+        names = [key for key, p in self.model.named_parameters() if p.requires_grad and id(p) not in masked]
+        kept = self.model.state_dict(keep_vars=True)
+        names += [key for key, _ in self.model.named_buffers() if key in kept]
+        return [key for key in names if not matches(key, self._per_task)]
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
+        return {key: tensors[key] for key in self._state_names}
+
+    # ---------------------------------------------------------------------------------------------------------- on disk
+
+    def save(self, folder: Path | str) -> None:
+        """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
+
+        Raises OSError if the folder cannot be written; what it held before stays valid.
+        """
+        folder = Path(folder).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        rows = []
+        for number, (name, entry) in enumerate(self._entries.items()):
+            if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
+                data = to_safetensors(self._tensors_of(entry))
+                slug, digest = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60], hashlib.sha256(data).hexdigest()[:12]
+                # the content is in the name: a file that an earlier manifest speaks of is never written over with another
+                path = folder / f"{number:05d}-{slug}-{digest}.safetensors"
+                write_atomic(path, data)
+                entry.saved = path
+            kind = "mask" if entry.index is not None else "combination"
+            rows.append({"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
+        manifest = {
+            "format": FORMAT,
+            "version": VERSION,
+            "torch": torch.__version__,
+            "layers": {
+                key: {
+                    "shape": list(layer.weight.shape),
+                    "dtype": str(layer.weight.dtype).removeprefix("torch."),
+                    "density": layer.density,
+                    "trains": layer.train_weight,
+                }
+                for key, layer in self._layers.items()
+            },
+            "state": self._state_names,
+            "per_task": self._per_task,
+            "backbone_sha256": self._backbone,
+            "entries": rows,
+        }
+        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+
+    def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
+        """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
+        tensors = {f"state/{key}": value for key, value in entry.state.items()}
+        tensors |= {f"scores/{key}": value for key, value in entry.scores.items()}
+        tensors |= {f"tensors/{key}": value for key, value in entry.tensors.items()}
+        tensors |= {f"per_task/{m}/{k}": v for m, module in entry.modules.items() for k, v in module.state_dict().items()}
+        if entry.alphas is not None:
+            tensors["alphas"] = entry.alphas
+        else:
+            owned = self._owned_before(entry.index)
+            for key, bits in self._bits_of(entry).items():
+                tensors[f"bits/{key}"] = bits
+                if self._layers[key].train_weight:
+                    weight = self._layers[key].weight.detach()
+                    tensors[f"values/{key}"] = weight[ops.unpack(bits & ~owned[key], weight.shape)]
+        return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
+
+    def _owned_before(self, index: int) -> dict[str, Tensor]:
+        """Packed bits that the first `index` masks own, from those of the last call on."""
+        start, owned = self._prefix
+        if start > index or not owned:
+            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        for name in self.masks[start:index]:
+            for key, bits in self.bits(name).items():
+                ops.union_(owned[key], bits)
+        self._prefix = (index, owned)
+        return owned
+
+    @classmethod
+    def load(cls, folder: Path | str, model: nn.Module, *, restore: bool = False) -> MaskBank:
+        """Read a bank over a converted model.
+
+        The model's weights must be those that the masks were learnt on; with restore=True the weights that the bank owns are written into
+        the model instead. Raises ValueError in one sentence if a file is missing, damaged or does not fit the model.
+        """
+        bank = cls(model)
+        bank.read(folder, restore=restore)
+        return bank
+
+    def read(self, folder: Path | str, names: Sequence[str] | None = None, *, restore: bool = False) -> None:
+        """Add the entries of a folder to this bank, which must be empty; names: the first ones, in order (default all). As `load`."""
+        if self._entries:
+            raise ValueError(f"read: the bank must be empty, it has {len(self)} entries")
+        folder = Path(folder).resolve()
+        manifest = _read_manifest(folder)
+        rows = manifest["entries"] if names is None else manifest["entries"][: len(names)]
+        if names is not None and [row["name"] for row in rows] != list(names):
+            raise ValueError(
+                f"read: {folder} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
+            )
+        self.activate(None)
+        self._fit(folder / "manifest.json", manifest)
+        found, masks, writes = {}, [], []
+        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        for row in rows:
+            path = folder / row["file"]
+            tensors = _read_tensors(path)
+            found[row["name"]] = entry = self._entry(path, row, tensors)
+            if row["kind"] == "combination":
+                entry.alphas = self._alphas(path, tensors, len(entry.over))
+                continue
+            bits, entry.index = self._mask(path, tensors), len(masks)
+            masks.append(bits)
+            writes += self._values(path, tensors, bits, owned, restore)
+        backbone = manifest["backbone_sha256"] if masks else None
+        if backbone is not None and (now := self._hash()) != backbone:
+            raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
+        for layer, new, values in writes:  # all is checked: from here on the model may change
+            ops.restore_([layer.weight], [new], [values])
+        self._entries, self._backbone = found, backbone
+        for bits in masks:
+            self._append(bits)
+        if masks:
+            self._freeze()
+        refresh(self.layers())
+
+    def _fit(self, path: Path, manifest: Mapping) -> None:
+        """Check a manifest against the model, and take over what a task's state is."""
+        shapes = {key: [*layer.weight.shape] for key, layer in self._layers.items()}
+        stored = {key: value["shape"] for key, value in manifest["layers"].items()}
+        if shapes != stored:
+            wrong = next(key for key in [*shapes, *stored] if shapes.get(key) != stored.get(key))
+            raise ValueError(
+                f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {path}, the model's has {shapes.get(wrong)}"
+            )
+        for key, layer in self._layers.items():
+            if layer.train_weight != manifest["layers"][key]["trains"]:
+                raise ValueError(
+                    f"load: layer {key!r} must be converted with train_weights={not layer.train_weight} as in {path}"
+                )
+        if sorted(manifest["per_task"]) != sorted(self._per_task):
+            raise ValueError(f"load: per_task must be {manifest['per_task']} as in {path}, the model's is {self._per_task}")
+        tensors = {*dict(self.model.named_parameters()), *dict(self.model.named_buffers())}
+        missing = [key for key in manifest["state"] if key not in tensors]
+        if missing:
+            raise ValueError(f"load: the model must have {missing[0]!r}, a part of the task state in {path}")
+        self._state_names = list(manifest["state"])
+        self._initial = {key: value.detach().clone() for key, value in self._state().items()}
+
+    def _entry(self, path: Path, row: Mapping, tensors: Mapping[str, Tensor]) -> Entry:
+        """The entry of a manifest's row and its file, without mask or alphas."""
+
+        def group(prefix: str) -> dict[str, Tensor]:
+            return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
+
+        device = self.layers()[0].weight.device
+        state, scores, modules = group("state/"), group("scores/"), {}
+        for what, stored, mine in (
+            ("task state", state, self._state()),
+            ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
+        ):
+            for key in sorted({*stored, *mine}):
+                if key not in mine or key not in stored or _kind(mine[key]) != _kind(stored[key]):
+                    expected, got = (_kind(t[key]) if key in t else "nothing" for t in (mine, stored))
+                    raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
+        for key in self._per_task:
+            modules[key] = _from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
+        state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
+        return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
+
+    def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
+        alphas = tensors.get("alphas")
+        if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
+            got = "nothing" if alphas is None else _kind(alphas)
+            raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
+        return alphas.to(self.layers()[0].weight.device)
+
+    def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        masks = {}
+        for key, layer in self._layers.items():
+            bits, n = tensors.get(f"bits/{key}"), layer.weight.numel()
+            if bits is None or bits.dtype != torch.uint8 or bits.shape != layer.bits.shape:
+                raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
+            if not _is_padded(bits, n):
+                raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
+            masks[key] = bits.to(layer.weight.device)
+        return masks
+
+    def _values(
+        self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
+    ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
+        """Check the values of weights that a mask is the first to own; returns what is to be written. Adds the mask to owned."""
+        writes = []
+        for key, layer in self._layers.items():
+            new = bits[key] & ~owned[key]
+            ops.union_(owned[key], bits[key])
+            if not layer.train_weight:
+                continue
+            values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
+            if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
+                raise ValueError(
+                    f"load: {path} must hold the {expected} {layer.weight.dtype} values that layer {key!r} owns by it"
+                )
+            values = values.to(layer.weight.device)
+            if restore:
+                writes.append((layer, new, values))
+            elif not torch.equal(_raw(layer.weight.detach()[ops.unpack(new, layer.weight.shape)]), _raw(values)):
+                raise ValueError(
+                    f"load: the model's weights in layer {key!r} must be those that {path} was learnt on, they differ"
+                )
+        return writes
+
+
+class TaskView(nn.Module):
+    """One task of a bank as a module that cannot be changed: parameters need no gradient, mode is eval, attributes are fixed."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module.eval().requires_grad_(False)
+        self.training = False
+        self.__dict__["_fixed"] = True
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> TaskView:
+        if mode:
+            raise RuntimeError("TaskView: a view stays in eval mode, it is a snapshot; train the model and commit again")
+        return self
+
+    def load_state_dict(self, *_, **__):
+        raise RuntimeError("TaskView: a view cannot be loaded into, it is a snapshot; take a new one from the bank")
+
+    def _apply(self, *_, **__):
+        raise RuntimeError("TaskView: a view cannot be moved or cast, it is a snapshot; do so with what bank.export gives")
+
+    def requires_grad_(self, requires_grad: bool = True) -> TaskView:
+        if requires_grad:
+            raise RuntimeError("TaskView: a view's parameters learn nothing, it is a snapshot; train the model and commit again")
+        return self
+
+    def __setattr__(self, name, value):
+        if self.__dict__.get("_fixed"):
+            raise AttributeError(f"TaskView: attribute {name!r} cannot be set, a view is a snapshot")
+        super().__setattr__(name, value)
+
+
+_DENSE = torch.contiguous_format
+
+
+def _is_padded(bits: Tensor, n: int) -> bool:
+    """Whether packed bits are zero after those of n weights."""
+    tail = bits[n // 8 :].clone()
+    if n % 8:
+        tail[0] >>= n % 8
+    return not bool(tail.any())
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(module.state_dict(keep_vars=True).values())
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor, a row an element, so that comparison is of bits and NaN equals itself."""
+    return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
+
+
+def _like(module: nn.Module) -> Tensor:
+    """A tensor whose device and floating dtype are the module's."""
+    return next((t for t in _tensors(module) if t.is_floating_point()), torch.empty(0))
+
+
+def _fixed_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).requires_grad_(False)
+
+
+def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
+    if outputs is not None:
+        if type(module) is not nn.Linear:
+            raise ValueError(f"begin: module {name!r} must be a Linear to be given a width, got {type(module).__name__}")
+        weight = module.weight
+        new = nn.Linear(module.in_features, outputs, module.bias is not None, device=weight.device, dtype=weight.dtype)
+        return new.train(module.training)
+    new = copy.deepcopy(module).requires_grad_(True)
+    for part in new.modules():
+        if hasattr(part, "reset_parameters"):
+            part.reset_parameters()
+    return new
+
+
+def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
+    """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
+    module = _fixed_copy(template)
+    mine = module.state_dict()
+    if set(mine) != set(state):
+        raise ValueError(f"load: {path} must hold {', '.join(mine)} of module {name!r}, got {', '.join(state) or 'nothing'}")
+    if type(module) is nn.Linear and state["weight"].dim() == 2:
+        outputs = state["weight"].shape[0]
+        for key, value in list(module.named_parameters()):
+            setattr(module, key, nn.Parameter(value.new_empty((outputs, *value.shape[1:])), requires_grad=False))
+        module.out_features, mine = outputs, module.state_dict()
+    for key, value in mine.items():
+        if _kind(value) != _kind(state[key]):
+            raise ValueError(f"load: {path} must hold {_kind(value)} as {key!r} of module {name!r}, got {_kind(state[key])}")
+    module.load_state_dict(state)
+    return module
+
+
+def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
+    stacked = torch.stack(list(rows))
+    return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in stacked.split(reference.BLOCK)]
+
+
+def _count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    counts = torch.zeros(tuple(shape), dtype=torch.int32, device=blocks[0].device)
+    for block in blocks:
+        for j in range(block.shape[1]):
+            counts += ops.unpack(block[:, j].reshape(-1), shape)
+    return counts
+
+
+def _columns(layer: SubnetConv2d, x: Tensor) -> Tensor:
+    """The input patches of a convolution: (B, C, H, W) -> (B, positions, C * kernel)."""
+    padding = layer.padding
+    if isinstance(padding, str) or layer.padding_mode != "zeros":
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), 0
+    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
+
+
+def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
+            raise ValueError(f"load: {path} must have a proper {key!r} in its manifest, got {row!r:.80}")
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, "pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"load: {path} must be a readable safetensors file: {' '.join(str(error).split())}") from None
+
+
+def _read_manifest(folder: Path) -> dict:
+    path = folder / "manifest.json"
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
+    if manifest.get("version") != VERSION:
+        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r:.80}")
+    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), entries=list)
+    for layer in manifest["layers"].values():
+        _need(path, layer, shape=list, trains=bool)
+    masks: set[str] = set()
+    names: set[str] = set()
+    for row in manifest["entries"]:
+        _need(path, row, name=str, file=str, kind=str, over=list, facts=dict)
+        if not re.fullmatch(r"[A-Za-z0-9_-]+\.safetensors", row["file"]):
+            raise ValueError(f"load: {path} must name its entries' files plainly and without folders, got {row['file']!r:.80}")
+        if row["name"] in names or row["kind"] not in ("mask", "combination"):
+            raise ValueError(
+                f"load: {path} must hold masks and combinations of different names, got {row['kind']!r} {row['name']!r:.80}"
+            )
+        combines = row["kind"] == "combination"
+        if combines != bool(row["over"]) or any(not isinstance(name, str) or name not in masks for name in row["over"]):
+            raise ValueError(f"load: {path} must combine masks that come earlier in it, {row['name']!r:.80} does not")
+        names.add(row["name"])
+        if row["kind"] == "mask":
+            masks.add(row["name"])
+    if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
+        raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
+    return manifest

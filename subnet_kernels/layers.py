@@ -1,0 +1,388 @@
+"""Drop-in layers whose weights are used through a mask.
+
+Selection is not part of the autograd graph. Between optimizer steps a live layer's ``bits`` equal ``select(scores)`` and its
+``w_eff`` equals ``apply(weight, bits)``: a hook after every optimizer step puts frozen values back and refreshes all of that
+optimizer's layers in one call, and an eager forward refreshes a layer whose scores or weight moved otherwise. Writes through
+``.data`` move no version counter: call `refresh` after them.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+
+from subnet_kernels import ops, reference
+from subnet_kernels.ops._checks import BY, TIES, choice
+from subnet_kernels.ops.apply import straight_through
+from subnet_kernels.ops.masked import SubnetWeight
+from subnet_kernels.ops.select import check_density, k_kth, k_sort
+from subnet_kernels.ops.superpose import superpose_weight
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How a layer's mask follows from its scores.
+
+    density: kept share in (0, 1], for ``select="topk"``; k_rule: ``"sort"`` (SupSup's count) or ``"kth"`` (WSN's); by, ties: as
+    `subnet_kernels.select`; select: ``"topk"``, or ``"threshold"`` for score >= value (> value if not inclusive).
+    Raises ValueError on a bad field.
+    """
+
+    density: float = 0.5
+    k_rule: str = "sort"
+    by: str = "magnitude"
+    ties: str = "last"
+    select: str = "topk"
+    value: float = 0.0
+    inclusive: bool = True
+
+    def __post_init__(self):
+        check_density("Rule", self.density)
+        choice("Rule", "k_rule", self.k_rule, ("sort", "kth"))
+        choice("Rule", "by", self.by, BY)
+        choice("Rule", "ties", self.ties, TIES)
+        choice("Rule", "select", self.select, ("topk", "threshold"))
+
+    def k(self, n: int) -> int:
+        """Kept weights of a layer of n."""
+        return (k_sort if self.k_rule == "sort" else k_kth)(n, self.density)
+
+    @property
+    def key(self) -> str:
+        """What the scores are compared by: their sign enters the straight-through rule only where it is the magnitude."""
+        return self.by if self.select == "topk" else "value"
+
+
+class LiveWeight(torch.autograd.Function):
+    """The materialised effective weight in place of (weight, scores); gradients straight through to both."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, scores, w_eff, bits, frozen, by):
+        # the alias shares the version counter: a refresh between forward and backward is an error, not a wrong gradient
+        return w_eff.detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        weight, scores, _, bits, frozen, ctx.by = inputs
+        ctx.save_for_backward(weight, scores, bits, frozen)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weight, scores, bits, frozen = ctx.saved_tensors
+        need_weight, need_scores = ctx.needs_input_grad[:2]
+        d_weight, d_scores = straight_through(grad, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
+        return d_weight if need_weight else None, d_scores if need_scores else None, None, None, None, None
+
+
+class SubnetLayer:
+    """What masked layers have in common; mixed into a dense layer class that has a ``weight``.
+
+    scores: Parameter like weight; bits: uint8 packed live mask; w_eff: the live effective weight, contiguous; frozen: packed bits of
+    weights that may not move, or None; frozen_values: their values, compact, in logical order.
+    """
+
+    def install(self, rule: Rule, scores: Tensor | None = None) -> None:
+        """Turn a constructed dense layer into a masked one: adds scores (drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) unless given)."""
+        weight = self.weight
+        if scores is None:
+            scores = torch.empty_like(weight, memory_format=torch.contiguous_format)
+            if not scores.is_meta:
+                init_scores_(scores)
+        self.scores = nn.Parameter(scores)
+        self.rule = rule
+        self.train_weight = weight.requires_grad
+        self.frozen: Tensor | None = None
+        self.frozen_values: Tensor | None = None
+        self._active: Tensor | None = None  # effective weight of the active task
+        self._mix: tuple | None = None  # (bank, alphas, row of alphas, counts, version of alphas) of a superposition
+        self._trace: list | None = None  # (input, output) of each superposed forward, where somebody wants row gradients
+        self._seen: tuple | None = None  # versions of scores and weight that bits and w_eff were made from
+        self._adopt()
+        _LAYERS.add(self)
+
+    def uninstall(self) -> None:
+        """Become the dense layer that it was made from, with the weight it has now."""
+        _LAYERS.discard(self)
+        del self._parameters["scores"]
+        for name in _INSTALLED:
+            del self.__dict__[name]
+        self.__class__ = next(dense for dense, masked in DENSE.items() if masked is type(self))
+        _changed()
+
+    def _adopt(self) -> None:
+        """Take the registered parameters for this layer's own, and have live tensors that fit them."""
+        weight = self.weight
+        live = self.__dict__.get("w_eff")
+        self._own = (weight, self.scores)
+        self._seen = None
+        if live is None or (live.shape, live.dtype, live.device) != (weight.shape, weight.dtype, weight.device):
+            self.k = self.rule.k(weight.numel())
+            self.bits = torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
+            self.w_eff = torch.zeros_like(weight, memory_format=torch.contiguous_format, requires_grad=False)
+            self.hints = torch.zeros(4, dtype=torch.float64, device=weight.device)
+            to = lambda t, dtype=None: None if t is None else t.to(weight.device, dtype)  # noqa: E731
+            self.frozen, self.frozen_values = to(self.frozen), to(self.frozen_values, weight.dtype)
+            self._active = to(self._active, weight.dtype)
+        _changed()
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        super().register_parameter(name, param)
+        if "_own" in self.__dict__ and {"weight", "scores"} <= self._parameters.keys():
+            self._adopt()
+
+    @property
+    def density(self) -> float:
+        """Kept share; setting it recomputes k and refreshes."""
+        return self.rule.density
+
+    @density.setter
+    def density(self, density: float) -> None:
+        self.rule = replace(self.rule, density=density)
+        self.k = self.rule.k(self.weight.numel())
+        _changed()
+        refresh([self])
+
+    def _now(self) -> tuple[int, int]:
+        weight, scores = self._own
+        return scores._version, weight._version
+
+    def effective_weight(self) -> Tensor:
+        """The weight that forward uses, in the autograd graph: live, of the active task, or superposed."""
+        if self._active is not None:
+            return self._active
+        if self._mix is not None:
+            bank, alphas, row, counts, version = self._mix
+            # equal alphas are not read; once an optimizer has moved them, and where nobody can look (compiled), they are
+            equal = counts is not None and not torch.compiler.is_compiling() and alphas._version == version
+            alphas = alphas if row is None else alphas[row]
+            return superpose_weight(self.weight.detach(), bank, alphas, equal, counts if equal else None)
+        weight, scores = self.weight, self.scores
+        if torch.compiler.is_compiling():
+            if not (isinstance(weight, nn.Parameter) and isinstance(scores, nn.Parameter)):
+                return self._stateless(weight, scores)
+        elif weight is not self._own[0] or scores is not self._own[1]:
+            return self._stateless(weight, scores)
+        elif self._seen != (scores._version, weight._version):
+            refresh([self])
+        return LiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.rule.key)
+
+    def _stateless(self, weight: Tensor, scores: Tensor) -> Tensor:
+        """Selection from tensors that are not this layer's parameters: functional_call, func.grad, vmap. No live tensor is touched."""
+        rule = self.rule
+        if rule.select == "topk":
+            return SubnetWeight.apply(weight, scores, self.frozen, self.k, rule.by, rule.ties)[0]
+        (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
+        return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        raise AssertionError("a masked layer class defines its product")
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self._product(x, self.effective_weight())
+        if self._trace is not None:
+            y = y if y.requires_grad else y.requires_grad_()
+            self._trace.append((x.detach(), y))
+            y = y.clone()  # an activation that works in place must not change what was traced
+        return y
+
+    def extra_repr(self) -> str:
+        rule = self.rule
+        how = f"density={rule.density:g}" if rule.select == "topk" else f"score {'>=' if rule.inclusive else '>'} {rule.value:g}"
+        return f"{super().extra_repr()}, {how}"
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self._adopt()
+        refresh([self])
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
+        state_dict.setdefault(prefix + "scores", self.scores.detach())  # a dense checkpoint has none: keep ours
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        refresh([self])
+
+    def __getstate__(self):
+        state = self.__dict__.copy()
+        del state["_own"]
+        state["_seen"] = state["_trace"] = None
+        if self._mix is not None:  # alphas may lie in a graph, which cannot be copied
+            bank, alphas, *rest = self._mix
+            state["_mix"] = (bank, alphas.detach(), *rest)
+        return state
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._adopt()
+        _LAYERS.add(self)
+
+
+_INSTALLED = "rule train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
+
+
+class SubnetLinear(SubnetLayer, nn.Linear):
+    """``nn.Linear`` through a mask. Arguments as ``nn.Linear``, and a `Rule`."""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True, *, rule: Rule | None = None, device=None, dtype=None
+    ):
+        nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
+        self.install(rule or Rule())
+
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight, self.bias)
+
+
+class _SubnetConv(SubnetLayer):
+    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+        return self._conv_forward(x, weight, self.bias)
+
+
+class SubnetConv1d(_SubnetConv, nn.Conv1d):
+    """``nn.Conv1d`` through a mask. Arguments as ``nn.Conv1d``, and a `Rule`."""
+
+    def __init__(self, *args, rule: Rule | None = None, **kwargs):
+        nn.Conv1d.__init__(self, *args, **kwargs)
+        self.install(rule or Rule())
+
+
+class SubnetConv2d(_SubnetConv, nn.Conv2d):
+    """``nn.Conv2d`` through a mask. Arguments as ``nn.Conv2d``, and a `Rule`."""
+
+    def __init__(self, *args, rule: Rule | None = None, **kwargs):
+        nn.Conv2d.__init__(self, *args, **kwargs)
+        self.install(rule or Rule())
+
+
+class SubnetConv3d(_SubnetConv, nn.Conv3d):
+    """``nn.Conv3d`` through a mask. Arguments as ``nn.Conv3d``, and a `Rule`."""
+
+    def __init__(self, *args, rule: Rule | None = None, **kwargs):
+        nn.Conv3d.__init__(self, *args, **kwargs)
+        self.install(rule or Rule())
+
+
+DENSE = {nn.Linear: SubnetLinear, nn.Conv1d: SubnetConv1d, nn.Conv2d: SubnetConv2d, nn.Conv3d: SubnetConv3d}
+
+
+def init_scores_(scores: Tensor) -> Tensor:
+    """Draw scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), Kaiming-uniform with a = sqrt(5): edge-popup's, SupSup's and WSN's init."""
+    fan_in = scores[0].numel() if scores.dim() and len(scores) else 0
+    bound = fan_in**-0.5 if fan_in else 0.0
+    return nn.init.uniform_(scores, -bound, bound)
+
+
+# -------------------------------------------------------------------------------------------------- once per optimizer step
+
+_LAYERS: weakref.WeakSet = weakref.WeakSet()
+_GENERATION = 0  # moves when what is cached below may have changed: a layer, its parameters, its live tensors, its rule
+_BY_WEIGHT: tuple[int, dict] = (-1, {})
+_SECONDS = 0.0  # host time spent in refreshing
+_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (generation, parameters, layers, calls)
+
+
+def refresh_seconds() -> float:
+    """Host seconds that this process has spent in refreshing; on a GPU that is the launching alone."""
+    return _SECONDS
+
+
+def _changed() -> None:
+    global _GENERATION
+    _GENERATION += 1
+
+
+def frozen_bits(params: Sequence[Tensor]) -> list[Tensor | None]:
+    """For each parameter the packed bits of what is frozen in it, None where nothing is or it is no masked layer's weight."""
+    global _BY_WEIGHT
+    if _BY_WEIGHT[0] != _GENERATION:
+        _BY_WEIGHT = (_GENERATION, {id(layer.weight): weakref.ref(layer) for layer in _LAYERS})
+    layers = _BY_WEIGHT[1]
+    found = []
+    for p in params:
+        ref = layers.get(id(p))
+        layer = ref() if ref is not None else None
+        found.append(layer.frozen if layer is not None and layer.weight is p else None)
+    return found
+
+
+def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
+    """The calls that refresh these layers, one for all layers of one rule: (op, its arguments, layers).
+
+    They hold the parameters themselves, so a plan stays right through everything but `_changed`.
+    """
+    groups: dict[tuple, list[SubnetLayer]] = {}
+    for layer in layers:
+        rule, (weight, scores) = layer.rule, layer._own
+        if layer.scores is scores and layer.weight is weight and not weight.is_meta:  # not lent to functional_call, not sharded
+            kind = (rule.by, rule.ties) if rule.select == "topk" else (rule.value, rule.inclusive)
+            groups.setdefault((rule.select, *kind, weight.device), []).append(layer)
+    calls = []
+    for (how, first, second, _), group in groups.items():
+        weights, scores = [g._own[0] for g in group], [g._own[1] for g in group]
+        bits, w_eff = [g.bits for g in group], [g.w_eff for g in group]
+        if how == "topk":
+            arguments = (scores, weights, [g.k for g in group], bits, w_eff, [g.hints for g in group], first, second)
+            calls.append((ops.refresh_, arguments, group))
+        else:
+            calls.append((ops.refresh_threshold_, (scores, weights, first, second, bits, w_eff), group))
+    return calls
+
+
+def _run(calls: Iterable[tuple]) -> None:
+    global _SECONDS
+    timed = not torch.compiler.is_compiling()  # a traced optimizer step cannot read clocks
+    begin = time.perf_counter() if timed else 0.0
+    for op, arguments, group in calls:
+        op(*arguments)
+        for layer in group:
+            layer._seen = layer._now()
+    if timed:
+        _SECONDS += time.perf_counter() - begin
+
+
+@torch.no_grad()
+def refresh(model: nn.Module | Iterable[SubnetLayer]) -> None:
+    """Make bits and w_eff of every masked layer current: one call for all layers of one rule.
+
+    model: a module, or layers. Needed by hand only after writes through ``.data``, and before a compiled forward after any write
+    that is not an optimizer's step.
+    """
+    _run(_plan([m for m in model.modules() if isinstance(m, SubnetLayer)] if isinstance(model, nn.Module) else list(model)))
+
+
+def _plan_of(optimizer: Optimizer) -> tuple:
+    """Of the masked layers whose scores or weight an optimizer owns: (generation, parameters, layers, calls)."""
+    count = 0
+    for group in optimizer.param_groups:
+        count += len(group["params"])
+    plan = _PLANS.get(optimizer)
+    if plan is None or plan[0] != _GENERATION or plan[1] != count:
+        ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        layers = [layer for layer in _LAYERS if id(layer.scores) in ids or id(layer.weight) in ids]
+        plan = _PLANS[optimizer] = (_GENERATION, count, layers, _plan(layers))
+    return plan
+
+
+@torch.no_grad()
+def _after_step(optimizer: Optimizer, *_) -> None:
+    *_, layers, calls = _plan_of(optimizer)
+    if not layers:
+        return
+    if not getattr(optimizer, "leaves_frozen", False):
+        moved = [g for g in layers if g.frozen is not None]
+        if any(g.weight is not g._own[0] for g in moved):
+            raise RuntimeError("frozen weights must be whole tensors at an optimizer's step, these are sharded or replaced")
+        if moved:
+            ops.restore_([g.weight for g in moved], [g.frozen for g in moved], [g.frozen_values for g in moved])
+    _run(calls)
+
+
+register_optimizer_step_post_hook(_after_step)

@@ -1,0 +1,277 @@
+"""Optimizers whose steps cannot move a frozen bit: neither frozen weights nor their state, whatever the gradient holds.
+
+`SGD`, `RMSprop`, `Adam` and `AdamW` have the signatures, defaults, groups and state of ``torch.optim``'s, so learning-rate schedules,
+``GradScaler`` and checkpoints work as ever; each group's step is one call of a multi-tensor kernel. What is frozen is asked of the
+masked layers at every step. ``foreach``, ``fused`` and ``capturable`` are accepted and make no difference. `freeze` gives the same
+promise to any other optimizer, at the price of copies.
+"""
+
+from __future__ import annotations
+
+from operator import is_
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from subnet_kernels import ops
+from subnet_kernels.layers import frozen_bits
+from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
+
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "freeze"]
+
+
+class _Plan(NamedTuple):
+    """What a group's last step found, good for as long as the same parameters have gradients and no state was replaced."""
+
+    params: list[Tensor]
+    states: list[dict]
+    stateful: bool
+    one_device: bool
+
+    def serves(self, params: list[Tensor], stateful: bool) -> bool:
+        return self.stateful is stateful and len(self.params) == len(params) and all(map(is_, self.params, params))
+
+
+class _OneCall:
+    """What the optimizers share; mixed in before a class of ``torch.optim``, whose constructor and state it keeps."""
+
+    leaves_frozen = True  # the layers need not put frozen weights back after a step
+    _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict) -> None:
+        super().add_param_group(param_group)
+        try:
+            self._check(self.param_groups[-1])
+        except ValueError:
+            del self.param_groups[-1]
+            raise
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            self._check(group)
+        for p, of_p in self.state.items():
+            if "step" in of_p:
+                of_p["step"] = torch.as_tensor(of_p["step"], dtype=torch.float32, device=p.device)
+
+    def _check(self, group: dict) -> None:
+        """Refuse what the kernels do not compute."""
+        name = type(self).__name__
+        if group.get("differentiable"):
+            raise ValueError(f"{name}: differentiable=True is not supported, because a step is one kernel outside autograd")
+        for key in ("weight_decay", "betas"):
+            value = group.get(key)
+            if isinstance(value, Tensor) or (isinstance(value, tuple) and any(isinstance(v, Tensor) for v in value)):
+                raise ValueError(f"{name}: {key} must be numbers, got a tensor")
+        if isinstance(group["lr"], Tensor) and group["lr"].numel() != 1:
+            raise ValueError(f"{name}: lr must have one element, got {group['lr'].numel()}")
+        for p in group["params"]:
+            if not p.dtype.is_floating_point:
+                raise ValueError(f"{name}: parameters must be real floating-point tensors, got one of {p.dtype}")
+
+    def step(self, closure=None):
+        """Do one step and return what the closure returned, if there is one.
+
+        closure: computes the loss anew and its gradients.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        scaling = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")  # GradScaler puts them there
+        plans = self._plans()
+        for group in self.param_groups:
+            params = group["params"]
+            grads = [p.grad for p in params]
+            for grad in grads:
+                if grad is None:  # most often none is, and then nothing is built anew
+                    params = [p for p, g in zip(params, grads) if g is not None]
+                    grads = [g for g in grads if g is not None]
+                    break
+            if not params:
+                continue
+            plan = plans.get(id(group))
+            if plan is None or not plan.serves(params, self._keeps_state(group)):
+                plan = plans[id(group)] = self._plan(group, params, grads)
+            if plan.one_device:
+                rate = self._rate(group, params[0].device)
+                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling)
+                continue
+            for device in sorted({p.device for p in params}, key=str):
+                some, theirs, states = zip(*(row for row in zip(params, grads, plan.states) if row[0].device == device))
+                rate = self._rate(group, device)
+                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling)
+        return loss
+
+    def _keeps_state(self, group: dict) -> bool:
+        return True
+
+    def _plans(self) -> dict[int, _Plan]:
+        """The plan of each group by its id; none when state came, went or was replaced since the last step."""
+        known = self.__dict__.get("_known")
+        if known is not None:
+            of, states, plans = known
+            if of is self.state and len(states) == len(of) and all(map(is_, states, of.values())):
+                return plans
+        self._known = self.state, list(self.state.values()), {}
+        return self._known[2]
+
+    def _plan(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> _Plan:
+        for grad in grads:
+            if grad.layout is not torch.strided:
+                raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
+        stateful = self._keeps_state(group)
+        states = [self.state[p] if stateful else {} for p in params]
+        return _Plan(list(params), states, stateful, len({p.device for p in params}) == 1)
+
+    def _rate(self, group: dict, device: torch.device) -> Tensor:
+        """The group's learning rate as a 0-dim tensor; one of a float is kept until the float changes."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            lr = lr.detach().reshape(())
+            return lr.to(device, torch.float64 if not lr.dtype.is_floating_point else lr.dtype)
+        rates = self.__dict__.setdefault("_rates", {})
+        kept = rates.get(id(group))
+        if kept is None or kept[0] != lr or kept[1].device != device:
+            kept = rates[id(group)] = lr, torch.tensor(lr, dtype=torch.float64, device=device)
+        return kept[1]
+
+    def _lists(self, params: list[Tensor], states: list[dict], names: tuple[str, ...]) -> list[list[Tensor]]:
+        """The state tensors of each name, then the steps, in the order of params; a parameter without state gets zeros."""
+        for p, state in zip(params, states):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                for name in names:
+                    state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
+        return [[state[name] for state in states] for name in (*names, "step")]
+
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+        raise NotImplementedError
+
+
+def _call(op, written: list[Tensor], *args) -> None:
+    """Call a mutating op outside autograd: counts the versions of what it writes itself, which saves a detour of the dispatcher."""
+    if torch.compiler.is_compiling():
+        return op(*args)
+    increment_version(written)
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        op(*args)
+
+
+class SGD(_OneCall, torch.optim.SGD):
+    """``torch.optim.SGD`` that leaves frozen weights and their momentum bit-identical; arguments as there."""
+
+    def _keeps_state(self, group: dict) -> bool:
+        return group["momentum"] != 0
+
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+        momentum = group["momentum"]
+        options = momentum, group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"]
+        if momentum == 0:
+            return _call(update_sgd_, params, params, grads, [], frozen, lr, grad_scale, found_inf, *options, False)
+        buffers = [state.get("momentum_buffer") for state in states]
+        new = [i for i, buffer in enumerate(buffers) if buffer is None]
+        for first, some in ((True, new), (False, [i for i in range(len(params)) if buffers[i] is not None] if new else None)):
+            if some is None:
+                of = params, grads, buffers, frozen
+            elif some:
+                for i in some if first else ():
+                    buffers[i] = torch.zeros_like(params[i], memory_format=torch.preserve_format)
+                of = tuple([values[i] for i in some] for values in (params, grads, buffers, frozen))
+            else:
+                continue
+            _call(update_sgd_, of[0] + of[2], *of, lr, grad_scale, found_inf, *options, first)
+        if new and not (found_inf is not None and found_inf.item()):
+            for i in new:
+                states[i]["momentum_buffer"] = buffers[i]
+
+
+class RMSprop(_OneCall, torch.optim.RMSprop):
+    """``torch.optim.RMSprop`` that leaves frozen weights and their state bit-identical; arguments as there."""
+
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+        momentum, centered = group["momentum"], group["centered"]
+        names = ("square_avg", *(("grad_avg",) if centered else ()), *(("momentum_buffer",) if momentum > 0 else ()))
+        *lists, steps = self._lists(params, states, names)
+        square_avgs, grad_avgs = lists[0], lists[1] if centered else []
+        buffers = lists[-1] if momentum > 0 else []
+        _call(
+            update_rmsprop_, params + square_avgs + grad_avgs + buffers + steps,
+            params, grads, square_avgs, grad_avgs, buffers, steps, frozen, lr, grad_scale, found_inf,
+            group["alpha"], group["eps"], group["weight_decay"], momentum, centered, group["maximize"],
+        )  # fmt: skip
+
+
+class Adam(_OneCall, torch.optim.Adam):
+    """``torch.optim.Adam`` that leaves frozen weights and their state bit-identical; arguments as there."""
+
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+        amsgrad, (beta1, beta2) = group["amsgrad"], group["betas"]
+        if amsgrad:
+            means, squares, largest, steps = self._lists(params, states, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
+        else:
+            (means, squares, steps), largest = self._lists(params, states, ("exp_avg", "exp_avg_sq")), []
+        _call(
+            update_adam_, params + means + squares + largest + steps,
+            params, grads, means, squares, largest, steps, frozen, lr, grad_scale, found_inf,
+            beta1, beta2, group["eps"], group["weight_decay"], amsgrad, group["maximize"], group["decoupled_weight_decay"],
+        )  # fmt: skip
+
+
+class AdamW(Adam, torch.optim.AdamW):
+    """``torch.optim.AdamW`` that leaves frozen weights and their state bit-identical; arguments as there."""
+
+
+class _Freezing:
+    """The hooks of `freeze` on one optimizer."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, bank):
+        self.bank = bank
+        self.kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self.hooks = [optimizer.register_step_pre_hook(self._save), optimizer.register_step_post_hook(self._put_back)]
+
+    def _like(self, optimizer, weight: Tensor) -> dict[str, Tensor]:
+        state = optimizer.state[weight] if weight in optimizer.state else {}
+        return {name: t for name, t in state.items() if isinstance(t, Tensor) and t.shape == weight.shape}
+
+    @torch.no_grad()
+    def _save(self, optimizer, *_) -> None:
+        owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        self.kept = []
+        for layer in self.bank.layers():
+            weight, frozen = layer.weight, layer.frozen
+            if frozen is not None and id(weight) in owned:
+                mask = ops.unpack(frozen, weight.shape)
+                self.kept.append((weight, frozen, {name: t[mask] for name, t in self._like(optimizer, weight).items()}))
+
+    @torch.no_grad()
+    def _put_back(self, optimizer, *_) -> None:
+        states, bits, values = [], [], []
+        for weight, frozen, before in self.kept:
+            for name, t in self._like(optimizer, weight).items():
+                if name not in before:
+                    before[name] = t.new_zeros(int(ops.count(frozen)))  # the step made this state
+                states.append(t)
+                bits.append(frozen)
+                values.append(before[name])
+        self.kept = []
+        if states:
+            ops.restore_(states, bits, values)
+
+    def remove(self) -> None:
+        """Take the hooks off again."""
+        for hook in self.hooks:
+            hook.remove()
+
+
+def freeze(optimizer: torch.optim.Optimizer, bank) -> _Freezing:
+    """Make any elementwise optimizer exact on the state of frozen weights too.
+
+    Before each step the state tensors of a weight's shape are saved at its frozen positions, and put back after it; state that a step
+    creates is zero there. The weights themselves are put back by their layers anyway.
+
+    optimizer: owns the weights; bank: its ``layers()`` are watched -> a handle whose ``remove()`` ends it.
+    """
+    return _Freezing(optimizer, bank)

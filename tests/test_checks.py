@@ -1,0 +1,278 @@
+"""Bad arguments of every public function end in a ValueError of one sentence: which function, what it expected, what came."""
+
+import re
+
+import pytest
+import torch
+
+import subnet_kernels as sk
+
+META = torch.device("meta")
+NAN = float("nan")
+
+x = torch.randn(3, 6)
+weight = torch.randn(4, 6)
+scores = torch.randn(4, 6)
+bias = torch.randn(4)
+mask = torch.rand(4, 6) < 0.5
+bits = sk.pack(mask)
+values = weight[mask]
+twice = torch.cat([bits, bits])
+image = torch.randn(2, 6, 5)
+kernel = torch.randn(4, 3, 3)
+kernel_bits = sk.pack(torch.rand(4, 3, 3) < 0.5)
+grad_y = torch.randn(3, 4)
+alphas = torch.randn(5)
+bank = sk.pack_bank(torch.rand(5, 4, 6) < 0.5)
+counts = torch.zeros(4, 6, dtype=torch.int32)
+
+
+def conv(**changed):
+    arguments = {"x": image, "weight": kernel, "bits": kernel_bits, "groups": 2} | changed
+    return lambda: sk.masked_conv(**arguments)
+
+
+def linear(**changed):
+    arguments = {"x": x, "weight": weight, "bits": bits} | changed
+    return lambda: sk.masked_linear(**arguments)
+
+
+def subnet(**changed):
+    arguments = {"x": x, "weight": weight, "scores": scores, "k": 5} | changed
+    return lambda: sk.subnet_linear(**arguments)
+
+
+def superpose(**changed):
+    arguments = {"weight": weight, "bank": bank, "alphas": alphas} | changed
+    return lambda: sk.superpose(**arguments)
+
+
+def alpha_grad(**changed):
+    arguments = {"x": x, "grad_y": grad_y, "weight": weight, "bank": bank} | changed
+    return lambda: sk.alpha_grad(**arguments)
+
+
+def restore(w=weight, b=bits, v=values):
+    return lambda: sk.restore_([w.clone() if isinstance(w, torch.Tensor) else w], [b], [v])
+
+
+# (call, what the message must say was expected, what it must say came)
+BAD = {
+    "k_sort": [
+        *[(lambda d=d: sk.k_sort(10, d), "density must be in (0, 1]", repr(d)) for d in (0, -0.1, 1.01, NAN, "half", None, True)],
+        *[(lambda n=n: sk.k_sort(n, 0.5), "n must be an int of at least 0", repr(n)) for n in (-1, 2.5, True, None)],
+    ],
+    "k_kth": [
+        *[(lambda d=d: sk.k_kth(10, d), "density must be in (0, 1]", repr(d)) for d in (0, -0.1, 1.01, NAN, "half", None, True)],
+        *[(lambda n=n: sk.k_kth(n, 0.5), "n must be an int of at least 0", repr(n)) for n in (-1, 2.5, True, None)],
+    ],
+    "select": [
+        *[(lambda k=k: sk.select(scores, k), "k must be an int between 0 and 24", repr(k)) for k in (-1, 25, True, 0.5, "3", None)],
+        (lambda: sk.select([scores, scores], [3, 25]), "k must be an int between 0 and 24", "25"),
+        (lambda: sk.select([scores, scores], [3]), "k must be one int or one for each score tensor", "1 for 2 tensors"),
+        (lambda: sk.select(scores, [3, 3]), "k must be one int or one for each score tensor", "2 for 1 tensors"),
+        (lambda: sk.select(scores, 3, by="size"), "by must be one of 'magnitude', 'value'", "'size'"),
+        (lambda: sk.select(scores, 3, by=None), "by must be one of 'magnitude', 'value'", "None"),
+        (lambda: sk.select(scores, 3, ties="some"), "ties must be one of 'last', 'first', 'all'", "'some'"),
+        (lambda: sk.select(mask, 3), "scores must be of a floating dtype", "torch.bool"),
+        (lambda: sk.select([scores, scores.int()], 3), "scores[1] must be of a floating dtype", "torch.int32"),
+        (lambda: sk.select(scores.cfloat(), 3), "scores must be of a floating dtype", "torch.complex64"),
+        (lambda: sk.select(None, 3), "scores must be a list of tensors", "NoneType"),
+        (lambda: sk.select([1.0], 3), "scores[0] must be a tensor", "float"),
+        (lambda: sk.select([scores, scores.to(META)], 3), "scores[1] must be on cpu", "meta"),
+    ],
+    "threshold": [
+        (lambda: sk.threshold(scores.int(), 0.0), "scores must be of a floating dtype", "torch.int32"),
+        (lambda: sk.threshold([scores, mask], 0.0), "scores[1] must be of a floating dtype", "torch.bool"),
+        (lambda: sk.threshold([scores, scores.to(META)], 0.0), "scores[1] must be on cpu", "meta"),
+        (lambda: sk.threshold(None, 0.0), "scores must be a list of tensors", "NoneType"),
+        (lambda: sk.threshold(scores, "0"), "value must be a number", "'0'"),
+        (lambda: sk.threshold(scores, None), "value must be a number", "None"),
+    ],
+    "pack": [
+        (lambda: sk.pack(scores), "mask must be of dtype torch.bool", "torch.float32"),
+        (lambda: sk.pack(mask.byte()), "mask must be of dtype torch.bool", "torch.uint8"),
+        (lambda: sk.pack([True, False]), "mask must be a tensor", "list"),
+    ],
+    "unpack": [
+        (lambda: sk.unpack(bits, (600,)), "bits must have 128 bytes for 600 weights", "64"),
+        (lambda: sk.unpack(twice, (4, 6)), "bits must have 64 bytes for 24 weights", "128"),
+        (lambda: sk.unpack(bits[:-1], (4, 6)), "bits must have 64 bytes for 24 weights", "63"),
+        (lambda: sk.unpack(bits.int(), (4, 6)), "bits must be packed bits, uint8 of one dimension", "torch.int32"),
+        (lambda: sk.unpack(bits.view(2, 32), (4, 6)), "bits must be packed bits, uint8 of one dimension", "(2, 32)"),
+        (lambda: sk.unpack(None, (4, 6)), "bits must be a tensor", "NoneType"),
+        *[
+            (lambda s=s: sk.unpack(bits, s), "shape must be a sequence of sizes, none negative", repr(s))
+            for s in ((-4, 6), (-4, -6), (0, -6), 24, "ab", (4, 6.0))
+        ],
+    ],
+    "count": [
+        (lambda: sk.count(bits[:63]), "bits must be padded to 64 bytes", "63"),
+        (lambda: sk.count(mask), "bits must be packed bits, uint8 of one dimension", "torch.bool"),
+        (lambda: sk.count(None), "bits must be a tensor", "NoneType"),
+    ],
+    "union_": [
+        (lambda: sk.union_(bits.clone(), twice), "bits must have 64 bytes", "128"),
+        (lambda: sk.union_(bits.clone(), bits.to(META)), "bits must be on cpu", "meta"),
+        (lambda: sk.union_(mask, bits), "owned must be packed bits", "torch.bool"),
+        (lambda: sk.union_(bits.clone(), mask), "bits must be packed bits", "torch.bool"),
+    ],
+    "stats": [
+        (lambda: sk.stats(twice, bits), "bits must have 64 bytes", "128"),
+        (lambda: sk.stats(bits.to(META), bits), "bits must be on cpu", "meta"),
+        (lambda: sk.stats(bits, mask), "owned must be packed bits", "torch.bool"),
+        (lambda: sk.stats(mask, bits), "bits must be packed bits", "torch.bool"),
+    ],
+    "overlap": [
+        (lambda: sk.overlap(bank[0]), "bank must be a list of blocks from pack_bank", "Tensor"),
+        (lambda: sk.overlap(None), "bank must be a list of blocks from pack_bank", "NoneType"),
+        (lambda: sk.overlap([]), "bank must hold at least one block", "an empty list"),
+        (lambda: sk.overlap([bits]), "bank[0] must be uint8 of shape", "(64,)"),
+        (lambda: sk.overlap([bank[0].int()]), "bank[0] must be uint8", "torch.int32"),
+        (lambda: sk.overlap([None]), "bank[0] must be a tensor", "NoneType"),
+        (lambda: sk.overlap([bank[0], bank[0].repeat(2, 1, 1)]), "bank[1] must be uint8 of shape (1, k, 64)", "(2, 5, 64)"),
+        (lambda: sk.overlap([bank[0].repeat(1, 13, 1)]), "bank[0] must hold 1 to 64 tasks", "65"),
+        (lambda: sk.overlap([bank[0][:, :0]]), "bank[0] must hold 1 to 64 tasks", "0"),
+        (lambda: sk.overlap([bank[0], bank[0].to(META)]), "bank[1] must be on cpu", "meta"),
+    ],
+    "pack_bank": [
+        (lambda: sk.pack_bank(weight), "masks must be bool of shape (K, *shape) with K >= 1", "torch.float32"),
+        (lambda: sk.pack_bank(mask[0]), "masks must be bool of shape (K, *shape) with K >= 1", "(6,)"),
+        (lambda: sk.pack_bank(mask[:0]), "masks must be bool of shape (K, *shape) with K >= 1", "(0, 6)"),
+        (lambda: sk.pack_bank([mask]), "masks must be a tensor", "list"),
+    ],
+    "apply": [
+        (lambda: sk.apply(weight, twice), "bits must have 64 bytes for 24 weights", "128"),
+        (lambda: sk.apply(weight, mask), "bits must be packed bits", "torch.bool"),
+        (lambda: sk.apply(weight, bits.to(META)), "bits must be on cpu", "meta"),
+        (lambda: sk.apply(None, bits), "weight must be a tensor", "NoneType"),
+        (lambda: sk.apply(weight, None), "bits must be a tensor", "NoneType"),
+    ],
+    "restore_": [
+        (lambda: sk.restore_([weight], [bits, bits], [values]), "must be lists of one length", "1, 2, 1"),
+        (lambda: sk.restore_(weight, [bits], [values]), "weights must be a list of tensors", "Tensor"),
+        (lambda: sk.restore_(None, None, None), "weights must be a list of tensors", "NoneType"),
+        (restore(w=None), "weights[0] must be a tensor", "NoneType"),
+        (restore(b=mask), "bits[0] must be packed bits", "torch.bool"),
+        (restore(b=twice), "bits[0] must have 64 bytes for 24 weights", "128"),
+        (restore(b=bits.to(META)), "bits[0] must be on cpu", "meta"),
+        (restore(v=None), "values[0] must be a tensor", "NoneType"),
+        (restore(v=values.double()), "values[0] must be one-dimensional torch.float32", "torch.float64"),
+        (restore(v=values[None]), "values[0] must be one-dimensional", f"(1, {len(values)})"),
+        (restore(v=values.to(META)), "values[0] must be one-dimensional torch.float32 on cpu", "meta"),
+    ],
+    "masked_linear": [
+        (linear(x=x[:, :5]), "x must be (..., I) and weight (O, I)", "(3, 5) and (4, 6)"),
+        (linear(x=x[0, 0]), "x must be (..., I) and weight (O, I)", "() and (4, 6)"),
+        (linear(weight=weight[None]), "x must be (..., I) and weight (O, I)", "(3, 6) and (1, 4, 6)"),
+        (linear(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
+        (linear(x=x.int()), "x must be of a floating dtype", "torch.int32"),
+        (linear(weight=weight.int()), "weight must be of a floating dtype", "torch.int32"),
+        (linear(x=None), "x must be a tensor", "NoneType"),
+        (linear(x=x.to(META)), "x must be on cpu", "meta"),
+        (linear(bits=twice), "bits must have 64 bytes for 24 weights", "128"),
+        (linear(bits=mask), "bits must be packed bits", "torch.bool"),
+        (linear(bits=bits.to(META)), "bits must be on cpu", "meta"),
+        (linear(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
+        (linear(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
+        (linear(bias=bias.to(META)), "bias must be on cpu", "meta"),
+        (linear(bias=1.0), "bias must be a tensor", "float"),
+    ],
+    "masked_conv": [
+        (conv(x=image[0]), "weight must have 3, 4 or 5 dimensions and x as many", "(4, 3, 3) and x of (6, 5)"),
+        (conv(weight=kernel[0]), "weight must have 3, 4 or 5 dimensions and x as many", "(3, 3)"),
+        (conv(groups=1), "x must have 3 * groups channels", "(2, 6, 5)"),
+        (conv(x=torch.randn(2, 9, 5), groups=3), "the outputs divide by groups = 3", "(4, 3, 3)"),
+        *[(conv(groups=g), "groups must be an int of at least 1", repr(g)) for g in (0, -2, 2.0, True, None)],
+        *[(conv(stride=s), "stride must be an int of at least 1 or 1 of them", repr(s)) for s in (0, -1, 1.5, (1, 1), None)],
+        *[(conv(padding=p), "padding must be an int of at least 0 or 1 of them", repr(p)) for p in (-1, "same", (1, 1))],
+        *[(conv(dilation=d), "dilation must be an int of at least 1 or 1 of them", repr(d)) for d in (0, -1, (1, 1))],
+        (conv(x=image[..., :2]), "x must be at least as large as the dilated kernel (3,)", "(2,) padded by [0]"),
+        (conv(dilation=3, padding=0), "x must be at least as large as the dilated kernel (7,)", "(5,) padded by [0]"),
+        (conv(x=image.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
+        (conv(x=image.int()), "x must be of a floating dtype", "torch.int32"),
+        (conv(x=image.to(META)), "x must be on cpu", "meta"),
+        (conv(bits=twice), "bits must have 64 bytes for 36 weights", "128"),
+        (conv(bits=kernel_bits.to(META)), "bits must be on cpu", "meta"),
+        (conv(bias=bias[:2]), "bias must have shape (4,)", "(2,)"),
+        (conv(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
+    ],
+    "subnet_linear": [
+        *[(subnet(k=k), "k must be an int between 0 and 24", repr(k)) for k in (-1, 25, True, 0.5, None)],
+        (subnet(scores=scores[:3]), "scores must have the shape of weight, (4, 6)", "(3, 6)"),
+        (subnet(scores=mask), "scores must be of a floating dtype", "torch.bool"),
+        (subnet(scores=scores.to(META)), "scores must be on cpu", "meta"),
+        (subnet(by="size"), "by must be one of 'magnitude', 'value'", "'size'"),
+        (subnet(ties="some"), "ties must be one of 'last', 'first', 'all'", "'some'"),
+        (subnet(frozen=mask), "frozen must be packed bits", "torch.bool"),
+        (subnet(frozen=twice), "frozen must have 64 bytes for 24 weights", "128"),
+        (subnet(frozen=bits.to(META)), "frozen must be on cpu", "meta"),
+        (subnet(x=x[:, :5]), "x must be (..., I) and weight (O, I)", "(3, 5) and (4, 6)"),
+        (subnet(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
+        (subnet(x=x.to(META)), "x must be on cpu", "meta"),
+        (subnet(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
+        (subnet(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
+    ],
+    "superpose": [
+        (superpose(weight=weight.int()), "weight must be of a floating dtype", "torch.int32"),
+        (superpose(weight=torch.randn(600)), "bank[0] must be uint8 of shape (2, k, 64)", "(1, 5, 64)"),
+        (superpose(bank=[]), "bank must hold at least one block", "an empty list"),
+        (superpose(bank=bank[0]), "bank must be a list of blocks from pack_bank", "Tensor"),
+        (superpose(bank=[bank[0].to(META)]), "bank[0] must be on cpu", "meta"),
+        (superpose(alphas=alphas[:3]), "alphas must have shape (5,)", "(3,)"),
+        (superpose(alphas=alphas.int()), "alphas must be of a floating dtype", "torch.int32"),
+        (superpose(alphas=[0.2] * 5), "alphas must be a tensor", "list"),
+        (superpose(alphas=alphas.to(META)), "alphas must be on cpu", "meta"),
+        (superpose(alphas=None, counts=counts.long()), "counts must be int32 of shape (4, 6)", "torch.int64"),
+        (superpose(alphas=None, counts=counts[:3]), "counts must be int32 of shape (4, 6)", "(3, 6)"),
+        (superpose(alphas=None, counts=counts.to(META)), "counts must be on cpu", "meta"),
+        (superpose(alphas=None, counts=3), "counts must be a tensor", "int"),
+    ],
+    "alpha_grad": [
+        (alpha_grad(x=x[:, :5]), "x must be (B, I), grad_y (B, O) and weight (O, I)", "(3, 5), (3, 4) and (4, 6)"),
+        (alpha_grad(x=x[None]), "x must be (B, I), grad_y (B, O) and weight (O, I)", "(1, 3, 6), (3, 4) and (4, 6)"),
+        (alpha_grad(grad_y=grad_y[:2]), "x must be (B, I), grad_y (B, O) and weight (O, I)", "(3, 6), (2, 4) and (4, 6)"),
+        (alpha_grad(x=None), "x must be a tensor", "NoneType"),
+        (alpha_grad(grad_y=grad_y.int()), "grad_y must be of a floating dtype", "torch.int32"),
+        (alpha_grad(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
+        (alpha_grad(grad_y=grad_y.bfloat16()), "grad_y must have the dtype of weight, torch.float32", "torch.bfloat16"),
+        (alpha_grad(x=x.to(META)), "x must be on cpu", "meta"),
+        (alpha_grad(grad_y=grad_y.to(META)), "grad_y must be on cpu", "meta"),
+        (alpha_grad(bank=[]), "bank must hold at least one block", "an empty list"),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "call", "expected", "came"),
+    [pytest.param(name, *row, id=f"{name}-{i}") for name, rows in BAD.items() for i, row in enumerate(rows)],
+)
+def test_bad_argument(name, call, expected, came):
+    with pytest.raises(ValueError) as caught:
+        call()
+    message = str(caught.value)
+    assert re.match(rf"{name}: .*, got .+", message), message
+    assert expected in message
+    assert came in message.split("got ")[-1]
+    assert "\n" not in message
+
+
+def test_every_function_is_here():
+    """A new public function brings its rows."""
+    functions = {name for name in sk.__all__ if callable(getattr(sk.ops, name, None))}
+    assert functions == set(BAD)
+
+
+@pytest.mark.parametrize("few", [0, 1])
+def test_restore_checks_the_number_of_values(few):
+    """Fewer kept values than bits is not seen from the sizes alone; a kernel must not read past them."""
+    with pytest.raises((ValueError, RuntimeError)):
+        restore(v=values[:few])()
+
+
+def test_meta_tensors_pass():
+    """What is all on one device is right, also where that device holds no data."""
+    assert linear(x=x.to(META), weight=weight.to(META), bits=bits.to(META), bias=bias.to(META))().shape == (3, 4)
+    assert conv(x=image.to(META), weight=kernel.to(META), bits=kernel_bits.to(META))().shape == (2, 4, 3)
+    assert subnet(x=x.to(META), weight=weight.to(META), scores=scores.to(META))().shape == (3, 4)
+    assert superpose(weight=weight.to(META), bank=[bank[0].to(META)], alphas=alphas.to(META))().shape == (4, 6)

@@ -1,0 +1,118 @@
+"""The arithmetic of task inference: formulas against PyTorch's, decisions on hand-made gradients."""
+
+import math
+
+import pytest
+import torch
+
+from subnet_pipelines.inference import binary_survivors, entropy, g_objective, infer_binary, one_shot
+
+NAN = math.nan
+
+
+def test_entropy():
+    logits = torch.randn(5, 7, dtype=torch.float64, requires_grad=True)
+    expected = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(entropy(logits), expected)
+    assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
+    assert torch.autograd.gradcheck(entropy, logits)
+
+
+def test_g_objective_counts_all_and_learns_from_the_superfluous():
+    logits = torch.randn(4, 9, dtype=torch.float64, requires_grad=True)
+    value = g_objective(logits, 6)
+    torch.testing.assert_close(value, logits.logsumexp(-1))
+    value.sum().backward()
+    expected = logits.detach().softmax(-1)
+    expected[:, :6] = 0
+    torch.testing.assert_close(logits.grad, expected)
+
+
+@pytest.mark.parametrize("real", [-1, 10])
+def test_g_objective_wants_real_among_the_logits(real):
+    with pytest.raises(ValueError, match=f"real must be between 0 and the 9 logits of a row, got {real}"):
+        g_objective(torch.zeros(4, 9), real)
+
+
+def test_one_shot():
+    grad = torch.tensor([[3.0, -1.0, 2.0], [1.0, 0.0, 0.0], [NAN, 5.0, 4.0], [0.5, NAN, NAN]])
+    assert one_shot(grad).tolist() == [1, 1, 2, 0]
+    assert one_shot(grad[0]).item() == 1
+
+
+@pytest.mark.parametrize(
+    ("grad", "alive", "log_base", "survivors"),
+    [
+        ([4, 1, 3, 2], [1, 1, 1, 1], 2, [0, 1, 0, 1]),
+        ([5, 1, 3, 2, 4], [1, 1, 1, 1, 1], 2, [0, 1, 1, 1, 0]),  # the median itself survives
+        ([-9, 1, 3, 2], [0, 1, 1, 1], 2, [0, 1, 0, 1]),  # who is out stays out and does not move the median
+        ([7, 7, 7], [1, 1, 1], 2, [1, 1, 1]),
+        ([7, 7, 8, 9], [1, 1, 1, 1], 4, [1, 1, 0, 0]),
+        ([8, 7, 6, 5, 4, 3, 2, 1], [1] * 8, 3, [0, 0, 0, 0, 0, 1, 1, 1]),
+        ([NAN, 1, NAN, 2], [1, 1, 1, 1], 2, [0, 1, 0, 1]),
+        ([NAN, NAN, 1], [1, 1, 0], 2, [1, 1, 0]),
+        ([1, 2], [0, 1], 2, [0, 1]),
+    ],
+)
+def test_binary_survivors(grad, alive, log_base, survivors):
+    grad, alive = torch.tensor(grad, dtype=torch.float32), torch.tensor(alive).bool()
+    assert binary_survivors(grad, alive, log_base).int().tolist() == survivors
+    rows = binary_survivors(torch.stack([grad, -grad]), torch.stack([alive, alive]), log_base)  # each row for itself
+    assert rows[0].int().tolist() == survivors
+
+
+@pytest.mark.parametrize(
+    ("alive", "log_base", "message"),
+    [
+        (torch.ones(3, dtype=torch.bool), 2, r"alive must be bool of grad's shape \(4,\), got torch.bool of \(3,\)"),
+        (torch.ones(4), 2, r"alive must be bool of grad's shape \(4,\), got torch.float32 of \(4,\)"),
+        (torch.ones(4, dtype=torch.bool), 1, "log_base must be at least 2, got 1"),
+        (torch.zeros(4, dtype=torch.bool), 2, "every row must have a candidate alive, got one without"),
+    ],
+)
+def test_binary_survivors_refuses(alive, log_base, message):
+    with pytest.raises(ValueError, match=message):
+        binary_survivors(torch.zeros(4), alive, log_base)
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 8, 50, 100])
+def test_infer_binary_finds_the_least(tasks):
+    grad = torch.randperm(tasks).float()
+    found = infer_binary(lambda alphas: grad, torch.ones(tasks, dtype=torch.bool))
+    assert found.finished
+    assert found.task == grad.argmin()
+    assert found.rounds == max(1, math.ceil(math.log2(tasks)))
+    assert found.alphas[found.task] == 1
+    assert found.alphas.sum() == 1
+
+
+def test_infer_binary_row_by_row():
+    """Rows decide for themselves, and one that is done stays as it is while others go on."""
+    grad = torch.stack([torch.randperm(9).float() for _ in range(6)])
+    alive = torch.ones(6, 9, dtype=torch.bool)
+    alive[0, 1:] = False
+    found = infer_binary(lambda alphas: grad, alive)
+    assert found.finished.all()
+    assert found.task.tolist() == [0, *grad[1:].argmin(1).tolist()]
+
+
+def test_infer_binary_stops():
+    """Equal gradients eliminate nobody: the limit on rounds ends it, and the first candidate is named."""
+    found = infer_binary(torch.zeros_like, torch.tensor([False, True, True, True]))
+    assert not found.finished
+    assert found.rounds == 3
+    assert found.task == 1
+    torch.testing.assert_close(found.alphas, torch.tensor([0, 1 / 3, 1 / 3, 1 / 3]))
+    assert infer_binary(torch.zeros_like, torch.ones(4, dtype=torch.bool), max_rounds=5).rounds == 5
+
+
+def test_infer_binary_gives_equal_alphas():
+    seen = []
+
+    def gradient(alphas):
+        seen.append(alphas)
+        return torch.tensor([3.0, 1.0, 2.0, 4.0], dtype=torch.float64)
+
+    infer_binary(gradient, torch.tensor([True, True, True, True]), dtype=torch.float64)
+    assert [a.tolist() for a in seen] == [[0.25] * 4, [0, 0.5, 0.5, 0]]
+    assert seen[0].dtype == torch.float64

@@ -1,0 +1,299 @@
+"""The optimizer kernels against the reference: every rule, instruction set, dtype and layout; and nothing behind a frozen bit."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import switch_isa
+
+from subnet_kernels import ops, reference
+from subnet_kernels.ops._library import LOADED
+
+SIZES = [0, 1, 15, 16, 17, 511, 512, 513, 3001]  # around a vector and a tile; prime
+SPECIAL = [math.nan, math.inf, -math.inf, -0.0, 1e-40, 3e38]
+
+# rule -> op, how many lists of state it takes, whether it counts steps, the options that follow lr, grad_scale and found_inf
+SGD = dict(momentum=0.0, dampening=0.0, weight_decay=0.0, nesterov=False, maximize=False, first_step=False)
+RMS = dict(alpha=0.99, eps=1e-8, weight_decay=0.0, momentum=0.0, centered=False, maximize=False)
+ADAM = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, amsgrad=False, maximize=False, decoupled=False)
+CASES = {
+    "sgd": ("sgd", SGD),
+    "sgd-decay-maximize": ("sgd", SGD | dict(weight_decay=0.01, maximize=True)),
+    "sgd-momentum-first": ("sgd", SGD | dict(momentum=0.9, first_step=True)),
+    "sgd-momentum-dampening": ("sgd", SGD | dict(momentum=0.9, dampening=0.3, weight_decay=0.01)),
+    "sgd-nesterov-first": ("sgd", SGD | dict(momentum=0.9, nesterov=True, first_step=True)),
+    "sgd-nesterov": ("sgd", SGD | dict(momentum=0.9, nesterov=True)),
+    "rmsprop": ("rmsprop", RMS),
+    "rmsprop-momentum": ("rmsprop", RMS | dict(momentum=0.9, weight_decay=0.01)),
+    "rmsprop-centered": ("rmsprop", RMS | dict(centered=True, maximize=True)),
+    "rmsprop-centered-momentum": ("rmsprop", RMS | dict(centered=True, momentum=0.9)),
+    "adam": ("adam", ADAM),
+    "adam-decay-maximize": ("adam", ADAM | dict(weight_decay=0.01, maximize=True)),
+    "adam-amsgrad": ("adam", ADAM | dict(amsgrad=True)),
+    "adamw": ("adam", ADAM | dict(weight_decay=0.01, decoupled=True)),
+    "adamw-amsgrad": ("adam", ADAM | dict(weight_decay=0.01, decoupled=True, amsgrad=True)),
+}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def lists_of(case):
+    """Names of the lists of state that a case uses, in the order of its op."""
+    rule, options = CASES[case]
+    if rule == "sgd":
+        return {"momentum_buffers": options["momentum"] != 0}
+    if rule == "rmsprop":
+        return {"square_avgs": True, "grad_avgs": options["centered"], "momentum_buffers": options["momentum"] > 0}
+    return {"exp_avgs": True, "exp_avg_sqs": True, "max_exp_avg_sqs": options["amsgrad"]}
+
+
+def problem(case, shapes=SIZES, dtype=torch.float32, step=3):
+    """Tensors of one call: parameters, gradients, then the lists of state and the steps."""
+    sizes = [(n,) if isinstance(n, int) else n for n in shapes]
+    state = [[torch.rand(s).to(dtype) for s in sizes] if used else [] for used in lists_of(case).values()]
+    if "centered" in case:  # a mean whose square is not above the mean of squares
+        state[1] = [t.sqrt() / 2 for t in state[0]]
+    steps = [[torch.tensor(float(step + i % 2)) for i in range(len(sizes))]] if CASES[case][0] != "sgd" else []
+    return [[torch.randn(s).to(dtype) for s in sizes], [torch.randn(s).to(dtype) for s in sizes], *state, *steps]
+
+
+def some_frozen(params, share=0.3):
+    """None, some and all of a tensor frozen, in turn; None also as a mask without a bit."""
+    kinds = [None, share, 1.0, 0.0]
+    return [None if (s := kinds[i % 4]) is None else reference.pack(torch.rand(p.shape) < s) for i, p in enumerate(params)]
+
+
+def clone(tensors):
+    return [[t.clone() for t in some] for some in tensors]
+
+
+def call(module, case, tensors, frozen, lr=0.01, grad_scale=None, found_inf=None, **changed):
+    rule, options = CASES[case]
+    options = options | changed
+    scalars = [None if v is None else torch.tensor(v) for v in (grad_scale, found_inf)]
+    getattr(module, f"update_{rule}_")(*tensors, frozen, torch.tensor(lr, dtype=torch.float64), *scalars, *options.values())
+    return tensors
+
+
+def raw(t):
+    return t.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[t.element_size()])
+
+
+def assert_same_bits(got, want):
+    for some, others in zip(got, want, strict=True):
+        for a, b in zip(some, others, strict=True):
+            assert torch.equal(raw(a), raw(b))
+
+
+@pytest.fixture
+def exact_roots(monkeypatch):
+    """Correctly rounded square roots in the reference: torch's own are off by one unit in the last place now and then."""
+    monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.as_tensor(np.sqrt(t.numpy())))
+
+
+@every_case
+@pytest.mark.parametrize("grad_scale", [None, 3.0])
+def test_bits_of_the_reference(cpu_isa, exact_roots, case, grad_scale):
+    tensors = problem(case)
+    frozen = some_frozen(tensors[0])
+    want = call(reference, case, clone(tensors), frozen, grad_scale=grad_scale)
+    assert_same_bits(call(ops, case, tensors, frozen, grad_scale=grad_scale), want)
+
+
+@every_case
+def test_float64(cpu_isa, exact_roots, case):
+    tensors = problem(case, dtype=torch.float64)
+    frozen = some_frozen(tensors[0])
+    want = call(reference, case, clone(tensors), frozen)
+    for some, others in zip(call(ops, case, tensors, frozen), want):
+        for a, b in zip(some, others):
+            torch.testing.assert_close(a, b, rtol=1e-15, atol=1e-17)  # powers of beta may differ in the last place
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_frozen_entries_keep_their_bits(cpu_isa, case, dtype):
+    """Whatever is in gradient, weight and state at frozen entries stays there and stays alone."""
+    tensors = problem(case, dtype=dtype)
+    frozen = some_frozen(tensors[0])
+    masks = [
+        torch.zeros(p.shape, dtype=torch.bool) if f is None else reference.unpack(f, p.shape) for p, f in zip(tensors[0], frozen)
+    ]
+    counted = CASES[case][0] != "sgd"
+    for some in tensors[: -1 if counted else None]:
+        for t, mask in zip(some, masks):
+            t[mask] = torch.tensor(SPECIAL).to(dtype)[torch.randint(len(SPECIAL), (int(mask.sum()),))]
+    before = clone(tensors)
+    call(ops, case, tensors, frozen, lr=0.1)
+    for now, then in zip(tensors[: -1 if counted else None], before):
+        for a, b, mask in zip(now, then, masks):
+            assert torch.equal(raw(a)[mask], raw(b)[mask])
+            assert a[~mask].isfinite().all()
+    moved = torch.cat([(now != then)[~mask] for now, then, mask in zip(tensors[0], before[0], masks)])
+    assert moved.float().mean() > 0.3  # in half precision many changes round to nothing
+    if counted:
+        assert [int(a) for a in tensors[-1]] == [int(b) + 1 for b in before[-1]]
+
+
+TORCH = {
+    "sgd-momentum-dampening": lambda p: torch.optim.SGD(p, 0.01, momentum=0.9, dampening=0.3, weight_decay=0.01, foreach=False),
+    "rmsprop-centered-momentum": lambda p: torch.optim.RMSprop(p, 0.01, centered=True, momentum=0.9, foreach=False),
+    "adam-amsgrad": lambda p: torch.optim.Adam(p, 0.01, amsgrad=True, foreach=False),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.01, weight_decay=0.01, foreach=False),
+}
+
+
+@pytest.mark.parametrize("case", TORCH)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_that_of_torch(cpu_isa, case, dtype):
+    """Three steps from nothing, against the formula in float64."""
+    start = torch.randn(3001).to(dtype)
+    grads = [torch.randn(3001).to(dtype) for _ in range(3)]
+    counted = CASES[case][0] != "sgd"
+
+    def ours(module, dtype):
+        tensors = [[start.to(dtype)], [], *([torch.zeros(3001, dtype=dtype)] if used else [] for used in lists_of(case).values())]
+        tensors += [[torch.zeros(())]] if counted else []
+        for i, grad in enumerate(grads):
+            tensors[1] = [grad.to(dtype)]
+            call(module, case, tensors, [None], **({} if counted else {"first_step": i == 0}))
+        return tensors[0][0].double()
+
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = TORCH[case]([weight])
+    for grad in grads:
+        weight.grad = grad
+        optimizer.step()
+    exact = ours(reference, torch.float64)
+    theirs = (weight.detach().double() - exact).abs()
+    mine = (ours(ops, dtype) - exact).abs()
+    floor = torch.finfo(dtype).eps * float(start.abs().max()) / 2
+    assert mine.max() <= 2 * theirs.max() + floor
+    assert mine.mean() <= 2 * theirs.mean() + floor / 10
+
+
+@every_case
+def test_strides(cpu_isa, case):
+    """Bits are in logical order whatever the strides of parameter, gradient and state; each may have its own."""
+    shape = (6, 10, 3, 5)
+    tensors = problem(case, [shape] * 4)
+    frozen = [None, None, *(reference.pack(torch.rand(shape) < 0.3) for _ in range(2))]
+    want = call(ops, case, clone(tensors), frozen)
+    last = torch.channels_last
+    layouts = [lambda t: t.contiguous(memory_format=last), lambda t: t.transpose(0, 2).contiguous().transpose(0, 2)]
+    layouts.append(lambda t: torch.stack([t, t], -1)[..., 1])
+    everywhere = [[layouts[0](t) if t.dim() == 4 else t.clone() for t in some] for some in tensors]
+    assert_same_bits(call(ops, case, everywhere, frozen), want)
+    mixed = [[layouts[(i + j) % 3](t) if t.dim() == 4 else t.clone() for j, t in enumerate(s)] for i, s in enumerate(tensors)]
+    assert_same_bits([[t.contiguous() for t in some] for some in call(ops, case, mixed, frozen)], want)
+
+
+def test_expanded_gradient_and_offset():
+    """A gradient with stride 0, as of a sum, and parameters that start anywhere in their storage."""
+    store = torch.randn(1030)
+    tensors = problem("adam", [1000])
+    tensors[0] = [store[7:1007]]
+    tensors[1] = [torch.tensor(0.5).expand(1000)]
+    frozen = [reference.pack(torch.rand(1000) < 0.3)]
+    same = [[store[7:1007].clone()], [torch.full((1000,), 0.5)], *clone(tensors[2:])]
+    before = store.clone()
+    assert_same_bits(call(ops, "adam", tensors, frozen), call(ops, "adam", same, frozen))
+    assert torch.equal(store[:7], before[:7])
+    assert torch.equal(store[1007:], before[1007:])
+
+
+def test_gradient_of_another_dtype():
+    tensors = problem("adam", [1000])
+    tensors[1] = [tensors[1][0].bfloat16()]
+    same = [tensors[0], [tensors[1][0].float()], *tensors[2:]]
+    want = call(ops, "adam", clone(same), [None])
+    got = call(ops, "adam", clone(tensors), [None])
+    assert_same_bits([got[0], *got[2:]], [want[0], *want[2:]])
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_instruction_sets_agree(cpu_isa, case, dtype):
+    tensors = problem(case, [700], dtype)
+    frozen = [reference.pack(torch.rand(700) < 0.3)]
+    got = call(ops, case, clone(tensors), frozen)
+    switch_isa("portable")
+    assert_same_bits(got, call(ops, case, tensors, frozen))
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
+def test_threads_agree(case):
+    tensors = problem(case, [100_000, 7, 70_001, 30_000])
+    frozen = some_frozen(tensors[0])
+    torch.set_num_threads(1)
+    want = call(ops, case, clone(tensors), frozen)
+    torch.set_num_threads(2)
+    assert_same_bits(call(ops, case, tensors, frozen), want)
+
+
+@every_case
+def test_overflow_changes_nothing(case):
+    tensors = problem(case)
+    before = clone(tensors)
+    call(ops, case, tensors, some_frozen(tensors[0]), grad_scale=1024.0, found_inf=1.0)
+    assert_same_bits(tensors, before)
+    assert_same_bits(
+        call(ops, case, clone(tensors), [None] * len(SIZES), found_inf=0.0), call(ops, case, tensors, [None] * len(SIZES))
+    )
+
+
+def test_maximum_keeps_nan():
+    """amsgrad's maximum is torch.maximum: a NaN in either stays."""
+    tensors = problem("adam-amsgrad", [20])
+    tensors[4][0][3] = math.nan
+    tensors[3][0][5] = math.nan
+    call(ops, "adam-amsgrad", tensors, [None])
+    assert tensors[4][0].isnan().nonzero().flatten().tolist() == [3, 5]
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop-centered-momentum", "adam-amsgrad"])
+def test_opcheck(case):
+    rule, options = CASES[case]
+    tensors = problem(case, [17, 513])
+    arguments = (*tensors, some_frozen(tensors[0]), torch.tensor(0.01, dtype=torch.float64), None, None, *options.values())
+    torch.library.opcheck(getattr(torch.ops.subnet_kernels, f"update_{rule}_").default, arguments)
+
+
+def test_versions_move_with_what_is_written():
+    tensors = problem("adam-amsgrad", [17, 513])
+    before = [[t._version for t in some] for some in tensors]
+    call(ops, "adam-amsgrad", tensors, [None, None])
+    moved = [[t._version - v for t, v in zip(*pair)] for pair in zip(tensors, before)]
+    assert moved == [[1, 1], [0, 0], [1, 1], [1, 1], [1, 1], [1, 1]]
+
+
+def test_empty_lists():
+    for case in ("sgd", "rmsprop", "adam"):
+        call(ops, case, problem(case, []), [])
+
+
+BAD = {
+    "update_adam_: expected 2 gradients, got 1": lambda t, f: t[1].pop(),
+    "update_adam_: expected 2 frozen masks": lambda t, f: f.pop(),
+    "update_adam_: expected 2 tensors in each list of state, got 1": lambda t, f: t[3].pop(),
+    "update_adam_: expected 2 steps, got 1": lambda t, f: t[5].pop(),
+    "must have its shape, 5 elements, got 6": lambda t, f: t[2].__setitem__(0, torch.zeros(6)),
+    "the state of parameter 1 must have its dtype": lambda t, f: t[2].__setitem__(1, torch.zeros(700).double()),
+    "bits must be contiguous uint8 with 64 bytes for 5 weights, got 128": lambda t, f: f.__setitem__(0, f[1]),
+    "steps must be float32": lambda t, f: t[5].__setitem__(0, torch.tensor(1)),
+    "parameters must be float32, float64, bfloat16 or float16": lambda t, f: t[0].__setitem__(
+        0, torch.zeros(5, dtype=torch.int32)
+    ),
+}
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@pytest.mark.parametrize("sentence", BAD)
+def test_bad_arguments_get_a_sentence(sentence):
+    tensors = problem("adam", [5, 700])
+    frozen = [None, reference.pack(torch.ones(700, dtype=torch.bool))]
+    BAD[sentence](tensors, frozen)
+    before = clone(tensors)
+    with pytest.raises(RuntimeError, match=sentence):
+        call(ops, "adam", tensors, frozen)
+    assert all(torch.equal(a, b) for some, others in zip(tensors, before) for a, b in zip(some, others))
