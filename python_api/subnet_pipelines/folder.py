@@ -26,7 +26,9 @@ def compare(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
         fields = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
         raise Refusal(f"{where}: was made with another config: {fields}")
     if new["tasks"] != old["tasks"] and not SCENARIOS[new["scenario"]].train_id:
-        raise Refusal(f"{where}: has {old['tasks']} tasks as one stream without borders, which cannot be made {new['tasks']} at resume")
+        raise Refusal(
+            f"{where}: has {old['tasks']} tasks as one stream without borders, which cannot be made {new['tasks']} at resume"
+        )
     if new["tasks"] < old["tasks"]:
         raise Refusal(f"{where}: has {old['tasks']} tasks; resume may only raise tasks, not lower it to {new['tasks']}")
 

@@ -19,9 +19,12 @@ from typing import Any
 import torch
 
 from subnet_pipelines import metrics
+from subnet_pipelines.benchmarks.base import Benchmark
 from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.errors import Refusal
+from subnet_pipelines.evaluate import Matrix
 from subnet_pipelines.folder import compare
+from subnet_pipelines.methods.base import Method
 
 SCHEMA = 1
 Vector = list[float | None]
@@ -55,11 +58,9 @@ class Result:
     capacity: dict[str, Any] | None
 
 
-def make_result(
-    method: Any, benchmark: Any, record: dict[str, Any], seconds: dict[str, float], rows: dict[str, dict], used: dict[str, float]
-) -> Result:
-    """A finished run's result. rows: row -> task -> {"right", "told"} as measured; used: row -> used fraction; keys strings."""
-    n = len(benchmark)
+def make_result(method: Method, benchmark: Benchmark, record: dict[str, Any], seconds: dict[str, float], found: Matrix) -> Result:
+    """A finished run's result, of what was found by measuring."""
+    n, rows, used = len(benchmark), found.rows, found.used
     right = [[rows.get(str(t), {}).get(str(j), {}).get("right") for j in range(n)] for t in range(n)] if n <= 1000 else None
     diagonal = [rows.get(str(t), {}).get(str(t), {}).get("right") for t in range(n)]
     final = [rows[str(n - 1)][str(j)]["right"] for j in range(n)]
