@@ -67,7 +67,7 @@ def extensions():
     cpu = CppExtension(
         "subnet_kernels._C_cpu",
         sorted(str(p) for p in Path("csrc/cpu").glob("*.cpp")),
-        depends=sorted(str(p) for p in Path("csrc").glob("*.h")),
+        depends=sorted(str(p) for p in Path("csrc").rglob("*.h")),
         extra_compile_args={"cxx": CPU_FLAGS},
         py_limited_api=True,
     )

@@ -39,3 +39,60 @@ def select_kthvalue_compare(scores: Tensor, density: float) -> Tensor:
     """The same by kthvalue and a comparison, without WSN's templates and host sync."""
     key = scores.abs()
     return key >= key.flatten().kthvalue(1 + int((1 - density) * key.numel())).values
+
+
+def pack_float(mask: Tensor) -> Tensor:
+    """A float mask to bytes in eager PyTorch: groups of eight, shifted and summed."""
+    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    return ((mask.view(-1, 8) > 0).to(torch.uint8) * weights).sum(1, dtype=torch.uint8)
+
+
+def union_multiply(owned: Tensor, mask: Tensor) -> Tensor:
+    """WSN: the union of two masks as 1 - (1 - a)(1 - b) on whole numbers."""
+    return 1 - (1 - owned) * (1 - mask)
+
+
+def count_lookup(bits: Tensor, ones_of_byte: Tensor) -> Tensor:
+    """Bits set by a table of 256 entries: the popcount that eager PyTorch can express."""
+    return ones_of_byte[bits.long()].sum()
+
+
+def straight_through_published(
+    grad: Tensor, weight: Tensor, scores: Tensor, mask: Tensor, frozen: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Autograd through a float mask, then WSN's loop: G m and G W through |S|, and frozen entries zeroed by an index write."""
+    d_weight = grad * mask
+    d_weight[frozen == 1] = 0
+    return d_weight, grad * weight * scores.sign()
+
+
+def straight_through_multiply(grad: Tensor, weight: Tensor, scores: Tensor, live: Tensor) -> tuple[Tensor, Tensor]:
+    """The best that eager PyTorch has, with the open and unfrozen weights as a float mask kept by the caller."""
+    return grad * live, grad * weight * scores.sign()
+
+
+def restore_index(weight: Tensor, frozen: Tensor, values: Tensor) -> None:
+    """Frozen values put back by an index write through a bool mask."""
+    weight[frozen] = values
+
+
+def superpose_published(weight: Tensor, masks: Tensor, alphas: Tensor) -> Tensor:
+    """SupSup: masks with a positive alpha gathered, weighted, and summed, all as floats."""
+    chosen = (alphas > 0).nonzero().flatten()
+    shape = (-1,) + (1,) * weight.dim()
+    return weight * (alphas[chosen].view(shape) * masks[chosen]).sum(0)
+
+
+def superpose_product(weight: Tensor, masks: Tensor, alphas: Tensor) -> Tensor:
+    """The best that eager PyTorch has on float masks: a matrix-vector product."""
+    return weight * (alphas @ masks.view(len(masks), -1)).view(weight.shape)
+
+
+def superpose_grad_product(grad: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
+    """Gradients of all alphas by a matrix-vector product with the float masks."""
+    return masks.view(len(masks), -1) @ (grad * weight).flatten()
+
+
+def alpha_grad_loop(x: Tensor, grad_y: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
+    """Every row's gradient to every alpha, a masked product a task."""
+    return torch.stack([(grad_y @ (weight * mask) * x).sum(1) for mask in masks], 1)

@@ -34,8 +34,9 @@ def measure(
 ) -> dict[str, Timing]:
     """Times each callable, all of them interleaved.
 
-    A round gives every callable in turn one call that is not timed, which brings its data into the caches, and `burst` that are;
-    slow ones get fewer. Rounds go on until the time is used, and for at least `rounds`.
+    A round gives every callable in turn one call that is not counted, which brings its data into the caches, and `burst` that are;
+    of one that takes 5 ms or more, the first is counted and there is no other. Rounds go on until the time is used, and for at
+    least `rounds`.
     """
     spent: dict[str, list[int]] = {name: [] for name in callables}
     began = time.perf_counter()
@@ -45,8 +46,10 @@ def measure(
             start = time.perf_counter_ns()
             call()
             first = time.perf_counter_ns() - start
-            repeats = burst if first < 5e6 else 1
-            for _ in range(repeats):
+            if first >= 5e6:
+                spent[name].append(first)
+                continue
+            for _ in range(burst):
                 start = time.perf_counter_ns()
                 call()
                 spent[name].append(time.perf_counter_ns() - start)

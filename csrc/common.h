@@ -14,8 +14,8 @@ using torch::stable::Tensor;
 
 // Functions for one instruction set carry its attribute, see raw pointers only and are static: nothing of them can be merged with
 // a function compiled for another set. Floating-point contraction is off for the whole library, so that all paths give the same bits.
-#define SK_AVX2 __attribute__((target("avx2,bmi,bmi2,popcnt,f16c")))
-#define SK_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bitalg,gfni,bmi,bmi2,popcnt,f16c,avx2")))
+#define SK_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt,f16c")))
+#define SK_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bitalg,gfni,bmi,bmi2,popcnt,f16c,avx2,fma")))
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 

@@ -53,7 +53,7 @@ template <bool Value>
 SK_AVX512 static inline __m512i keys_avx512(const int32_t* scores, int32_t inf) {
   const __m512i raw = _mm512_loadu_si512(scores), nan = _mm512_set1_epi32(inf + 1);
   const __m512i magnitude = _mm512_and_si512(raw, _mm512_set1_epi32(0x7fffffff));
-  if (!Value) return _mm512_min_epi32(magnitude, nan);
+  if (!Value) return _mm512_maskz_min_epi32(0xffff, magnitude, nan);  // the plain form makes GCC 12 warn of its own header
   const __m512i key = _mm512_mask_sub_epi32(magnitude, _mm512_movepi32_mask(raw), _mm512_setzero_si512(), magnitude);
   return _mm512_mask_mov_epi32(key, _mm512_cmpge_epi32_mask(magnitude, nan), nan);
 }

@@ -31,6 +31,15 @@ inline Tensor new_dense_like(const Tensor& t, int32_t dtype) {
 }
 inline Tensor new_vector(int64_t n, int32_t dtype) { return new_dense(&n, 1, dtype); }
 
+// f(begin, end) over [0, count), on as many threads as get at least `grain` each: fewer would wait longer than they work.
+template <class F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count < 2 * grain)
+    f(0, count);
+  else
+    torch::stable::parallel_for(0, count, grain, f);
+}
+
 // The implementation for the instruction set in use.
 template <class F>
 F* for_isa(F* portable, F* avx2, F* avx512) {

@@ -1,5 +1,6 @@
 """Kernels for networks that are used through masks: one backbone, thousands of tasks, one bit per weight and task."""
 
+from subnet_kernels import optim
 from subnet_kernels.bank import MaskBank
 from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_
 from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
@@ -45,6 +46,8 @@ __all__ = [
     "k_sort",
     "masked_conv",
     "masked_linear",
+    "optim",
+    "optim",
     "overlap",
     "pack",
     "pack_bank",

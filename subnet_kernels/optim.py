@@ -9,6 +9,7 @@ promise to any other optimizer, at the price of copies.
 from __future__ import annotations
 
 from operator import is_
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,18 @@ from subnet_kernels.layers import frozen_bits
 from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop", "freeze"]
+
+
+class _Plan(NamedTuple):
+    """What a group's last step found, good for as long as the same parameters have gradients and no state was replaced."""
+
+    params: list[Tensor]
+    states: list[dict]
+    stateful: bool
+    one_device: bool
+
+    def serves(self, params: list[Tensor], stateful: bool) -> bool:
+        return self.stateful is stateful and len(self.params) == len(params) and all(map(is_, self.params, params))
 
 
 class _OneCall:
@@ -68,30 +81,26 @@ class _OneCall:
             with torch.enable_grad():
                 loss = closure()
         scaling = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")  # GradScaler puts them there
-        kept = self._kept()
+        plans = self._plans()
         for group in self.param_groups:
             params = group["params"]
             grads = [p.grad for p in params]
             for grad in grads:
-                if grad is None:
+                if grad is None:  # most often none is, and then nothing is built anew
                     params = [p for p, g in zip(params, grads) if g is not None]
                     grads = [g for g in grads if g is not None]
                     break
             if not params:
                 continue
-            plan = kept.get(id(group))
-            stateful = self._keeps_state(group)
-            if plan is None or plan[3] is not stateful or len(plan[0]) != len(params) or not all(map(is_, plan[0], params)):
-                for grad in grads:
-                    if grad.layout is not torch.strided:
-                        raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
-                one_device = len({p.device for p in params}) == 1
-                plan = kept[id(group)] = list(params), [self.state[p] if stateful else {} for p in params], one_device, stateful
-            if plan[2]:
-                self._update(group, params, grads, plan[1], frozen_bits(params), self._rate(group, params[0].device), *scaling)
+            plan = plans.get(id(group))
+            if plan is None or not plan.serves(params, self._keeps_state(group)):
+                plan = plans[id(group)] = self._plan(group, params, grads)
+            if plan.one_device:
+                rate = self._rate(group, params[0].device)
+                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling)
                 continue
             for device in sorted({p.device for p in params}, key=str):
-                some, theirs, states = zip(*(row for row in zip(params, grads, plan[1]) if row[0].device == device))
+                some, theirs, states = zip(*(row for row in zip(params, grads, plan.states) if row[0].device == device))
                 rate = self._rate(group, device)
                 self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling)
         return loss
@@ -99,17 +108,23 @@ class _OneCall:
     def _keeps_state(self, group: dict) -> bool:
         return True
 
-    def _kept(self) -> dict[int, tuple[list[Tensor], list[dict], bool]]:
-        """For each group the parameters of its last step, their state and whether all are on one device, while no state was replaced."""
+    def _plans(self) -> dict[int, _Plan]:
+        """The plan of each group by its id; none when state came, went or was replaced since the last step."""
         known = self.__dict__.get("_known")
-        if (
-            known is None
-            or known[0] is not self.state
-            or len(known[1]) != len(self.state)
-            or not all(map(is_, known[1], self.state.values()))
-        ):
-            known = self._known = self.state, list(self.state.values()), {}
-        return known[2]
+        if known is not None:
+            of, states, plans = known
+            if of is self.state and len(states) == len(of) and all(map(is_, states, of.values())):
+                return plans
+        self._known = self.state, list(self.state.values()), {}
+        return self._known[2]
+
+    def _plan(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> _Plan:
+        for grad in grads:
+            if grad.layout is not torch.strided:
+                raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
+        stateful = self._keeps_state(group)
+        states = [self.state[p] if stateful else {} for p in params]
+        return _Plan(list(params), states, stateful, len({p.device for p in params}) == 1)
 
     def _rate(self, group: dict, device: torch.device) -> Tensor:
         """The group's learning rate as a 0-dim tensor; one of a float is kept until the float changes."""

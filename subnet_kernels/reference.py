@@ -408,7 +408,7 @@ def update_rmsprop_(
         variance = square
         if centered:
             mean = grad_avgs[i]
-            _write(mean, mean + (1 - alpha) * (g - mean), live)
+            _write(mean, mean.lerp(g, 1 - alpha), live)
             variance = square - mean * mean
         change = g / (variance.sqrt() + eps)
         if momentum > 0:
@@ -458,7 +458,7 @@ def update_adam_(
             else:
                 g = g + weight_decay * p
         mean, square = exp_avgs[i], exp_avg_sqs[i]
-        _write(mean, mean + (1 - beta1) * (g - mean), live)
+        _write(mean, mean.lerp(g, 1 - beta1), live)
         _write(square, beta2 * square + (1 - beta2) * (g * g), live)
         variance = square
         if amsgrad:
@@ -466,4 +466,4 @@ def update_adam_(
             variance = max_exp_avg_sqs[i]
         correction1, correction2 = 1 - beta1**step, 1 - beta2**step
         denominator = variance.sqrt() / correction2.sqrt().to(p.dtype) + eps
-        _write(p, base - (rate / correction1).to(p.dtype) * (mean / denominator), live)
+        _write(p, base - (rate / correction1).to(p.dtype) * mean / denominator, live)

@@ -1,12 +1,12 @@
 """Fixtures of all tests: the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
 
-import ctypes
-
 import pytest
 import torch
 
+from subnet_kernels.info import cpu_isa as switch
 from subnet_kernels.ops._library import LOADED, MISSING
 
+torch.set_num_threads(1)  # the tests' tensors are small: a second thread costs more than it does; threads have tests of their own
 ISAS = ("portable", "avx2", "avx512")
 
 
@@ -20,11 +20,9 @@ def _same_chance():
         torch.set_num_threads(threads)
 
 
-def switch_isa(request: str | None) -> str:
+def switch_isa(request: str | None) -> str | None:
     """The instruction set that the compiled CPU ops use, after a request for another one if that is given."""
-    function = ctypes.CDLL(str(LOADED["_C_cpu"])).subnet_kernels_isa
-    function.argtypes, function.restype = [ctypes.c_char_p], ctypes.c_char_p
-    return function(request.encode() if request else None).decode()
+    return switch(request)
 
 
 @pytest.fixture(params=ISAS)

@@ -4,6 +4,7 @@ They lie beside the repository, or where SUBNET_GOLDEN points; tests on them are
 """
 
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +13,20 @@ import torch
 
 FOLDER = Path(os.environ.get("SUBNET_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
 
-# A float32 implementation lands within a few times a file's own deviation (all of order 1e-7); the README allows 1e-5.
+# The README: a correct float32 implementation lands within a few times a file's own deviation, most of order 1e-7; allow at least this.
 TOLERANCE = 1e-5
+
+
+def tolerance(path: Path) -> float:
+    """What is allowed for one file: 1e-5, or 3 times the deviation of the saved values themselves where the README puts that higher.
+
+    Convolutional inference whose saved values deviate by more than 1e-5 hangs on the rounding of exact zeros: 5e-3, as written there.
+    """
+    row = re.search(rf"^\| `{re.escape(path.name)}` \|.*\| (\S+) \|$", (FOLDER / "README.md").read_text(), flags=re.MULTILINE)
+    deviation = 0.0 if row[1] == "exact" else float(row[1])
+    if "_conv_" in path.name and deviation > TOLERANCE:
+        return 5e-3
+    return max(TOLERANCE, 3 * deviation)
 
 
 def cases(pattern: str):

@@ -1,13 +1,14 @@
 """SupSup's inference without a task id, replayed on the authors' trained masks (RAIVNLab/supsup, adaptors.py).
 
-Decisions and surviving sets exactly. Reals to 1e-5 on the fully connected nets; to 5e-3 on the convolutional ones, where constant
-image regions cancel exactly and a ReLU may pass or block a gradient by the rounding of 0 (the golden README, How to compare).
+Decisions and surviving sets exactly. Reals as the golden README says (How to compare): to 1e-5; to 3 times the deviation of the
+saved values on the file of 50 fully connected masks, which are off by 8.5e-6 themselves; to 5e-3 on two convolutional files, where
+constant image regions cancel exactly and a ReLU passes or blocks a gradient by the rounding of 0.
 """
 
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import TOLERANCE, Golden, assert_near, cases
+from golden import Golden, assert_near, cases, tolerance
 
 import subnet_kernels as sk
 from subnet_pipelines.inference import entropy, g_objective, infer_binary, one_shot
@@ -19,7 +20,7 @@ class Case:
     def __init__(self, path):
         self.gold = gold = Golden(path)
         self.conv = "_conv_" in path.stem
-        self.tolerance = 5e-3 if self.conv else TOLERANCE
+        self.tolerance = tolerance(path)
         self.tasks, self.learned = gold["num_tasks"], gold["learned"]
         self.weights, self.banks = [], []
         while f"weight{len(self.weights)}" in gold:

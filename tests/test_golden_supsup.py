@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from golden import Golden, assert_near, cases
 
 import subnet_kernels as sk
+from subnet_kernels.convert import ErdosRenyi, SubnetConfig, signed_constant_
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.masked import subnet_weight
 
@@ -106,3 +107,35 @@ def test_counts(path):
             scores = torch.randperm(n).float() + 1  # distinct, as in the authors' program
             for j, k in enumerate(gold["k"].tolist()):
                 assert sk.count(sk.select(scores, sk.k_sort(n, k))) == gold["ones"][i, j]
+
+
+@pytest.mark.parametrize("path", cases("supsup_er_*"))
+def test_erdos_renyi(path):
+    """Densities of whole networks by the Erdos-Renyi rule, equal in double precision, and the counts that follow from them."""
+    gold = Golden(path)
+    for s in gold["s"].tolist():
+        rule = SubnetConfig(density=ErdosRenyi(s))
+        for i, (name, shape) in enumerate(zip(gold["layer_names"], gold["shapes"].tolist())):
+            density = rule.layer_density(name, shape)
+            assert density == gold[f"density_s{s:g}"][i].item()
+            assert torch.Size(shape).numel() == gold["params"][i]
+            assert rule.rule(density).k(torch.Size(shape).numel()) == gold[f"ones_s{s:g}"][i]
+
+
+@pytest.mark.parametrize("path", cases("supsup_init_*"))
+def test_signed_constant(path):
+    """One magnitude a layer, the float32 one of the authors to its last two bits; signs as drawn, and an exact 0 stays 0."""
+    gold = Golden(path)
+    constants = dict(zip(map(tuple, gold["shapes"].tolist()), gold["constant"]))  # layers of one shape have one constant
+    for shape, constant in constants.items():
+        assert all(c == constant for s, c in zip(gold["shapes"].tolist(), gold["constant"]) if tuple(s) == shape)
+        weight = torch.randn(shape)
+        weight.view(-1)[0] = 0
+        drawn = weight.clone()
+        assert signed_constant_(weight, "fan_in") is weight
+        magnitude = weight.abs().max()
+        torch.testing.assert_close(magnitude, constant, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+        assert torch.equal(weight, drawn.sign() * magnitude)
+        if all(size == 1 for size in shape[2:]):  # a linear layer is the 1x1 convolution of the authors' nets
+            flat = signed_constant_(drawn.flatten(1), "fan_in")
+            assert torch.equal(flat, weight.flatten(1))

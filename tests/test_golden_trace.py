@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from golden import Golden, assert_near, cases
 
 import subnet_kernels as sk
+import subnet_kernels.optim
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.update import update_adam_, update_sgd_
 
@@ -119,6 +120,90 @@ class OpsAndTorch(Ops):
             sk.restore_([self.weights[n] for n in LAYERS], self.frozen, self.values)
 
 
+class Net(torch.nn.Module):
+    def __init__(self, shapes):
+        super().__init__()
+        for name, (outputs, inputs) in shapes.items():
+            setattr(self, name, torch.nn.Linear(inputs, outputs, bias=False))
+
+    def forward(self, x):
+        return self.head(self.fc2(self.fc1(x).relu()).relu())
+
+
+class Layers:
+    """As a user writes it: a converted network, a bank, an ordinary optimizer. Only `stored_mask: last_step` takes a line of its own."""
+
+    optimizers = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam}
+
+    def __init__(self, gold, kind):
+        self.gold, self.kind = gold, kind
+        net = Net({name: gold[f"task0_step0_{name}"].shape for name in (*LAYERS, "head")})
+        config = sk.SubnetConfig(density=gold["c"], k_rule="kth", ties="all", train_weights=True, per_task=["head"])
+        self.net = sk.convert(net, config)
+        self.bank = sk.MaskBank(self.net)
+        self.load({name: gold[f"task0_step0_{name}"] for name in self.parameters()})
+        self.logits = []
+
+    def begin(self, task):
+        if task:
+            self.bank.begin(scores="keep")
+        with torch.no_grad():
+            self.net.head.weight.copy_(self.gold[f"task{task}_step0_head"])
+        self.optimizer = self.optimizers[self.kind](self.net.parameters(), lr=self.gold["lr"])
+
+    def parameters(self):
+        return {name.removesuffix(".weight").replace(".", "_"): p for name, p in self.net.named_parameters()}
+
+    @torch.no_grad()
+    def load(self, state):
+        for name, value in self.parameters().items():
+            value.copy_(state[name])
+
+    def step(self, x, y):
+        self.bits = self.bank.live_bits()
+        self.optimizer.zero_grad()
+        F.cross_entropy(self.net(x), y).backward()
+        handed = {name: p.grad.clone() for name, p in self.parameters().items()}
+        self.optimizer.step()
+        return handed
+
+    @torch.no_grad()
+    def loss(self, x, y):
+        self.bank.activate(None, bits=self.bits)
+        loss = F.cross_entropy(self.net(x), y)
+        self.bank.activate(None)
+        return loss
+
+    def masks(self):
+        return self.bits
+
+    def commit(self, task):
+        self.bank.commit(f"task{task}", bits=self.bits)
+        for layer, bits in self.bank.bits(f"task{task}").items():
+            assert torch.equal(bits, self.bits[layer])
+        self.bank.verify()
+        assert self.bank.capacity()["used_fraction"] == self.gold["used_fraction"][task]
+        self.remember(task)
+        return self.bank.owned()
+
+    @torch.no_grad()
+    def remember(self, task):
+        """Every task so far gives the logits that it gave at its commit, to the bit, on the images it was validated with."""
+        now = []
+        for t in range(task + 1):
+            self.bank.activate(f"task{t}")
+            now.append(self.net(self.gold[f"task{t}_valid_x"]))
+        self.bank.activate(None)
+        assert all(torch.equal(a, b) for a, b in zip(self.logits, now))
+        self.logits = now
+
+
+class LayersAndOurOptimizer(Layers):
+    """The same with an optimizer of `subnet_kernels.optim`."""
+
+    optimizers = {"sgd": subnet_kernels.optim.SGD, "adam": subnet_kernels.optim.Adam}
+
+
 def replay(gold, trainer):
     used = []
     for task in (0, 1):
@@ -170,7 +255,7 @@ def replay(gold, trainer):
     assert used == gold["used_fraction"].tolist()
 
 
-@pytest.mark.parametrize("trainer", [Ops, OpsAndTorch])
+@pytest.mark.parametrize("trainer", [Ops, OpsAndTorch, Layers, LayersAndOurOptimizer])
 @pytest.mark.parametrize("path", cases("wsn_trace_*"))
 def test_replay(path, trainer):
     gold = Golden(path)

@@ -68,4 +68,4 @@ def test_capacity_counts_values_and_mask_bytes():
     assert found["bits_per_weight"] == pytest.approx(1.0)
     seed_only = capacity.capacity(used=50, total=200, tasks=4, mask_bytes=100, paper_cap=None, seed_only=True)
     assert seed_only["measured_cap"] == pytest.approx(112.5)
-    assert seed_only["measured_cap_seed_only"] == pytest.approx(12.5)
+    assert seed_only["seed_only_cap"] == pytest.approx(12.5)

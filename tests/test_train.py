@@ -279,6 +279,12 @@ def test_hidden_borders(tmp_path):
     same(outcome(again, resumed, tmp_path / "b"), outcome(method, result, tmp_path / "a"))
 
 
+def test_a_stream_without_borders_does_not_grow(tmp_path):
+    run(*restless(tasks=2, scenario="NNs"), RunConfig(), tmp_path)
+    with pytest.raises(Refusal, match="cannot be made 3"):
+        run(*restless(tasks=3, scenario="NNs"), RunConfig(), tmp_path, resume=True)
+
+
 def test_long_streams_measure_the_diagonal_and_the_end(tmp_path):
     result = run(*restless(tasks=3), RunConfig(eval_rows="last"), tmp_path / "last")
     whole = run(*restless(tasks=3), RunConfig(), tmp_path / "all")

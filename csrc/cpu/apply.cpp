@@ -9,8 +9,6 @@
 
 #include "../floats.h"
 
-using torch::stable::parallel_for;
-
 namespace {
 
 constexpr int64_t kTileGrain = kGrain / kTile;
@@ -18,8 +16,8 @@ constexpr int64_t kTileGrain = kGrain / kTile;
 // Elements are moved by their size in bytes, S, and never interpreted. A word of 64 mask bits covers 64 weights, S lines of 64
 // bytes.
 
-// --------------------------------------------------------------------------------- apply: out[i] = open ? weight[i] : 0, n
-// weights
+// --------------------------------------------------------------------------------------------------------------- apply
+// out[i] = open ? weight[i] : 0 for n weights.
 
 template <int S>
 static inline void apply_one(const uint8_t* weight, bool open, uint8_t* out) {
@@ -110,7 +108,8 @@ SK_AVX512 static void apply_avx512(const uint8_t* weight, const uint8_t* bits, u
     store_avx512<S>(out + (i + j) * S, here >> j, load_avx512<S>(weight + (i + j) * S, word >> j));
 }
 
-// ------------------------------------- restore: the next value into every open weight, n weights; returns the values used
+// ------------------------------------------------------------------------------------------------------------ restore_
+// The next value into every open one of n weights; the portable and the AVX-512 kernels need no end of the values.
 
 template <int S>
 static int64_t restore_word(uint8_t* weight, uint64_t word, const uint8_t* values) {
@@ -198,8 +197,7 @@ static void restore_strided(uint8_t* weight, const std::vector<int64_t>& sizes, 
   }
 }
 
-// --------------------------------------------------------------------------------- straight-through gradient of the scores, n <=
-// 512
+// ---------------------------------------------------------------------------------------------------- straight_through
 
 // d_scores = grad * weight, times the sign of the score (0 of 0 and of NaN) for magnitude keys: PyTorch's order and rounding.
 template <class T>
@@ -247,8 +245,7 @@ SK_AVX512 static void score_grad_avx512(const T* grad, const T* weight, const T*
   score_grad(grad + i, weight + i, scores + i, out + i, n - i, magnitude);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 using RestoreKernel = void (*)(uint8_t* weight, const uint8_t* bits, const uint8_t* values, const uint8_t* values_end, int64_t n);
 
@@ -308,7 +305,7 @@ static Tensor apply_cpu(const Tensor& weight_, const Tensor& bits_) {
   const auto* from = static_cast<const uint8_t*>(weight.const_data_ptr());
   const auto* mask = static_cast<const uint8_t*>(bits.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
-  parallel_for(0, tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
     const int64_t at = begin * kTile * element;
     kernel(from + at, mask + begin * kTileBytes, to + at, std::min(n, end * kTile) - begin * kTile);
   });
@@ -366,7 +363,7 @@ static void restore_cpu(std::vector<Tensor> weights, std::vector<Tensor> bits, s
     layers.push_back(std::move(layer));
     all += tiles(n);
   }
-  parallel_for(0, all, kTileGrain, [&](int64_t begin, int64_t end) {  // one region for all layers
+  parallel(all, kTileGrain, [&](int64_t begin, int64_t end) {  // one region for all layers
     for (const Layer& layer : layers) {
       const int64_t from = std::max<int64_t>(begin - layer.first, 0), to = std::min(end - layer.first, tiles(layer.n));
       if (from >= to) continue;
@@ -467,7 +464,7 @@ static std::tuple<Tensor, Tensor> straight_through_cpu(const Tensor& grad_, cons
                    n,
                    by == "magnitude"};
   const bool wide = std::find(types, types + 3, ScalarType::Double) != types + 3;
-  parallel_for(0, tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kTileGrain, [&](int64_t begin, int64_t end) {
     wide ? straight_through_tiles<double>(s, begin, end) : straight_through_tiles<float>(s, begin, end);
   });
   return {d_weight, d_scores};

@@ -7,16 +7,14 @@
 
 #include "../tensors.h"
 
-using torch::stable::parallel_for;
-
 namespace {
 
 constexpr int64_t kPackGrain = 8 * kGrain / kTile;  // tiles a thread packs or unpacks: one byte a weight is quick
 constexpr int64_t kCountGrain = 256 * 1024;         // bytes of bits a thread counts
 constexpr int64_t kOverlapTasks = 4;                // a step of overlap compares so many tasks with as many others
 
-// ------------------------------------------------------------------------------------------------- pack: n bools ->
-// mask_bytes(n)
+// ---------------------------------------------------------------------------------------------------------------- pack
+// n bools to mask_bytes(n) bytes of bits.
 
 // Eight bytes of 0 or 1 to eight bits; any other value counts as 1.
 static inline uint8_t pack_eight(uint64_t x) {
@@ -52,8 +50,8 @@ SK_AVX512 static void pack_avx512(const uint8_t* mask, uint8_t* bits, int64_t n)
   }
 }
 
-// -------------------------------------------------------------------------------------------------------- unpack: bits -> n
-// bools
+// -------------------------------------------------------------------------------------------------------------- unpack
+// Bits to n bools.
 
 static void unpack_portable(const uint8_t* bits, uint8_t* mask, int64_t n) {
   for (int64_t i = 0; i < n / 8; i++) {
@@ -83,8 +81,8 @@ SK_AVX512 static void unpack_avx512(const uint8_t* bits, uint8_t* mask, int64_t 
   if (i < n) _mm512_mask_storeu_epi8(mask + i, low_bits(n - i), _mm512_maskz_set1_epi8(load_word(bits + i / 8), 1));
 }
 
-// ----------------------------------------------------------------------------- counts of a, a & b and a & ~b over n bytes of
-// bits
+// -------------------------------------------------------------------------------------------------------------- counts
+// What is set in a, and in a & b, over n bytes of bits.
 
 struct Counts {
   int64_t all, both;  // bits set in a; in a & b
@@ -143,8 +141,18 @@ SK_AVX512 static Counts count_avx512(const uint8_t* a, const uint8_t* b, int64_t
   return {_mm512_reduce_add_epi64(all), _mm512_reduce_add_epi64(both)};
 }
 
-// ---------------------------------------------- overlap of up to four tasks with four others, a block each: both[i * 4 + j] +=
-// ...
+// -------------------------------------------------------------------------------------------------------------- union_
+// to |= from over n bytes of bits.
+
+static inline __attribute__((always_inline)) void unite(const uint8_t* from, uint8_t* to, int64_t n) {
+  for (int64_t i = 0; i < n; i++) to[i] |= from[i];
+}
+static void union_portable(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+SK_AVX2 static void union_avx2(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+SK_AVX512 static void union_avx512(const uint8_t* from, uint8_t* to, int64_t n) { unite(from, to, n); }
+
+// ------------------------------------------------------------------------------------------------------------- overlap
+// Up to four tasks with four others, over every tile of their blocks: both[i * 4 + j] += open in task i and in task j.
 
 // Where the bits of a task lie in its block: the first tile, and the bytes from one tile to the next.
 struct Rows {
@@ -193,8 +201,7 @@ SK_AVX512 static void overlap_avx512(Rows a, Rows b, int64_t tiles, int64_t* bot
     for (int64_t j = 0; j < b.tasks; j++) both[i * kOverlapTasks + j] += _mm512_reduce_add_epi64(sums[i][j]);
 }
 
-// ----------------------------------------------------------------------------------------------------------------------------
-// ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 static Tensor pack_cpu(const Tensor& mask_) {
   const Tensor mask = dense(mask_);
@@ -205,7 +212,7 @@ static Tensor pack_cpu(const Tensor& mask_) {
   const auto* from = static_cast<const uint8_t*>(mask.const_data_ptr());
   auto* to = static_cast<uint8_t*>(bits.mutable_data_ptr());
   const auto kernel = for_isa(pack_portable, pack_avx2, pack_avx512);
-  parallel_for(0, tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * kTile, to + begin * kTileBytes, std::min(n, end * kTile) - begin * kTile);
   });
   return bits;
@@ -221,7 +228,7 @@ static Tensor unpack_cpu(const Tensor& bits_, std::vector<int64_t> shape) {
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
   auto* to = static_cast<uint8_t*>(mask.mutable_data_ptr());
   const auto kernel = for_isa(unpack_portable, unpack_avx2, unpack_avx512);
-  parallel_for(0, tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(n), kPackGrain, [&](int64_t begin, int64_t end) {
     kernel(from + begin * kTileBytes, to + begin * kTile, std::min(n, end * kTile) - begin * kTile);
   });
   return mask;
@@ -230,7 +237,7 @@ static Tensor unpack_cpu(const Tensor& bits_, std::vector<int64_t> shape) {
 static Counts count_bytes(const uint8_t* a, const uint8_t* b, int64_t n) {
   const auto kernel = for_isa(count_portable, count_avx2, count_avx512);
   std::atomic<int64_t> all{0}, both{0};  // whole numbers: the order of the threads does not show
-  parallel_for(0, n, kCountGrain, [&](int64_t begin, int64_t end) {
+  parallel(n, kCountGrain, [&](int64_t begin, int64_t end) {
     const Counts c = kernel(a + begin, b + begin, end - begin);
     all += c.all, both += c.both;
   });
@@ -253,9 +260,8 @@ static void union_cpu(Tensor owned, const Tensor& bits_) {
   STD_TORCH_CHECK(owned.numel() == bits.numel(), "union_: owned has ", owned.numel(), " bytes, bits ", bits.numel());
   auto* to = static_cast<uint8_t*>(target.mutable_data_ptr());
   const auto* from = static_cast<const uint8_t*>(bits.const_data_ptr());
-  parallel_for(0, bits.numel(), kCountGrain, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; i++) to[i] |= from[i];
-  });
+  const auto kernel = for_isa(union_portable, union_avx2, union_avx512);
+  parallel(bits.numel(), kCountGrain, [&](int64_t begin, int64_t end) { kernel(from + begin, to + begin, end - begin); });
   if (!owned.is_contiguous()) torch::stable::copy_(owned, target);
 }
 
@@ -298,7 +304,7 @@ static Tensor overlap_cpu(std::vector<Tensor> bank) {
   const auto kernel = for_isa(overlap_portable, overlap_avx2, overlap_avx512);
   const auto count = static_cast<int64_t>(groups.size());
   const int64_t words = std::max<int64_t>(1, std::max<int64_t>(tiles, 0) * 8 * kOverlapTasks * kOverlapTasks);
-  parallel_for(0, count * count, 1 + 2 * kGrain / words, [&](int64_t begin, int64_t end) {
+  parallel(count * count, 1 + 2 * kGrain / words, [&](int64_t begin, int64_t end) {
     for (int64_t pair = begin; pair < end; pair++) {
       const Group &a = groups[pair / count], &b = groups[pair % count];
       if (b.task < a.task) continue;  // symmetric

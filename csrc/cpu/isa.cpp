@@ -8,9 +8,9 @@ static Isa best() {
   __builtin_cpu_init();
 #define HAS(feature) __builtin_cpu_supports(feature)
   if (HAS("avx512f") && HAS("avx512bw") && HAS("avx512vl") && HAS("avx512dq") && HAS("avx512vbmi") && HAS("avx512vbmi2") &&
-      HAS("avx512vpopcntdq") && HAS("avx512bitalg") && HAS("gfni"))
+      HAS("avx512vpopcntdq") && HAS("avx512bitalg") && HAS("gfni") && HAS("fma"))
     return Isa::avx512;
-  if (HAS("avx2") && HAS("bmi") && HAS("bmi2") && HAS("popcnt")) return Isa::avx2;
+  if (HAS("avx2") && HAS("fma") && HAS("bmi") && HAS("bmi2") && HAS("popcnt")) return Isa::avx2;
 #undef HAS
   return Isa::portable;
 }

@@ -349,7 +349,7 @@ static void learn(Layer& layer, K threshold, int64_t within) {
   const bool known = hint[1] > 0 && std::isfinite(hint[0]) && std::isfinite(hint[1]);
   double next = half(1. / 64);
   if (known) next = std::max(4 * std::abs(double(threshold) - hint[0]), layer.missed ? 0 : .75 * hint[1]);
-  next = std::clamp(next, half(1. / 1024), half(1. / 16));
+  next = std::clamp(next, half(std::min(1. / 8192 + 32 / double(layer.n), 1. / 16)), half(1. / 16));
   hint[0] = double(threshold);
   hint[1] = std::max(next, .5);
   hint[2] = double(within);
@@ -420,6 +420,19 @@ static void settle_avx512(const Piece* p, int64_t count, const int64_t* keys, Cu
   settle_portable(p, count, keys, cut, bits, ordinal);
 }
 
+// The effective weights of the bits that were opened after the scan, one by one: each costs cache lines that are long gone.
+template <class T>
+static void open_weights(const Layer& layer, const Piece* p, int64_t count) {
+  const auto* bits = reinterpret_cast<const Word*>(layer.bits);
+  const auto* weight = static_cast<const T*>(layer.weight);
+  auto* w_eff = static_cast<T*>(layer.w_eff);
+  for (const Piece* last = p + count; p < last; p++)
+    for (uint64_t rest = bits[p->word] & p->within; rest; rest &= rest - 1) {
+      const int64_t i = p->word * 64 + __builtin_ctzll(rest);
+      w_eff[i] = weight[i];
+    }
+}
+
 // Completes a scanned layer, or moves it to the next stage where the window has missed.
 template <class K>
 static void resolve(Layer& layer, Workspace& space, Ties ties) {
@@ -459,9 +472,9 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
       settle_avx512(pieces, c->pieces_found, keys, cut, bits, ordinal);
     else
       settle_portable(pieces, c->pieces_found, keys, cut, bits, ordinal);
-    if (layer.weight_size)
-      for (const Piece* p = pieces; p < pieces + c->pieces_found; p++)
-        keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, p->word, p->word + 1, layer.n);
+    if (layer.weight_size == 2) open_weights<uint16_t>(layer, pieces, c->pieces_found);
+    if (layer.weight_size == 4) open_weights<uint32_t>(layer, pieces, c->pieces_found);
+    if (layer.weight_size == 8) open_weights<uint64_t>(layer, pieces, c->pieces_found);
   }
   layer.stage = Stage::done;
 }

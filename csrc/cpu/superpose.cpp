@@ -1,4 +1,4 @@
-// superpose, superpose_grad: one weight through a whole bank of masks, and what each mask would have changed.
+// superpose, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would have changed.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -6,8 +6,6 @@
 #include <vector>
 
 #include "../floats.h"
-
-using torch::stable::parallel_for;
 
 namespace {
 
@@ -25,8 +23,9 @@ static void tabulate(const T* members, T* sums) {
   for (int64_t code = 0; code < 16; code++) sums[code] = low[code & 3] + high[code >> 2];
 }
 
-// ----------------------- mix += sum_k alpha_k M_k over one tile; lines: k lines of 64 bytes, k <= 64; opened |= every line
-// alphas: k of them, padded with zeros to groups of 8; tables: two for a group
+// ----------------------------------------------------------------------------------------------------------- superpose
+// mix += sum_k alpha_k M_k over one tile of k <= 64 tasks, 64 bytes each; opened |= each of them.
+// alphas: k of them, padded with zeros to groups of 8; tables: two for a group.
 
 // Bit j of byte t to bit t of byte j.
 static inline uint64_t transpose_bits(uint64_t x) {
@@ -163,9 +162,10 @@ SK_AVX512 static void mix_avx512(const uint8_t* lines, int64_t k, const float*, 
   }
 }
 
-// ------------------------- sums[k] += sum over one tile of products where M_k is open; tables: one for every four weights, 128
-// A table holds float64 sums rounded to T; four of those are added in T, and the rest in float64: with one rounding for the products
-// and their first two sums, the error stays below twice that of products in T that are all summed in float64.
+// ------------------------------------------------------------------------------------------------------ superpose_grad
+// sums[k] += sum over one tile of products where M_k is open, from the tables of the tile, one for every four weights.
+// A table holds float64 sums rounded to T; four of those are added in T, and the rest in float64: with one rounding for the
+// products and their first two sums, the error stays below twice that of products in T that are all summed in float64.
 
 template <class T>
 static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, double* sums) {
@@ -178,7 +178,9 @@ static void dot_portable(const uint8_t* lines, int64_t k, const T* tables, doubl
 }
 
 // Sixteen floats of a table, those that the lowest four bits of every lane choose.
-SK_AVX512 static inline __m512 look_up(__m512i bits, const float* table) { return _mm512_permutexvar_ps(bits, _mm512_loadu_ps(table)); }
+SK_AVX512 static inline __m512 look_up(__m512i bits, const float* table) {
+  return _mm512_permutexvar_ps(bits, _mm512_loadu_ps(table));
+}
 
 SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* tables, double* sums) {
   for (int64_t first = 0; first < k; first += 16) {  // sixteen tasks, one a lane
@@ -209,8 +211,10 @@ SK_AVX512 static void dot_avx512(const uint8_t* lines, int64_t k, const float* t
       const float* table = tables + c * 8 * 16;
 #pragma GCC unroll 2
       for (int half = 0; half < 32; half += 16, table += 64) {
-        const __m512 a = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half), table), look_up(_mm512_srli_epi32(bits, half + 4), table + 16));
-        const __m512 b = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half + 8), table + 32), look_up(_mm512_srli_epi32(bits, half + 12), table + 48));
+        const __m512 a =
+            _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half), table), look_up(_mm512_srli_epi32(bits, half + 4), table + 16));
+        const __m512 b = _mm512_add_ps(look_up(_mm512_srli_epi32(bits, half + 8), table + 32),
+                                       look_up(_mm512_srli_epi32(bits, half + 12), table + 48));
         const __m512 sum = _mm512_add_ps(a, b);
         low = _mm512_add_pd(low, _mm512_cvtps_pd(_mm512_castps512_ps256(sum)));
         high = _mm512_add_pd(high, _mm512_cvtps_pd(_mm512_extractf32x8_ps(sum, 1)));
@@ -240,13 +244,18 @@ SK_AVX512 static void tables_avx512(const double* products, float* tables) {
   }
 }
 
-// ------------------------------------------------------------------------- elementwise work of a tile: plain loops, once for
-// each set
+// --------------------------------------------------------------------------------------------------------- elementwise
+// Plain loops over a tile, compiled once for each set.
 
 // out = a * b, in the type of out
 template <class T, class Out>
 static inline __attribute__((always_inline)) void multiply(const T* a, const T* b, Out* out, int64_t n) {
   for (int64_t i = 0; i < n; i++) out[i] = static_cast<Out>(a[i]) * static_cast<Out>(b[i]);
+}
+// out = (a * b) * scale, in float64
+template <class T>
+static inline __attribute__((always_inline)) void multiply_scaled(const T* a, const T* b, double scale, double* out, int64_t n) {
+  for (int64_t i = 0; i < n; i++) out[i] = static_cast<double>(a[i]) * static_cast<double>(b[i]) * scale;
 }
 // out = count > 0 ? weight * (count / tasks) : 0, the choice by bits: a conditional would not be vectorised
 template <class T>
@@ -264,6 +273,10 @@ static inline __attribute__((always_inline)) void weigh_counts(const T* weight, 
     multiply(a, b, out, n);                                                                                      \
   }                                                                                                              \
   template <class T>                                                                                             \
+  target static void multiply_scaled_##suffix(const T* a, const T* b, double scale, double* out, int64_t n) {    \
+    multiply_scaled(a, b, scale, out, n);                                                                        \
+  }                                                                                                              \
+  template <class T>                                                                                             \
   target static void weigh_counts_##suffix(const T* weight, const int32_t* counts, T tasks, T* out, int64_t n) { \
     weigh_counts(weight, counts, tasks, out, n);                                                                 \
   }
@@ -272,7 +285,7 @@ SK_EACH(avx2, SK_AVX2)
 SK_EACH(avx512, SK_AVX512)
 #undef SK_EACH
 
-// -------------------------------------------------------------------------------------------------------------------------- ops
+// ----------------------------------------------------------------------------------------------------------------- ops
 
 struct Block {
   const uint8_t* data;
@@ -306,9 +319,12 @@ struct Kernels {
   void (*mix)(const uint8_t*, int64_t, const T*, const T*, T*, uint8_t*) = mix_portable<T>;
   void (*dot)(const uint8_t*, int64_t, const T*, double*) = dot_portable<T>;
   void (*tables)(const double*, T*) = tables_portable<T>;
-  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T, T>, multiply_avx2<T, T>, multiply_avx512<T, T>);
-  void (*products)(const T*, const T*, double*, int64_t) =
-      for_isa(multiply_portable<T, double>, multiply_avx2<T, double>, multiply_avx512<T, double>);
+  void (*multiply)(const T*, const T*, T*, int64_t) = for_isa(multiply_portable<T, T>, multiply_avx2<T, T>,
+                                                              multiply_avx512<T, T>);
+  void (*products)(const T*, const T*, double*, int64_t) = for_isa(multiply_portable<T, double>, multiply_avx2<T, double>,
+                                                                   multiply_avx512<T, double>);
+  void (*products_scaled)(const T*, const T*, double, double*,
+                          int64_t) = for_isa(multiply_scaled_portable<T>, multiply_scaled_avx2<T>, multiply_scaled_avx512<T>);
   void (*weigh_counts)(const T*, const int32_t*, T, T*, int64_t) = for_isa(weigh_counts_portable<T>, weigh_counts_avx2<T>,
                                                                            weigh_counts_avx512<T>);
   Kernels() {
@@ -365,7 +381,7 @@ static void superpose_bank(const Tensor& weight, ScalarType dtype, const Bank& b
   const void* from = weight.const_data_ptr();
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, kGrain / kTile / (1 + bank.tasks / 16));
-  parallel_for(0, tiles(all), grain, [&](int64_t begin, int64_t end) {
+  parallel(tiles(all), grain, [&](int64_t begin, int64_t end) {
     alignas(64) T mixes[kTogether][kTile], buffer[kTile];
     alignas(64) uint8_t opened[kTogether][kTileBytes], product[kTile * sizeof(double)];
     for (int64_t first = begin; first < end; first += kTogether) {
@@ -399,7 +415,7 @@ static void superpose_counts(const Tensor& weight, ScalarType dtype, const Tenso
   const void* from = weight.const_data_ptr();
   void* to = out.mutable_data_ptr();
   const auto* count = static_cast<const int32_t*>(counts.const_data_ptr());
-  parallel_for(0, tiles(all), kGrain / kTile, [&](int64_t begin, int64_t end) {
+  parallel(tiles(all), kGrain / kTile, [&](int64_t begin, int64_t end) {
     alignas(64) T product[kTile], buffer[kTile];
     for (int64_t tile = begin; tile < end; tile++) {
       const int64_t at = tile * kTile, n = std::min(all - at, kTile);
@@ -436,34 +452,58 @@ static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, s
   return out;
 }
 
-// sums[chunk][task] over the tiles of every chunk, step tiles each.
-template <class T>
-static void superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank, int64_t step,
-                              std::vector<double>& sums) {
+// <P_r, M_k> for every row r and mask k of the bank, where products_of(r, begin, n, out) gives weights of P_r in float64.
+// Every chunk of tiles is summed by itself and the chunks in order: they are fixed by the number of weights, so that no number of
+// threads shows.
+template <class T, class ProductsOf>
+static std::vector<double> dot_bank(const Bank& bank, int64_t all, int64_t rows, const ProductsOf& products_of) {
   const Kernels<T> kernels;
-  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type();
-  const int64_t all = weight.numel(), chunks = static_cast<int64_t>(sums.size()) / bank.tasks;
-  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
-  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + bank.tasks / 16));
-  parallel_for(0, chunks, grain, [&](int64_t begin, int64_t end) {
-    alignas(64) T buffer[kTile], other[kTile], tables[kTogether][kTile * 4];
+  const int64_t step = std::max<int64_t>(8, (tiles(all) + 63) / 64),
+                chunks = std::max<int64_t>(1, (tiles(all) + step - 1) / step);
+  const int64_t width = rows * bank.tasks;
+  std::vector<double> sums(chunks * width, 0.0);
+  const int64_t grain = std::max<int64_t>(1, kGrain / kTile / step / (1 + width / 16));
+  parallel(chunks, grain, [&](int64_t begin, int64_t end) {
+    alignas(64) T tables[kTogether][kTile * 4];
     alignas(64) double products[kTile];
     for (int64_t chunk = begin; chunk < end; chunk++) {
-      double* to = sums.data() + chunk * bank.tasks;
       const int64_t stop = std::min((chunk + 1) * step, tiles(all));
       for (int64_t first = chunk * step; first < stop; first += kTogether) {
         const int64_t last = std::min(stop, first + kTogether);
-        for (int64_t tile = first; tile < last; tile++) {
-          const int64_t at = tile * kTile, n = std::min(all - at, kTile);
-          if (n < kTile) std::memset(products, 0, sizeof products);
-          kernels.products(tile_of(grad_dtype, g, buffer, at, n), tile_of(dtype, w, other, at, n), products, n);
-          kernels.tables(products, tables[tile - first]);
+        for (int64_t row = 0; row < rows; row++) {
+          double* to = sums.data() + chunk * width + row * bank.tasks;
+          for (int64_t tile = first; tile < last; tile++) {
+            const int64_t at = tile * kTile, n = std::min(all - at, kTile);
+            if (n < kTile) std::memset(products, 0, sizeof products);
+            products_of(row, at, n, products);
+            kernels.tables(products, tables[tile - first]);
+          }
+          for (const Block& b : bank.blocks)
+            for (int64_t tile = first; tile < last; tile++)
+              kernels.dot(b.data + tile * b.k * kTileBytes, b.k, tables[tile - first], to + b.first);
         }
-        for (const Block& b : bank.blocks)
-          for (int64_t tile = first; tile < last; tile++)
-            kernels.dot(b.data + tile * b.k * kTileBytes, b.k, tables[tile - first], to + b.first);
       }
     }
+  });
+  for (int64_t chunk = 1; chunk < chunks; chunk++)
+    for (int64_t i = 0; i < width; i++) sums[i] += sums[chunk * width + i];
+  sums.resize(width);
+  return sums;
+}
+
+// Sums to the elements of out from `begin` on, rounded to its dtype.
+static void write_sums(const std::vector<double>& sums, ScalarType dtype, Tensor& out, int64_t begin) {
+  write_tile(dtype, sums.data(), out.mutable_data_ptr(), begin, static_cast<int64_t>(sums.size()));
+}
+
+template <class T>
+static std::vector<double> superpose_grad_in(const Tensor& grad, const Tensor& weight, const Bank& bank) {
+  const Kernels<T> kernels;
+  const ScalarType grad_dtype = grad.scalar_type(), dtype = weight.scalar_type();
+  const void *g = grad.const_data_ptr(), *w = weight.const_data_ptr();
+  return dot_bank<T>(bank, weight.numel(), 1, [&](int64_t, int64_t at, int64_t n, double* products) {
+    alignas(64) T a[kTile], b[kTile];
+    kernels.products(tile_of(grad_dtype, g, a, at, n), tile_of(dtype, w, b, at, n), products, n);
   });
 }
 
@@ -476,15 +516,52 @@ static Tensor superpose_grad_cpu(const Tensor& grad_, const Tensor& weight_, std
   const Bank bank = read_bank("superpose_grad", blocks, n);
   Tensor out = new_vector(bank.tasks, dtype_code(weight));
   if (bank.tasks == 0) return out;
-  // Tiles that are summed together before the threads' sums are joined: fixed by the weights, so that no number of threads shows.
-  const int64_t step = std::max<int64_t>(8, (tiles(n) + 63) / 64), chunks = std::max<int64_t>(1, (tiles(n) + step - 1) / step);
-  std::vector<double> sums(chunks * bank.tasks, 0.0);
-  wide ? superpose_grad_in<double>(grad, weight, bank, step, sums) : superpose_grad_in<float>(grad, weight, bank, step, sums);
-  for (int64_t chunk = 1; chunk < chunks; chunk++)
-    for (int64_t task = 0; task < bank.tasks; task++) sums[task] += sums[chunk * bank.tasks + task];
-  for (int64_t task = 0; task < bank.tasks; task += kTile)
-    write_tile(dtype, sums.data() + task, static_cast<uint8_t*>(out.mutable_data_ptr()) + task * weight.element_size(), 0,
-               std::min(kTile, bank.tasks - task));
+  write_sums(wide ? superpose_grad_in<double>(grad, weight, bank) : superpose_grad_in<float>(grad, weight, bank), dtype, out, 0);
+  return out;
+}
+
+// A row's gradient at the weight is the outer product of grad_y and x: it is multiplied out tile by tile and never stored.
+template <class T>
+static std::vector<double> alpha_grad_in(const Tensor& x, const Tensor& grad_y, const Tensor& weight, const Bank& bank,
+                                         int64_t first, int64_t rows) {
+  const Kernels<T> kernels;
+  const ScalarType dtype = weight.scalar_type();
+  const int64_t inputs = x.size(1), outputs = grad_y.size(1);
+  std::vector<T> xs(rows * inputs), gs(rows * outputs);
+  read_tile(x.scalar_type(), x.const_data_ptr(), xs.data(), first * inputs, rows * inputs);
+  read_tile(grad_y.scalar_type(), grad_y.const_data_ptr(), gs.data(), first * outputs, rows * outputs);
+  const void* w = weight.const_data_ptr();
+  return dot_bank<T>(bank, weight.numel(), rows, [&](int64_t row, int64_t at, int64_t n, double* products) {
+    alignas(64) T buffer[kTile];
+    const T* tile = tile_of(dtype, w, buffer, at, n);
+    for (int64_t i = 0; i < n;) {  // the part of every output's weights that lies in the tile
+      const int64_t o = (at + i) / inputs, from = (at + i) % inputs, count = std::min(inputs - from, n - i);
+      kernels.products_scaled(tile + i, xs.data() + row * inputs + from, static_cast<double>(gs[row * outputs + o]), products + i,
+                              count);
+      i += count;
+    }
+  });
+}
+
+static Tensor alpha_grad_cpu(const Tensor& x_, const Tensor& grad_y_, const Tensor& weight_, std::vector<Tensor> blocks) {
+  constexpr int64_t kRows = 16;  // rows that share a reading of the bank; their sums are held for every chunk
+  const Tensor x = dense(x_), grad_y = dense(grad_y_), weight = dense(weight_);
+  STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2 && weight.dim() == 2 && x.size(0) == grad_y.size(0) &&
+                      x.size(1) == weight.size(1) && grad_y.size(1) == weight.size(0),
+                  "alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I)");
+  const ScalarType dtype = floating("alpha_grad", "x", x);
+  const bool wide = dtype == ScalarType::Double || floating("alpha_grad", "grad_y", grad_y) == ScalarType::Double ||
+                    floating("alpha_grad", "weight", weight) == ScalarType::Double;
+  const Bank bank = read_bank("alpha_grad", blocks, weight.numel());
+  const int64_t sizes[] = {x.size(0), bank.tasks};
+  Tensor out = new_dense(sizes, 2, dtype_code(x));
+  if (bank.tasks == 0) return out;
+  for (int64_t first = 0; first < sizes[0]; first += kRows) {
+    const int64_t rows = std::min(kRows, sizes[0] - first);
+    write_sums(wide ? alpha_grad_in<double>(x, grad_y, weight, bank, first, rows)
+                    : alpha_grad_in<float>(x, grad_y, weight, bank, first, rows),
+               dtype, out, first * bank.tasks);
+  }
   return out;
 }
 
@@ -493,4 +570,5 @@ static Tensor superpose_grad_cpu(const Tensor& grad_, const Tensor& weight_, std
 STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, CPU, m) {
   m.impl("superpose", TORCH_BOX(&superpose_cpu));
   m.impl("superpose_grad", TORCH_BOX(&superpose_grad_cpu));
+  m.impl("alpha_grad", TORCH_BOX(&alpha_grad_cpu));
 }

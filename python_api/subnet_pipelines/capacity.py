@@ -20,16 +20,16 @@ def capacity(
 ) -> dict[str, float | int | None]:
     """The result's capacity. used: masked weights in the union of all masks; total: masked weights; mask_bytes: of all stored masks.
 
-    measured_cap is percent of the dense fp32 backbone: used values and mask bytes; seed_only adds the figure for a frozen random
-    backbone, of which a seed is kept instead (its measured_cap counts the whole backbone).
+    measured_cap is percent of the dense fp32 backbone: used values and mask bytes. seed_only: the backbone is fixed and random; then
+    measured_cap counts all of it, and seed_only_cap is the figure where a seed is kept instead.
     """
     values = 1.0 if seed_only else used / total
     masks = mask_bytes / (4 * total)
-    out = {
+    return {
         "used_fraction": used / total,
         "paper_cap": paper_cap,
         "measured_cap": 100 * (values + masks),
         "mask_bytes": mask_bytes,
         "bits_per_weight": 8 * mask_bytes / (total * tasks) if tasks else None,
+        "seed_only_cap": 100 * masks if seed_only else None,
     }
-    return {**out, "measured_cap_seed_only": 100 * masks} if seed_only else out

@@ -32,3 +32,13 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
         yield
     finally:
         torch.set_rng_state(before)
+
+
+def generators(states: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
+    """The states of torch's global generators, CPU and the current CUDA device; set first where they are given."""
+    if states is not None:
+        torch.set_rng_state(states["cpu"])
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(states["cuda"])
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state(), **cuda}

@@ -58,7 +58,10 @@ def demo(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     from subnet_pipelines.demo import run_demo
 
-    return run_demo(seeds_of(given.seed)[0], Path(given.out))
+    seeds = seeds_of(given.seed, "--seed")
+    if len(seeds) > 1:
+        raise Refusal(f"--seed takes one seed, got {given.seed}")
+    return run_demo(seeds[0], Path(given.out))
 
 
 def train(argv: list[str]) -> int:
@@ -141,14 +144,14 @@ def flag(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def seeds_of(text: str) -> list[int]:
-    """The seeds of --seeds. Raises Refusal."""
+def seeds_of(text: str, name: str = "--seeds") -> list[int]:
+    """The seeds of a flag. Raises Refusal."""
     try:
         seeds = [int(s) for s in text.split(",")]
     except ValueError:
-        raise Refusal(f"--seeds must be whole numbers, as in 1,2,3, got {text!r}") from None
+        raise Refusal(f"{name} must be whole numbers, as in 1,2,3, got {text!r}") from None
     if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
-        raise Refusal(f"--seeds must be different numbers from 0 to 2^31 - 1, got {text}")
+        raise Refusal(f"{name} must be different numbers from 0 to 2^31 - 1, got {text}")
     return seeds
 
 

@@ -19,8 +19,8 @@ from typing import Any, Literal, Union
 
 from subnet_pipelines.benchmarks import BENCHMARKS
 from subnet_pipelines.errors import Refusal
+from subnet_pipelines.evaluate import RunConfig
 from subnet_pipelines.methods import METHODS
-from subnet_pipelines.train import RunConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 FIDELITIES = ("sound", "code", "paper")

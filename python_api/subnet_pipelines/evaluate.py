@@ -1,16 +1,35 @@
-"""Measuring: what a method predicts on a task's test rows, and its loss on validation rows."""
+"""Measuring: what a method predicts on a task's test rows, the matrix of that, and its loss on validation rows."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Benchmark, batches
-from subnet_pipelines.errors import NotLearnt
+from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.interrupt import Stop
 from subnet_pipelines.methods.base import Clock, Method
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Settings of measuring."""
+
+    eval_rows: Literal["auto", "all", "last"] = "auto"
+    """Measure every learnt task after each task (all), or only the one just learnt until the end (last); auto is all up to 50 tasks."""
+    eval_batch: int = 500
+    """Rows of a test batch."""
+    eval_future: bool = False
+    """Measure tasks not learnt yet too, for forward transfer."""
+
+    def check(self) -> None:
+        """Raise Refusal where a field is out of range."""
+        if self.eval_batch < 1:
+            raise Refusal(f"eval_batch must be at least 1, got {self.eval_batch}")
 
 
 def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop: Stop | None = None) -> dict[str, float | None]:
@@ -48,3 +67,35 @@ def validate(method: Method, clock: Clock, x: Tensor, y: Tensor, t: Tensor | Non
     with torch.no_grad():
         losses: list[Any] = [method.validate(b, clock) * len(b.y) for b in batches(x, y, t, None, batch_size)]
     return torch.stack(losses).sum().item() / len(x)
+
+
+class Matrix:
+    """What has been measured: rows of accuracies, and how much of the backbone was in use. Keys are strings, as in JSON."""
+
+    def __init__(self, method: Method, benchmark: Benchmark, config: RunConfig, state: dict[str, Any] | None = None):
+        self.method, self.benchmark, self.config = method, benchmark, config
+        state = state or {"rows": {}, "used": {}}
+        self.rows: dict[str, dict[str, dict[str, float | None]]] = state["rows"]  # row -> task -> {"right", "told"}
+        self.used: dict[str, float] = state["used"]  # row -> used fraction, from methods that report it
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint holds of it."""
+        return {"rows": self.rows, "used": self.used}
+
+    def mark(self, t: int, stop: Stop) -> dict[str, Any] | None:
+        """Measure row t, the tasks so far; returns its line of metrics.jsonl. See `measure`."""
+        total, rows = len(self.benchmark), self.config.eval_rows
+        every = range(total) if self.config.eval_future else range(t + 1)
+        line = self.measure(str(t), every if rows == "all" or (rows == "auto" and total <= 50) or t == total - 1 else [t], stop)
+        used = (self.method.report().get("capacity") or {}).get("used_fraction")
+        if used is not None:
+            self.used[str(t)] = used
+        return line
+
+    def measure(self, name: str, tests: Iterable[int], stop: Stop) -> dict[str, Any] | None:
+        """Measure what is missing of a row; None where nothing is. Raises Interrupted, and keeps what is measured by then."""
+        row = self.rows.setdefault(name, {})
+        missing = [j for j in tests if str(j) not in row]
+        for j in missing:
+            row[str(j)] = evaluate(self.method, self.benchmark, j, self.config.eval_batch, stop)
+        return {"kind": "row", "row": name, "accuracy": {j: v["right"] for j, v in row.items()}} if missing else None

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from subnet_pipelines import checkpoint
+from subnet_pipelines.benchmarks.base import SCENARIOS
 from subnet_pipelines.errors import Refusal
 
 
@@ -24,6 +25,10 @@ def compare(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     if changed:
         fields = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
         raise Refusal(f"{where}: was made with another config: {fields}")
+    if new["tasks"] != old["tasks"] and not SCENARIOS[new["scenario"]].train_id:
+        raise Refusal(
+            f"{where}: has {old['tasks']} tasks as one stream without borders, which cannot be made {new['tasks']} at resume"
+        )
     if new["tasks"] < old["tasks"]:
         raise Refusal(f"{where}: has {old['tasks']} tasks; resume may only raise tasks, not lower it to {new['tasks']}")
 

@@ -19,12 +19,19 @@ from typing import Any
 import torch
 
 from subnet_pipelines import metrics
+from subnet_pipelines.benchmarks.base import Benchmark
 from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.errors import Refusal
+from subnet_pipelines.evaluate import Matrix
 from subnet_pipelines.folder import compare
+from subnet_pipelines.methods.base import Method
 
 SCHEMA = 1
 Vector = list[float | None]
+STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}
+td,th{padding:.25rem .75rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}
+figure{display:inline-block;margin:.5rem 1rem .5rem 0}figcaption{text-align:center;font-size:.85em}img{max-width:100%}
+pre{overflow:auto;background:#f6f6f6;padding:.5rem}"""
 
 
 @dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Result:
     capacity: dict[str, Any] | None
 
 
-def make_result(method: Any, benchmark: Any, record: dict[str, Any], seconds: dict[str, float], rows: dict[str, dict]) -> Result:
-    """A finished run's result. rows: row -> task -> {"right", "told"} as measured, keys strings."""
-    n = len(benchmark)
+def make_result(method: Method, benchmark: Benchmark, record: dict[str, Any], seconds: dict[str, float], found: Matrix) -> Result:
+    """A finished run's result, of what was found by measuring."""
+    n, rows, used = len(benchmark), found.rows, found.used
     right = [[rows.get(str(t), {}).get(str(j), {}).get("right") for j in range(n)] for t in range(n)] if n <= 1000 else None
     diagonal = [rows.get(str(t), {}).get(str(t), {}).get("right") for t in range(n)]
     final = [rows[str(n - 1)][str(j)]["right"] for j in range(n)]
@@ -63,6 +70,8 @@ def make_result(method: Any, benchmark: Any, record: dict[str, Any], seconds: di
     untrained = rows.get("untrained")
     report = dict(method.report())
     capacity = report.pop("capacity", None)
+    if capacity is not None and all(str(t) in used for t in range(n)):
+        capacity = {**capacity, "used_fraction_per_task": [used[str(t)] for t in range(n)]}
     unit = record.get("inference_unit")
     return Result(
         schema=SCHEMA,
@@ -79,7 +88,7 @@ def make_result(method: Any, benchmark: Any, record: dict[str, Any], seconds: di
         acc=metrics.acc(final),
         bwt=metrics.bwt(diagonal, final),
         forgetting=metrics.forgetting(matrix) if whole else None,
-        fwt=metrics.fwt(matrix, [untrained[str(j)]["right"] for j in range(n)]) if whole and untrained else None,
+        fwt=metrics.fwt(matrix, [untrained.get(str(j), {}).get("right") for j in range(n)]) if whole and untrained else None,
         task_inference={"accuracy": metrics.mean(told), "unit": unit} if metrics.mean(told) is not None else None,
         method_report=report,
         capacity=capacity,
@@ -152,7 +161,7 @@ def _cpu() -> str:
 
 def write_run(result: Result, folder: Path) -> None:
     """result.json, the plots and report.html of one run; result.json last, as it says that the run is finished."""
-    plots = draw([result], folder)
+    plots = captioned([result], draw([result], folder))
     write_file(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
     write_file(folder / "result.json", json.dumps(asdict(result), indent=1))
 
@@ -177,8 +186,8 @@ def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
     text, path = json.dumps(summary, indent=1), folder / "summary.json"
     if path.exists() and path.read_text() == text:
         return summary
-    plots = draw(results, folder)
-    plots += sorted(p for r in results[:1] for p in (folder / f"seed-{r.seed}").glob("*.png") if p.name != "final.png")
+    plots = [(f"final accuracies, {len(results)} seeds", p) for p in draw(results, folder) if p.name == "final.png"]
+    plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
     write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
     write_file(path, text)
     return summary
@@ -237,7 +246,7 @@ def draw(results: list[Result], folder: Path) -> list[Path]:
         made.append(folder / name)
 
     if len(results) == 1:
-        matrix, used = results[0].accuracy_matrix, results[0].method_report.get("used_fraction_per_task")
+        matrix, used = results[0].accuracy_matrix, (results[0].capacity or {}).get("used_fraction_per_task")
         if matrix is not None:
             values = [[float("nan") if v is None else v for v in row] for row in matrix]
             save(
@@ -283,13 +292,19 @@ def _curves(axes: Any, values: list[list[float]]) -> None:
 
 def _finals(axes: Any, results: list[Result]) -> None:
     for result in results:
-        axes.plot([float("nan") if v is None else v for v in result.final], marker=".", label=name_of(result))
+        label = f"{result.method} {result.scenario}, seed {result.seed}"
+        axes.plot([float("nan") if v is None else v for v in result.final], marker=".", label=label)
     axes.legend(fontsize=7)
 
 
 def name_of(result: Result) -> str:
     """A result's label in plots and tables."""
-    return f"{result.method} {result.scenario}, seed {result.seed}"
+    return f"{result.method}, {result.benchmark} {result.scenario}, seed {result.seed}"
+
+
+def captioned(results: list[Result], plots: list[Path]) -> list[tuple[str, Path]]:
+    """Plots with the name of what they show."""
+    return [(", ".join(map(name_of, results)), p) for p in plots]
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -297,8 +312,8 @@ def number(value: float | None, digits: int = 2) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
 
 
-def page(title: str, results: list[Result], plots: list[Path]) -> str:
-    """One self-contained HTML page: table, plots embedded, config and environment of each run."""
+def page(title: str, results: list[Result], plots: list[tuple[str, Path]]) -> str:
+    """One self-contained HTML page: table, plots (caption, PNG) embedded, config and environment of each run."""
     shown = [c for c in COLUMNS if any(table_row(r)[c] is not None for r in results)]
     head = "".join(f"<th>{html.escape(COLUMNS[c][0])}{f' ({COLUMNS[c][1]})' if COLUMNS[c][1] else ''}</th>" for c in shown)
     body = "".join(
@@ -306,9 +321,9 @@ def page(title: str, results: list[Result], plots: list[Path]) -> str:
         for r in results
     )
     pictures = "".join(
-        f'<img alt="{p.stem}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-        for p in plots
-        if p.exists()
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, path in plots
     )
     facts = [json.dumps({"config": r.config, "environment": r.environment, "method": r.method_report}, indent=1) for r in results]
     details = "".join(
@@ -316,9 +331,6 @@ def page(title: str, results: list[Result], plots: list[Path]) -> str:
         for r, text in zip(results, facts)
     )
     return (
-        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title>"
-        "<style>body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}table{border-collapse:collapse}"
-        "td,th{padding:.25rem .75rem;border-bottom:1px solid #ccc;text-align:right}td:first-child,th:first-child{text-align:left}"
-        "img{max-width:100%;margin:.5rem .5rem 0 0}pre{overflow:auto;background:#f6f6f6;padding:.5rem}</style>"
-        f"<h1>{html.escape(title)}</h1><table><tr><th>run</th>{head}</tr>{body}</table><p>{pictures}</p>{details}</html>\n"
+        f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
+        f"<h1>{html.escape(title)}</h1><table><tr><th>run</th>{head}</tr>{body}</table>{pictures}{details}</html>\n"
     )

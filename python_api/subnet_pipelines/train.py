@@ -5,18 +5,18 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Benchmark, Task, batches
-from subnet_pipelines.chance import seed_of, stream
+from subnet_pipelines.chance import generators, seed_of, stream
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.evaluate import evaluate, validate
+from subnet_pipelines.evaluate import Matrix, RunConfig, validate
 from subnet_pipelines.folder import Folder
 from subnet_pipelines.interrupt import Interrupted, Stop
 from subnet_pipelines.methods.base import Clock, Method, Phase
@@ -25,23 +25,6 @@ from subnet_pipelines.report import Result, finished, make_result, write_run
 from subnet_pipelines.schedules import Plateau, set_lr
 
 WINDOW = 100  # steps between two looks at the losses, each one host sync
-
-
-@dataclass(frozen=True)
-class RunConfig:
-    """Settings of the loop."""
-
-    eval_rows: Literal["auto", "all", "last"] = "auto"
-    """Measure every learnt task after each task (all), or only the one just learnt until the end (last); auto is all up to 50 tasks."""
-    eval_batch: int = 500
-    """Rows of a test batch."""
-    eval_future: bool = False
-    """Measure tasks not learnt yet too, for forward transfer."""
-
-    def check(self) -> None:
-        """Raise Refusal where a field is out of range."""
-        if self.eval_batch < 1:
-            raise Refusal(f"eval_batch must be at least 1, got {self.eval_batch}")
 
 
 @dataclass
@@ -98,33 +81,33 @@ class Run:
         tree = folder.tree or {}
         self.cursor = Cursor(**tree.get("cursor", {}))
         self.seconds = tree.get("seconds", {"train": 0.0, "select": 0.0, "eval": 0.0, "total": 0.0})
-        self.rows = tree.get("rows", {})  # row -> task -> {"right", "told"}; keys are strings, as in JSON
+        self.matrix = Matrix(method, benchmark, config, tree.get("matrix"))
         self.best = tree.get("best")
         if tree:
             method.load(tree["method"])
             self.waiting = {"optimizer": tree["optimizer"], "left": tree["left"]}
-            self.random(tree["random"])
+            generators(tree["random"])
 
     def go(self) -> Result:
         """The whole stream."""
         with contextlib.closing(self.folder), self.stop, self.show:
             self.go_on()
             self.save()
-        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.rows)
+        result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.matrix)
         write_run(result, self.folder.path)
         return result
 
     def go_on(self) -> None:
         every, total = self.benchmark.stream(), len(self.benchmark)
-        if self.config.eval_future:
-            self.row("untrained", range(total))
+        if self.config.eval_future and self.cursor == Cursor():
+            self.measure(lambda: self.matrix.measure("untrained", range(total), self.stop))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
             parts = range(total) if index is None else [index]
             plan = self.method.plan(None if index is None else self.benchmark.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
-            self.mark(parts[-1])
+            self.measure(lambda parts=parts: self.matrix.mark(parts[-1], self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:
                 self.save()
@@ -147,8 +130,8 @@ class Run:
         while self.cursor.part < len(parts):
             self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
-                self.mark(parts[self.cursor.part])
-            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0)
+                self.measure(lambda: self.matrix.mark(parts[self.cursor.part], self.stop))
+            self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
         if phase.select == "best":
             self.method.restore(self.best)
         if phase.then is not None:
@@ -161,7 +144,7 @@ class Run:
         watched = phase.select == "best" or self.plateau is not None
         if watched and task.val is None:
             raise Refusal(f"{self.method.name} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
-        train, val = self.tensors(task.train, index), self.tensors(task.val, index) if watched else None
+        train, val = task.train.marked(index), task.val.marked(index) if watched else None
         n, c, clock = len(train[1]), self.cursor, self.clock
         a_round = -(-n // phase.batch_size)
         steps = phase.steps if phase.steps is not None else phase.epochs * a_round
@@ -173,9 +156,9 @@ class Run:
             order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
             order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
             self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
-            more = self.epoch_end(phase, val)
-            c.epoch, c.batch, c.sums = c.epoch + 1, 0, {}
-            more &= c.epoch * a_round < steps
+            goes_on = self.epoch_end(phase, val)
+            c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
+            more = c.epoch * a_round < steps
 
     def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
         """The batches of (the rest of) an epoch."""
@@ -205,14 +188,8 @@ class Run:
     def epoch_end(self, phase: Phase, val: tuple | None) -> bool:
         """Validate, keep the best copy, log; False where the schedule ends the phase."""
         c, more = self.cursor, True
-        line = {
-            "kind": "epoch",
-            "task": self.clock.task,
-            "part": c.part,
-            "phase": phase.name,
-            "epoch": c.epoch,
-            "batches": c.batch,
-        }
+        line = {"kind": "epoch", "task": self.clock.task, "part": c.part, "phase": phase.name, "epoch": c.epoch}
+        line["batches"] = c.batch
         line |= {name: total / c.batch for name, total in c.sums.items()}
         if val is not None:
             begun = time.monotonic()
@@ -240,27 +217,18 @@ class Run:
                 self.cursor.sums[name] = self.cursor.sums.get(name, 0.0) + value
         window.clear()
 
-    def mark(self, t: int) -> None:
-        """Measure row t: the tasks so far, or all."""
-        total = len(self.benchmark)
-        all_rows = self.config.eval_rows == "all" or (self.config.eval_rows == "auto" and total <= 50)
-        tests = range(total) if self.config.eval_future else range(t + 1)
-        self.row(str(t), tests if all_rows or t == total - 1 else [t])
-
-    def row(self, name: str, tests: Iterable[int]) -> None:
-        """Measure what is not yet measured of a row; an interruption keeps what is."""
-        row, begun = self.rows.setdefault(name, {}), time.monotonic()
-        missing = [j for j in tests if str(j) not in row]
+    def measure(self, make: Callable[[], dict[str, Any] | None]) -> None:
+        """Make a row of the matrix and log it; an interruption keeps what is measured of it."""
+        begun, line, stopped = time.monotonic(), None, None
         try:
-            for j in missing:
-                row[str(j)] = evaluate(self.method, self.benchmark, j, self.config.eval_batch, self.stop)
-        except Interrupted:
+            line = make()
+        except Interrupted as signal:
+            stopped = signal
+        self.seconds["eval"] += time.monotonic() - begun
+        if stopped is not None:
             self.save()
-            raise
-        finally:
-            self.seconds["eval"] += time.monotonic() - begun
-        if missing:
-            line = {"kind": "row", "row": name, "accuracy": {j: v["right"] for j, v in row.items()}}
+            raise stopped
+        if line is not None:
             self.folder.log(line)
             self.show.row(line)
 
@@ -273,29 +241,15 @@ class Run:
             {
                 "cursor": asdict(self.cursor),
                 "seconds": self.seconds,
-                "rows": self.rows,
+                "matrix": self.matrix.state(),
                 "best": self.best,
                 "method": self.method.state(),
                 "optimizer": self.opt.state_dict() if self.opt is not None else None,
                 "left": self.plateau.left if self.plateau is not None else None,
-                "random": self.random(),
+                "random": generators(),
             }
         )
         self.saved = time.monotonic()
-
-    def random(self, states: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """torch's global generators; set first where states are given."""
-        if states is not None:
-            torch.set_rng_state(states["cpu"])
-            if "cuda" in states and torch.cuda.is_available():
-                torch.cuda.set_rng_state(states["cuda"])
-        cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-        return {"cpu": torch.get_rng_state(), **cuda}
-
-    def tensors(self, split: Any, index: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
-        """A split's x, y and the task of each row, None where it is hidden."""
-        x, y = split.tensors()
-        return x, y, None if index is None else torch.full((1,), index, device=y.device).expand(len(y))
 
     def watch(self) -> tuple[float, float]:
         """Now, on the wall's clock and the method's selection clock."""

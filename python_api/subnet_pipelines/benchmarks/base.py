@@ -60,6 +60,11 @@ class Split:
             return self.view(self.x), self.y
         return self.view(self.x[self.index]), self.y[self.index]
 
+    def marked(self, task: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """`tensors()` and the task of each row, int64 (m,), or None where it is hidden."""
+        x, y = self.tensors()
+        return x, y, None if task is None else torch.full((1,), task, device=y.device).expand(len(y))
+
 
 @dataclass(frozen=True)
 class Task:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig
 from subnet_pipelines.benchmarks.idx import read_idx
 from subnet_pipelines.chance import stream
+from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.errors import Refusal
 
 MINI = Path(__file__).parent.parent / "data" / "mnist-mini"
@@ -51,9 +54,12 @@ def find(name: str, data_dir: Path) -> Path:
 
     try:
         pooch.get_logger().setLevel("ERROR")
-        return Path(
-            pooch.retrieve(MIRROR + name, f"sha256:{SHA256[name]}", name, folders[0], progressbar=os.isatty(2) and _bar())
-        )
+        with tempfile.TemporaryDirectory() as temporary:
+            bar = _bar() if sys.stderr.isatty() else False
+            got = pooch.retrieve(MIRROR + name, f"sha256:{SHA256[name]}", name, temporary, progressbar=bar)
+            folders[0].mkdir(parents=True, exist_ok=True)
+            write_file(folders[0] / name, Path(got).read_bytes())
+        return folders[0] / name
     except Exception as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise Refusal(

@@ -1,0 +1,68 @@
+"""Bits against float and bool masks in eager PyTorch and against numpy.packbits.
+
+Expected on one thread before any measurement: pack within 1.5 times a read of the bool mask, OR at least 10 times the float
+expression and popcount at least 40 times the sum of a float mask, once the masks are larger than a call costs.
+"""
+
+import numpy as np
+import pytest
+import torch
+from baselines import count_lookup, pack_float, union_multiply
+from measure import measure, record, table
+
+import subnet_kernels as sk
+from subnet_kernels import reference
+
+DENSITY = 0.3
+
+
+@pytest.mark.parametrize("n", [78_400, 2_359_296, 24_000_000])
+def bench_bits(n, thread_count):
+    mask, other = torch.rand(n) < DENSITY, torch.rand(n) < DENSITY
+    bits, owned = reference.pack(mask), reference.pack(other)
+    union, kept = owned.clone(), sk.unpack(bits, (n,))
+    assert torch.equal(sk.pack(mask), bits)
+    assert torch.equal(kept, mask)
+    assert sk.stats(bits, owned).tolist() == [int(mask.sum()), int((mask & ~other).sum()), int((mask & other).sum())]
+    assert torch.equal(sk.union_(union, bits), reference.pack(mask | other))
+    as_float, as_long, other_long = mask.float(), mask.long(), other.long()
+    as_numpy, ones = mask.numpy(), torch.tensor([int(i).bit_count() for i in range(256)])
+    assert torch.equal(pack_float(as_float), bits[: n // 8])
+    groups = {
+        "pack": {
+            "pack": lambda: sk.pack(mask),
+            "numpy.packbits": lambda: np.packbits(as_numpy, bitorder="little"),
+            "eager float": lambda: pack_float(as_float),
+            "read once (any)": lambda: mask.any(),
+        },
+        "unpack": {"unpack": lambda: sk.unpack(bits, (n,)), "clone of a bool mask": lambda: mask.clone()},
+        "union_": {
+            "union_": lambda: sk.union_(union, bits),
+            "whole numbers (WSN)": lambda: union_multiply(other_long, as_long),
+            "bool": lambda: other | mask,
+        },
+        "count": {
+            "count": lambda: sk.count(bits),
+            "stats": lambda: sk.stats(bits, owned),
+            "float sum": lambda: as_float.sum(),
+            "bool sum": lambda: mask.sum(),
+            "table of 256": lambda: count_lookup(bits, ones),
+        },
+    }
+    for name, group in groups.items():
+        times = measure(group, seconds=0.4, rounds=3)
+        print("\n" + table(f"{name}, {n:,} weights", times, name))
+        record(name, f"n={n}", times)
+        if thread_count == 1 and n == 2_359_296 and name == "count":
+            assert times["float sum"].min >= 10 * times["count"].min, "below 10x"
+
+
+@pytest.mark.parametrize("tasks", [16, 250])
+def bench_overlap(tasks, thread_count):
+    n = 235_200
+    masks = torch.rand(tasks, n) < DENSITY
+    bank, as_float = reference.pack_bank(masks), masks.float()
+    assert torch.equal(sk.overlap(bank), (as_float @ as_float.T).long())
+    times = measure({"overlap": lambda: sk.overlap(bank), "float product": lambda: as_float @ as_float.T}, seconds=0.5, rounds=3)
+    print("\n" + table(f"overlap of {tasks} masks over {n:,} weights", times, "overlap"))
+    record("overlap", f"n={n} K={tasks}", times)

@@ -1,0 +1,341 @@
+"""The command line: what it runs, how settings are laid over one another, and one sentence for everything that is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from test_benchmarks import small_mnist
+
+import subnet_pipelines
+from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig
+from subnet_pipelines.cli import main
+from subnet_pipelines.config import CONFIGS, Settings, convert, sentences
+
+BASE = ["train", "finetune", "--benchmark", "permuted-mnist-mini"]
+QUICK = [*BASE, "--tasks", "2", "--iterations", "20", "--select", "last"]
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path, monkeypatch):
+    """An empty working folder, one thread, no network."""
+    import pooch
+
+    def offline(*_args, **_fields):
+        raise OSError("no network")
+
+    monkeypatch.setattr(pooch, "retrieve", offline)
+    monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def command(capsys, *argv):
+    code = main([str(a) for a in argv])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_a_run_of_two_seeds_from_start_to_finish(capsys, tmp_path):
+    out = tmp_path / "runs" / "two"
+    code, text, err = command(capsys, *QUICK, "--seeds", "1,2", "--out", out)
+    assert (code, err) == (0, "")
+    assert "seed 2: row 1" in text
+    assert str(out / "report.html") in text
+    for seed in (1, 2):
+        folder = out / f"seed-{seed}"
+        assert {p.name for p in folder.iterdir()} >= {"result.json", "metrics.jsonl", "checkpoint", "report.html", "final.png"}
+        result = json.loads((folder / "result.json").read_text())
+        assert result["seed"] == seed
+        assert result["config"]["iterations"] == 20
+        assert result["config"]["fidelity"] == "sound"
+        assert result["accuracy_matrix"][0][1] is None
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seeds"] == [1, 2]
+    assert summary["acc"]["std"] > 0
+
+    files = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()}
+    code, _, err = command(capsys, *QUICK, "--seeds", "1,2", "--out", out)
+    assert (code, err) == (
+        2,
+        f"subnet-kernels: {out}/seed-1: holds a run already; add --resume to go on with it, or choose another --out\n",
+    )
+    code, _, err = command(capsys, *QUICK, "--seeds", "1,2", "--out", out, "--resume")
+    assert (code, err) == (0, "")
+    code, _, err = command(capsys, *QUICK, "--seeds", "1", "--out", out, "--resume", "--lr", "0.01")
+    assert (code, err) == (2, f"subnet-kernels: {out}/seed-1: was made with another config: lr was 0.001, is 0.01\n")
+    assert {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file()} == files
+
+
+def test_the_default_folder_is_named_after_the_config(capsys, tmp_path):
+    assert command(capsys, *QUICK)[0] == 0
+    name = f"finetune-permuted-mnist-mini-{Settings('finetune', 'permuted-mnist-mini').resolve(None, settings_of(QUICK)).hash()}"
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == [name]
+
+
+def settings_of(argv):
+    flags = argv[4:]
+    return {k[2:].replace("-", "_"): v for k, v in zip(flags[::2], flags[1::2])}
+
+
+BAD = {
+    "unknown method": (
+        ["train", "finetun", "--benchmark", "permuted-mnist-mini"],
+        "method 'finetun' is unknown; did you mean finetune?",
+    ),
+    "unknown benchmark": (["train", "finetune", "--benchmark", "permuted-mnst"], "did you mean permuted-mnist?"),
+    "no benchmark": (["train", "finetune"], "the following arguments are required: --benchmark"),
+    "no method": (["train"], "the following arguments are required: METHOD"),
+    "unknown command": (["trian"], "invalid choice: 'trian'"),
+    "unknown flag": ([*BASE, "--epoch", "3"], "--epoch is no flag of finetune on permuted-mnist-mini; did you mean --epochs?"),
+    "unknown flag, equals": ([*BASE, "--batchsize=3"], "did you mean --batch-size?"),
+    "another's flag": (
+        [*BASE, "--angles", "3"],
+        "--angles does not apply to finetune on permuted-mnist-mini; it is a setting of rotated",
+    ),
+    "another method's flag": (
+        [*BASE, "--density", ".1"],
+        "--density does not apply to finetune on permuted-mnist-mini; it is a",
+    ),
+    "stray word": ([*BASE, "fast"], "unexpected 'fast'"),
+    "int": ([*BASE, "--epochs", "3.5"], "epochs must be a whole number, got '3.5'"),
+    "float": ([*BASE, "--lr", "fast"], "lr must be a number, got 'fast'"),
+    "nan": ([*BASE, "--lr", "nan"], "lr must be a number, finite, got 'nan'"),
+    "bool": ([*BASE, "--eval-future", "perhaps"], "eval_future must be true or false, got 'perhaps'"),
+    "choice": ([*BASE, "--select", "median"], "select must be one of last, best, got 'median'"),
+    "list": (["train", "finetune", "--benchmark", "rotated-mnist-mini", "--angles", "1,x"], "angles must be a number, got '1,x'"),
+    "range": ([*BASE, "--epochs", "0"], "epochs must be at least 1, got 0"),
+    "density 0": (["train", "wsn", "--benchmark", "permuted-mnist-mini", "--density", "0"], "density must be in (0, 1], got 0.0"),
+    "density 2": (["train", "wsn", "--benchmark", "permuted-mnist-mini", "--density", "2"], "density must be in (0, 1], got 2.0"),
+    "both lengths": (
+        [*BASE, "--epochs", "2", "--iterations", "5"],
+        "epochs and iterations both say how long the main phase is; give one",
+    ),
+    "no value": ([*BASE, "--epochs"], "argument --epochs: expected one argument"),
+    "scenario": ([*BASE, "--scenario", "GNu"], "finetune serves scenario GG and GNs, not GNu of permuted-mnist-mini"),
+    "seeds": ([*BASE, "--seeds", "1,a"], "--seeds must be whole numbers, as in 1,2,3, got '1,a'"),
+    "same seeds": ([*BASE, "--seeds", "1,1"], "--seeds must be different numbers"),
+    "device": ([*BASE, "--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),
+    "fidelity": ([*BASE, "--fidelity", "exact"], "fidelity must be one of sound, code, paper, got 'exact'"),
+    "no config": ([*BASE, "--config", "absent.yaml"], "absent.yaml: cannot be read (No such file or directory)"),
+    "no data": (
+        ["train", "finetune", "--benchmark", "permuted-mnist", "--data-dir", "absent"],
+        "train-images-idx3-ubyte.gz is not in absent/mnist",
+    ),
+    "demo seed": (["demo", "--seed", "x"], "--seed must be whole numbers"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_gets_a_sentence(name, capsys, tmp_path):
+    argv, sentence = BAD[name]
+    before = set(tmp_path.rglob("*"))
+    code, out, err = command(capsys, *argv)
+    assert code == 2
+    assert out == ""
+    assert sentence in err
+    assert err.startswith("subnet-kernels: ")
+    assert err.count("\n") == 1
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_an_unwritable_folder(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, err = command(capsys, *QUICK, "--out", tmp_path / "file" / "run")
+    assert (code, err) == (2, f"subnet-kernels: {tmp_path}/file/run/seed-1: cannot be written (Not a directory)\n")
+
+
+def test_truncated_data(capsys, tmp_path):
+    small_mnist(tmp_path / "mnist")
+    images = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    images.write_bytes(images.read_bytes()[:500])
+    argv = ["train", "finetune", "--benchmark", "permuted-mnist", "--data-dir", tmp_path, "--out", tmp_path / "run"]
+    code, _, err = command(capsys, *argv)
+    assert code == 2
+    assert err.startswith(f"subnet-kernels: {images}: is damaged or cut short")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("densty: 0.1", "densty is no setting of wsn on permuted-mnist-mini; did you mean density?"),
+        ("angles: [1]", "angles does not apply to wsn on permuted-mnist-mini"),
+        ("density: yes", "density must be a number, got True"),
+        ("epochs: 2.0", "epochs must be a whole number, got 2.0"),
+        ("- 1", "should hold settings as `name: value`, holds a list"),
+        ("a: [", "is no YAML"),
+        ("method: supsup", "is for another method than wsn"),
+    ],
+)
+def test_bad_config_files(text, sentence, capsys, tmp_path):
+    (tmp_path / "c.yaml").write_text(text)
+    code, _, err = command(capsys, "train", "wsn", "--benchmark", "permuted-mnist-mini", "--config", "c.yaml")
+    assert code == 2
+    assert err.startswith("subnet-kernels: c.yaml: ")
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_help_lists_the_settings_with_the_recipes_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main([*BASE, "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--epochs X Epochs of the main phase. (default 9)" in text
+    assert "--val-fraction X Share of the training rows" in text
+
+
+def test_no_traceback_and_exit_code_of_the_process():
+    done = subprocess.run(
+        [sys.executable, "-m", "subnet_pipelines.cli", *BASE, "--epochs", "x"], capture_output=True, text=True, env=child()
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "subnet-kernels: epochs must be a whole number, got 'x'"
+    assert "Traceback" not in done.stderr
+
+
+def child():
+    root = Path(subnet_pipelines.__file__).parent.parent
+    return {**os.environ, "PYTHONPATH": f"{root}:{root.parent}", "OMP_NUM_THREADS": "1"}
+
+
+def test_sigterm_then_resume(capsys, tmp_path):
+    argv = [*BASE, "--tasks", "2", "--epochs", "2", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "subnet_pipelines.cli", *argv], stderr=subprocess.PIPE, text=True, env=child()
+    )
+    metrics = tmp_path / "run" / "seed-1" / "metrics.jsonl"
+    limit = time.monotonic() + 60
+    while not metrics.exists() and time.monotonic() < limit:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume goes on from there" in err
+    assert not (tmp_path / "run" / "seed-1" / "result.json").exists()
+    assert command(capsys, *argv, "--resume")[0] == 0
+    assert command(capsys, *argv[:-1], tmp_path / "whole")[0] == 0
+    broken, whole = (json.loads((tmp_path / n / "seed-1" / "result.json").read_text()) for n in ("run", "whole"))
+    assert broken["accuracy_matrix"] == whole["accuracy_matrix"]
+    assert metrics.read_text() == (tmp_path / "whole" / "seed-1" / "metrics.jsonl").read_text()
+
+
+# ---- settings -------------------------------------------------------------------------------------------------------
+
+
+def test_layers_lie_in_order(tmp_path, monkeypatch):
+    method, benchmark = METHODS["finetune"], BENCHMARKS["permuted-mnist-mini"]
+    monkeypatch.setattr(method, "FIDELITY", {"sound": {}, "code": {"lr": 0.3, "patience": 3, "head": "shared"}, "paper": {}})
+    monkeypatch.setattr("subnet_pipelines.config.CONFIGS", tmp_path)
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "permuted-mnist-mini.yaml").write_text(
+        "lr: 0.2\nmodel: fc-1024\nexpected: {acc: [1, 2]}\nsource: nobody\n"
+    )
+    (tmp_path / "c.yaml").write_text("fidelity: code\npatience: 4\nhead: shared\nval-fraction: 0.2\n")
+    found = Settings("finetune", "permuted-mnist-mini").resolve(tmp_path / "c.yaml", {"head": "per-task", "tasks": "7"})
+    default = method.Config()
+    assert found.values["batch_size"] == default.batch_size  # dataclass
+    assert found.values["model"] == "fc-1024"  # recipe over dataclass
+    assert found.values["lr"] == 0.3  # preset over recipe
+    assert found.values["patience"] == 4  # file over preset
+    assert found.values["val_fraction"] == 0.2
+    assert found.values["head"] == "per-task"  # flag over file
+    assert found.values["tasks"] == 7
+    assert found.fidelity == "code"
+    assert Settings("finetune", "permuted-mnist-mini").resolve(tmp_path / "c.yaml", {}, "sound").values["lr"] == 0.2
+    assert [type(c) for c in found.build()] == [method.Config, benchmark.Config, RunConfig]
+
+
+def test_epochs_and_iterations_replace_each_other(tmp_path):
+    settings = Settings("supsup", "permuted-mnist-mini")
+    assert settings.values["iterations"] is not None
+    assert settings.resolve(None, {"epochs": "2"}).values["iterations"] is None
+    assert Settings("supsup", "permuted-mnist-mini").resolve(None, {"iterations": "5"}).values["iterations"] == 5
+
+
+def test_a_list_of_angles_is_the_stream():
+    assert Settings("finetune", "rotated-mnist-mini").resolve(None, {"angles": "0,5,90"}).values["tasks"] == 3
+    assert Settings("finetune", "rotated-mnist-mini").resolve(None, {"angles": "0,5,90", "tasks": "2"}).values["tasks"] == 2
+
+
+def test_the_hash_names_what_matters():
+    def hash_of(**flags):
+        return Settings("finetune", "permuted-mnist-mini").resolve(None, flags).hash()
+
+    assert hash_of() == hash_of(tasks="9") == hash_of(lr="1e-3")
+    assert hash_of() != hash_of(lr="1e-4")
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "expected"),
+    [
+        ("3", int, 3),
+        (3, float, 3.0),
+        ("1e-3", float, 1e-3),
+        ("true", bool, True),
+        (False, bool, False),
+        ("null", int | None, None),
+        ("4", int | None, 4),
+        ("1,2.5", list[float], [1.0, 2.5]),
+        ([1, 2], list[int], [1, 2]),
+        ("b", Literal["a", "b"], "b"),
+        ("x", str, "x"),
+    ],
+)
+def test_convert(value, kind, expected):
+    found = convert(value, kind)
+    assert found == expected
+    assert type(found) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(True, int), (1.0, int), (1, bool), (1, str), ([1], float), (True, float), ("inf", float)]
+)
+def test_convert_refuses(value, kind):
+    with pytest.raises(ValueError):
+        convert(value, kind)
+
+
+@pytest.mark.parametrize("recipe", sorted(p.relative_to(CONFIGS) for p in CONFIGS.glob("*/*.yaml")), ids=str)
+@pytest.mark.parametrize("fidelity", ["sound", "code", "paper"])
+def test_every_recipe_resolves(recipe, fidelity):
+    Settings(recipe.parent.name, recipe.stem).resolve(None, {}, fidelity)
+
+
+@pytest.mark.parametrize("name", [*METHODS, *BENCHMARKS])
+def test_every_field_has_a_sentence_and_every_preset_its_fields(name):
+    cls = {**METHODS, **BENCHMARKS}[name]
+    assert cls.name == name
+    names = {f.name for f in fields(cls.Config)}
+    assert all(sentences(cls.Config).get(n, "").endswith(".") for n in names)
+    assert set(cls.FIDELITY) == {"sound", "code", "paper"}
+    assert all(set(preset) <= names for preset in cls.FIDELITY.values())
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("stream", BENCHMARKS)
+def test_no_field_stands_twice(method, stream):
+    assert Settings(method, stream).types
+
+
+def test_two_configs_with_one_field_are_a_mistake_of_ours(monkeypatch):
+    @dataclass(frozen=True)
+    class Twice(METHODS["finetune"].Config):
+        tasks: int = 3
+
+    monkeypatch.setattr(METHODS["finetune"], "Config", Twice)
+    with pytest.raises(TypeError, match="field tasks stands in two configs"):
+        Settings("finetune", "permuted-mnist-mini")
+
+
+def test_refusals_are_value_errors():
+    assert issubclass(Refusal, ValueError)

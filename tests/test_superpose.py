@@ -1,0 +1,285 @@
+"""superpose, its gradients and alpha_grad: answers worked by hand; sums whose error is at most twice the reference's own."""
+
+import pytest
+import torch
+
+import subnet_kernels as sk
+from subnet_kernels import reference
+from subnet_kernels.ops._library import LOADED
+
+TASKS = [1, 3, 16, 17, 64, 65, 130]  # around a lookup of four, a step of sixteen and a block
+SIZES = [1, 7, 63, 64, 65, 511, 512, 513, 1021]  # around a byte, a word and a tile; a prime
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+OPS = torch.ops.subnet_kernels
+nan, inf = float("nan"), float("inf")
+
+
+def random_bank(tasks, shape, density=0.3):
+    masks = torch.rand(tasks, *shape) < density
+    return masks, reference.pack_bank(masks)
+
+
+def error(result, exact):
+    return (result.double() - exact).pow(2).mean().sqrt().item()
+
+
+def assert_as_good(result, theirs, exact, floor=1.0):
+    """Error against float64 at most twice the reference's in the same dtype; floor: ulps of the largest result on top, for few terms."""
+    assert (result.dtype, result.shape) == (theirs.dtype, theirs.shape)
+    assert result.is_contiguous()
+    ulp = torch.finfo(result.dtype).eps * exact.abs().max().item()
+    assert error(result, exact) <= 2 * error(theirs, exact) + floor * ulp
+
+
+# ------------------------------------------------------------------------------------------------------ worked by hand
+
+
+def test_superpose_by_hand(cpu_isa):
+    weight = torch.tensor([2.0, -4.0, nan, inf, 1.0])
+    masks = torch.tensor([[1, 0, 0, 0, 1], [1, 1, 0, 0, 1], [1, 0, 0, 0, 1]], dtype=torch.bool)
+    bank = sk.pack_bank(masks)
+    assert sk.superpose(weight, bank, torch.tensor([0.5, 0.25, 2.0])).tolist() == [5.5, -1.0, 0.0, 0.0, 2.75]
+    third = torch.tensor(1.0) / 3
+    equal = [2.0, float(-4 * third), 0.0, 0.0, 1.0]
+    counts = torch.tensor([3, 1, 0, 0, 3], dtype=torch.int32)
+    assert sk.superpose(weight, bank).tolist() == equal
+    assert sk.superpose(weight, bank, None, counts).tolist() == equal
+    # open, but the alphas cancel or are zero: the weight times zero, with its sign, not the +0.0 of a closed one
+    cancel = sk.superpose(weight, bank, torch.tensor([1.0, 0.0, -1.0]))
+    assert cancel.tolist() == [0.0, 0.0, 0.0, 0.0, 0.0]
+    assert cancel.signbit().tolist() == [False, True, False, False, False]
+
+
+def test_closed_masks_do_not_matter(cpu_isa):
+    """An infinite alpha reaches only the weights that its mask opens."""
+    masks, bank = random_bank(9, (600,))
+    alphas = torch.ones(9)
+    alphas[4] = inf
+    result = sk.superpose(torch.ones(600), bank, alphas)
+    assert torch.equal(result.isinf(), masks[4])
+    assert torch.equal(result[~masks[4]], masks[:, ~masks[4]].sum(0).float())
+
+
+def test_gradient_by_hand(cpu_isa):
+    masks = torch.tensor([[1, 0, 1, 0], [0, 1, 1, 0]], dtype=torch.bool)
+    grad, weight = torch.tensor([1.0, 2.0, 3.0, nan]), torch.tensor([4.0, 0.5, -1.0, 1.0])
+    assert OPS.superpose_grad(grad, weight, sk.pack_bank(masks)).tolist() == [1.0, -2.0]
+
+
+def test_alpha_grad_by_hand(cpu_isa):
+    x, grad_y = torch.tensor([[1.0, 2.0], [0.0, 1.0]]), torch.tensor([[1.0], [10.0]])
+    bank = sk.pack_bank(torch.tensor([[[1, 0]], [[1, 1]]], dtype=torch.bool))
+    assert sk.alpha_grad(x, grad_y, torch.tensor([[3.0, 5.0]]), bank).tolist() == [[3.0, 13.0], [0.0, 50.0]]
+
+
+# ------------------------------------------------------------------------------------------------ against the reference
+
+
+@pytest.mark.parametrize("tasks", TASKS)
+def test_tasks_and_tails(cpu_isa, tasks):
+    for n in SIZES:
+        masks, bank = random_bank(tasks, (n,))
+        weight, grad, alphas = torch.randn(n), torch.randn(n), torch.randn(tasks)
+        wide, wide_grad, wide_alphas = weight.double(), grad.double(), alphas.double()
+        exact = reference.superpose(wide, bank, wide_alphas)
+        assert_as_good(sk.superpose(weight, bank, alphas), reference.superpose(weight, bank, alphas), exact)
+        counts = masks.sum(0, dtype=torch.int32)
+        equal = reference.superpose(weight, bank, None)
+        assert torch.equal(sk.superpose(weight, bank), equal)
+        assert torch.equal(sk.superpose(weight, bank, None, counts), equal)
+        exact = reference.superpose_grad(wide_grad, wide, bank)
+        assert_as_good(OPS.superpose_grad(grad, weight, bank), reference.superpose_grad(grad, weight, bank), exact)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_dtypes(cpu_isa, dtype):
+    n, tasks = 1500, 77
+    masks, bank = random_bank(tasks, (n,))
+    weight, grad, alphas = torch.randn(n).to(dtype), torch.randn(n).to(dtype), torch.randn(tasks).to(dtype)
+    exact = reference.superpose(weight.double(), bank, alphas.double())
+    assert_as_good(sk.superpose(weight, bank, alphas), reference.superpose(weight, bank, alphas), exact)
+    exact = reference.superpose(weight.double(), bank, None)
+    counts = masks.sum(0, dtype=torch.int32)
+    for given in (None, counts):
+        assert_as_good(sk.superpose(weight, bank, None, given), reference.superpose(weight, bank, None), exact)
+    exact = reference.superpose_grad(grad.double(), weight.double(), bank)
+    assert_as_good(OPS.superpose_grad(grad, weight, bank), reference.superpose_grad(grad, weight, bank), exact)
+
+
+@pytest.mark.parametrize("density", [0.05, 0.5, 1.0])
+def test_error_of_long_sums(density):
+    """Many tasks and many weights: the error stays near that of one rounding a term."""
+    ours = theirs = 0.0
+    for _ in range(6):
+        masks = torch.rand(128, 4096) < density
+        bank = reference.pack_bank(masks)
+        weight, grad, alphas = torch.randn(4096), torch.randn(4096), torch.rand(128)
+        exact = reference.superpose(weight.double(), bank, alphas.double())
+        assert_as_good(sk.superpose(weight, bank, alphas), reference.superpose(weight, bank, alphas), exact, floor=0)
+        exact = reference.superpose_grad(grad.double(), weight.double(), bank)
+        ours += error(OPS.superpose_grad(grad, weight, bank), exact) ** 2
+        theirs += error(reference.superpose_grad(grad, weight, bank), exact) ** 2
+    assert ours <= 4 * theirs
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference adds in another order")
+def test_instruction_sets_and_threads_agree():
+    """The same bits on every instruction set and number of threads."""
+    from conftest import switch_isa
+
+    n = 30_001
+    _, bank = random_bank(70, (n,))
+    weight, grad, alphas = torch.randn(n), torch.randn(n), torch.randn(70)
+    before, results = switch_isa(None), []
+    try:
+        for isa in ("portable", "avx2", "avx512"):
+            switch_isa(isa)
+            for count in (1, 2):
+                torch.set_num_threads(count)
+                results.append(
+                    (sk.superpose(weight, bank, alphas), sk.superpose(weight, bank), OPS.superpose_grad(grad, weight, bank))
+                )
+    finally:
+        switch_isa(before)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0]))
+
+
+def test_uneven_blocks(cpu_isa):
+    """Blocks need not be full."""
+    masks = torch.rand(12, 1025) < 0.4
+    bank = [block for part in masks.split([5, 1, 6]) for block in reference.pack_bank(part)]
+    weight, alphas = torch.randn(1025), torch.randn(12)
+    exact = reference.superpose(weight.double(), bank, alphas.double())
+    assert_as_good(sk.superpose(weight, bank, alphas), reference.superpose(weight, bank, alphas), exact)
+    exact = reference.superpose_grad(weight.double(), weight.double(), bank)
+    assert_as_good(OPS.superpose_grad(weight, weight, bank), reference.superpose_grad(weight, weight, bank), exact)
+
+
+def test_strides(cpu_isa):
+    masks, bank = random_bank(5, (6, 8, 3, 3))
+    weight = torch.randn(6, 8, 3, 3).to(memory_format=torch.channels_last)
+    grad = torch.randn(8, 6, 3, 6).transpose(0, 1)[..., ::2]
+    alphas = torch.randn(10)[::2]
+    dense = (weight.contiguous(), grad.contiguous(), alphas.contiguous())
+    assert torch.equal(sk.superpose(weight, bank, alphas), sk.superpose(dense[0], bank, dense[2]))
+    assert sk.superpose(weight, bank, alphas).is_contiguous()
+    assert torch.equal(OPS.superpose_grad(grad, weight, bank), OPS.superpose_grad(dense[1], dense[0], bank))
+    counts = masks.sum(0, dtype=torch.int32).to(memory_format=torch.channels_last)
+    assert torch.equal(sk.superpose(weight, bank, None, counts), sk.superpose(weight, bank))
+
+
+def test_nothing_open_and_nothing_there(cpu_isa):
+    bank = reference.pack_bank(torch.zeros(3, 70, dtype=torch.bool))
+    weight = torch.full((70,), nan)
+    for result in (sk.superpose(weight, bank), sk.superpose(weight, bank, torch.ones(3))):
+        assert torch.equal(result, torch.zeros(70))
+    assert OPS.superpose_grad(weight, weight, bank).tolist() == [0.0, 0.0, 0.0]
+    empty = torch.zeros(0, 4)
+    bank = reference.pack_bank(torch.zeros(3, 0, 4, dtype=torch.bool))
+    assert sk.superpose(empty, bank, torch.ones(3)).shape == (0, 4)
+    assert OPS.superpose_grad(empty, empty, bank).tolist() == [0.0, 0.0, 0.0]
+
+
+# ------------------------------------------------------------------------------------------------------------ gradients
+
+
+@pytest.mark.parametrize("tasks", [1, 3, 17, 65])
+def test_gradients_twice(tasks):
+    _, bank = random_bank(tasks, (3, 5), 0.6)
+    weight = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    alphas = torch.randn(tasks, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda w, a: sk.superpose(w, bank, a), (weight, alphas))
+    if tasks < 65:
+        assert torch.autograd.gradgradcheck(lambda w, a: sk.superpose(w, bank, a), (weight, alphas))
+
+
+def test_gradient_of_equal_alphas():
+    masks, bank = random_bank(6, (40,))
+    weight = torch.randn(40, requires_grad=True)
+    grad = torch.randn(40)
+    (d_weight,) = torch.autograd.grad(sk.superpose(weight, bank), weight, grad)
+    torch.testing.assert_close(d_weight, grad * masks.sum(0) / 6)
+
+
+@pytest.mark.parametrize("tasks", [1, 5, 70])
+def test_alpha_grad_is_every_rows_gradient(cpu_isa, tasks):
+    """Row b is the gradient to alphas of that row's objective alone: through autograd, and summed over rows that of the batch."""
+    rows, inputs, outputs = 4, 9, 7
+    _, bank = random_bank(tasks, (outputs, inputs))
+    x, grad_y, weight = torch.randn(rows, inputs), torch.randn(rows, outputs), torch.randn(outputs, inputs)
+    result = sk.alpha_grad(x, grad_y, weight, bank)
+    assert result.shape == (rows, tasks)
+    alphas = torch.full((tasks,), 1 / tasks, requires_grad=True)
+    for row in range(rows):
+        y = x[row] @ sk.superpose(weight, bank, alphas).T
+        (expected,) = torch.autograd.grad(y, alphas, grad_y[row])
+        torch.testing.assert_close(result[row], expected, rtol=1e-4, atol=1e-5)
+    total = OPS.superpose_grad(grad_y.T @ x, weight, bank)
+    torch.testing.assert_close(result.sum(0), total, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_alpha_grad_dtypes_and_threads(cpu_isa, dtype):
+    """More rows than share a reading of the bank; outputs end inside a tile; strided inputs."""
+    _, bank = random_bank(9, (70, 61))
+    x, grad_y = torch.randn(61, 35).to(dtype).T, torch.randn(35, 140).to(dtype)[:, ::2]
+    weight = torch.randn(61, 70).to(dtype).T
+    exact = reference.alpha_grad(x.double(), grad_y.double(), weight.double(), bank)
+    theirs = reference.alpha_grad(x, grad_y, weight, bank)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append(sk.alpha_grad(x, grad_y, weight, bank))
+        assert_as_good(results[-1], theirs, exact)
+    assert torch.equal(*results)
+
+
+def test_alpha_grad_of_closed_weights(cpu_isa):
+    """NaN behind a closed bit does not get out."""
+    masks = torch.tensor([[[1, 0]], [[1, 1]]], dtype=torch.bool)
+    weight = torch.tensor([[1.0, nan]])
+    result = sk.alpha_grad(torch.ones(1, 2), torch.ones(1, 1), weight, sk.pack_bank(masks))
+    assert result[0, 0].item() == 1.0
+    assert result[0, 1].isnan()
+
+
+# ------------------------------------------------------------------------------------------------------------ arguments
+
+
+def test_bad_arguments_get_a_sentence():
+    _, bank = random_bank(3, (10,))
+    weight = torch.randn(10)
+    with pytest.raises(ValueError, match=r"alphas must have shape \(3,\), one for each task of the bank, got \(4,\)"):
+        sk.superpose(weight, bank, torch.ones(4))
+    with pytest.raises(ValueError, match="bank must be a non-empty list of blocks"):
+        sk.superpose(weight, bank[0])
+    with pytest.raises(ValueError, match=r"bank\[0\] must be uint8 of shape \(2, k, 64\)"):
+        sk.superpose(torch.randn(600), bank)
+    with pytest.raises(ValueError, match="counts must be int32"):
+        sk.superpose(weight, bank, None, torch.zeros(10))
+    with pytest.raises(ValueError, match=r"x must be \(B, I\)"):
+        sk.alpha_grad(torch.ones(2, 3), torch.ones(2, 2), torch.ones(2, 5), random_bank(3, (10,))[1])
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+def test_dispatched_calls_check_too():
+    _, bank = random_bank(3, (10,))
+    with pytest.raises(RuntimeError, match="for 600 weights"):
+        OPS.superpose(torch.randn(600), bank, None)
+    with pytest.raises(RuntimeError, match="one for each of 3 tasks, got 2"):
+        OPS.superpose(torch.randn(10), bank, torch.ones(2))
+    with pytest.raises(RuntimeError, match="grad must have the 10 elements of weight, got 9"):
+        OPS.superpose_grad(torch.randn(9), torch.randn(10), bank)
+
+
+@pytest.mark.parametrize("name", ["superpose", "superpose_grad", "alpha_grad"])
+def test_opcheck(name):
+    _, bank = random_bank(3, (4, 5))
+    weight = torch.randn(4, 5)
+    arguments = {
+        "superpose": (weight, bank, torch.randn(3)),
+        "superpose_grad": (torch.randn(4, 5), weight, bank),
+        "alpha_grad": (torch.randn(2, 5), torch.randn(2, 4), weight, bank),
+    }[name]
+    torch.library.opcheck(getattr(OPS, name).default, arguments)
