@@ -47,7 +47,6 @@ __all__ = [
     "masked_conv",
     "masked_linear",
     "optim",
-    "optim",
     "overlap",
     "pack",
     "pack_bank",

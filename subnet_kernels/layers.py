@@ -16,11 +16,12 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from subnet_kernels import ops, reference
 from subnet_kernels.ops._checks import BY, TIES, choice
-from subnet_kernels.ops.apply import straight_through
+from subnet_kernels.ops.apply import _restore, straight_through
 from subnet_kernels.ops.masked import SubnetWeight
 from subnet_kernels.ops.select import check_density, k_kth, k_sort
 from subnet_kernels.ops.superpose import superpose_weight
@@ -83,6 +84,18 @@ class LiveWeight(torch.autograd.Function):
         return d_weight if need_weight else None, d_scores if need_scores else None, None, None, None, None
 
 
+class EagerLiveWeight(torch.autograd.Function):
+    """`LiveWeight` without `setup_context`, which costs 20 us a call in Python and which only func transforms and compile need."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, w_eff, bits, frozen, by):
+        ctx.by = by
+        ctx.save_for_backward(weight, scores, bits, frozen)
+        return w_eff.detach()
+
+    backward = LiveWeight.backward
+
+
 class SubnetLayer:
     """What masked layers have in common; mixed into a dense layer class that has a ``weight``.
 
@@ -124,6 +137,7 @@ class SubnetLayer:
         live = self.__dict__.get("w_eff")
         self._own = (weight, self.scores)
         self._seen = None
+        self.key = self.rule.key
         if live is None or (live.shape, live.dtype, live.device) != (weight.shape, weight.dtype, weight.device):
             self.k = self.rule.k(weight.numel())
             self.bits = torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
@@ -166,14 +180,17 @@ class SubnetLayer:
             alphas = alphas if row is None else alphas[row]
             return superpose_weight(self.weight.detach(), bank, alphas, equal, counts if equal else None)
         weight, scores = self.weight, self.scores
-        if torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if compiling:
             if not (isinstance(weight, nn.Parameter) and isinstance(scores, nn.Parameter)):
                 return self._stateless(weight, scores)
         elif weight is not self._own[0] or scores is not self._own[1]:
             return self._stateless(weight, scores)
         elif self._seen != (scores._version, weight._version):
             refresh([self])
-        return LiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.rule.key)
+        if compiling or torch._C._are_functorch_transforms_active():
+            return LiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.key)
+        return EagerLiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.key)
 
     def _stateless(self, weight: Tensor, scores: Tensor) -> Tensor:
         """Selection from tensors that are not this layer's parameters: functional_call, func.grad, vmap. No live tensor is touched."""
@@ -225,7 +242,7 @@ class SubnetLayer:
         _LAYERS.add(self)
 
 
-_INSTALLED = "rule train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
+_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
 
 
 class SubnetLinear(SubnetLayer, nn.Linear):
@@ -236,6 +253,7 @@ class SubnetLinear(SubnetLayer, nn.Linear):
     ):
         nn.Linear.__init__(self, in_features, out_features, bias, device=device, dtype=dtype)
         self.install(rule or Rule())
+        refresh([self])
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(x, weight, self.bias)
@@ -252,6 +270,7 @@ class SubnetConv1d(_SubnetConv, nn.Conv1d):
     def __init__(self, *args, rule: Rule | None = None, **kwargs):
         nn.Conv1d.__init__(self, *args, **kwargs)
         self.install(rule or Rule())
+        refresh([self])
 
 
 class SubnetConv2d(_SubnetConv, nn.Conv2d):
@@ -260,6 +279,7 @@ class SubnetConv2d(_SubnetConv, nn.Conv2d):
     def __init__(self, *args, rule: Rule | None = None, **kwargs):
         nn.Conv2d.__init__(self, *args, **kwargs)
         self.install(rule or Rule())
+        refresh([self])
 
 
 class SubnetConv3d(_SubnetConv, nn.Conv3d):
@@ -268,6 +288,7 @@ class SubnetConv3d(_SubnetConv, nn.Conv3d):
     def __init__(self, *args, rule: Rule | None = None, **kwargs):
         nn.Conv3d.__init__(self, *args, **kwargs)
         self.install(rule or Rule())
+        refresh([self])
 
 
 DENSE = {nn.Linear: SubnetLinear, nn.Conv1d: SubnetConv1d, nn.Conv2d: SubnetConv2d, nn.Conv3d: SubnetConv3d}
@@ -314,7 +335,7 @@ def frozen_bits(params: Sequence[Tensor]) -> list[Tensor | None]:
 
 
 def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
-    """The calls that refresh these layers, one for all layers of one rule: (op, its arguments, layers).
+    """The calls that refresh these layers, one for all layers of one rule: (op, its arguments, what it writes, layers).
 
     They hold the parameters themselves, so a plan stays right through everything but `_changed`.
     """
@@ -329,10 +350,11 @@ def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
         weights, scores = [g._own[0] for g in group], [g._own[1] for g in group]
         bits, w_eff = [g.bits for g in group], [g.w_eff for g in group]
         if how == "topk":
-            arguments = (scores, weights, [g.k for g in group], bits, w_eff, [g.hints for g in group], first, second)
-            calls.append((ops.refresh_, arguments, group))
+            hints = [g.hints for g in group]
+            arguments = (scores, weights, [g.k for g in group], bits, w_eff, hints, first, second)
+            calls.append((ops.refresh_, arguments, bits + w_eff + hints, group))
         else:
-            calls.append((ops.refresh_threshold_, (scores, weights, first, second, bits, w_eff), group))
+            calls.append((ops.refresh_threshold_, (scores, weights, first, second, bits, w_eff), bits + w_eff, group))
     return calls
 
 
@@ -340,10 +362,13 @@ def _run(calls: Iterable[tuple]) -> None:
     global _SECONDS
     timed = not torch.compiler.is_compiling()  # a traced optimizer step cannot read clocks
     begin = time.perf_counter() if timed else 0.0
-    for op, arguments, group in calls:
-        op(*arguments)
+    for op, arguments, written, group in calls:
+        increment_version(written)  # here, and not by the op's detour through ADInplaceOrView, which costs 8 us
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            op(*arguments)
         for layer in group:
-            layer._seen = layer._now()
+            weight, scores = layer._own
+            layer._seen = scores._version, weight._version
     if timed:
         _SECONDS += time.perf_counter() - begin
 
@@ -381,7 +406,10 @@ def _after_step(optimizer: Optimizer, *_) -> None:
         if any(g.weight is not g._own[0] for g in moved):
             raise RuntimeError("frozen weights must be whole tensors at an optimizer's step, these are sharded or replaced")
         if moved:
-            ops.restore_([g.weight for g in moved], [g.frozen for g in moved], [g.frozen_values for g in moved])
+            weights = [g._own[0] for g in moved]
+            increment_version(weights)
+            with torch._C._AutoDispatchBelowADInplaceOrView():
+                _restore(weights, [g.frozen for g in moved], [g.frozen_values for g in moved])
     _run(calls)
 
 

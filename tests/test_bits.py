@@ -171,7 +171,7 @@ def test_bad_arguments_get_a_sentence():
         sk.union_(bits[:100], bits)
     with pytest.raises(ValueError, match="must have 64 bytes"):
         sk.stats(bits, bits[:64])
-    with pytest.raises(ValueError, match="bank must be a non-empty list"):
+    with pytest.raises(ValueError, match="bank must hold at least one block"):
         sk.overlap([])
 
 

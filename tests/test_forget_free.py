@@ -85,8 +85,11 @@ def state_of(bank, optimizer):
     return found
 
 
-@pytest.mark.parametrize("reuse", [False, True], ids=["new", "reused"])
-@pytest.mark.parametrize("how", ["plain", "clipping", "amp"])
+@pytest.mark.parametrize(
+    ("how", "reuse"),
+    [("plain", False), ("plain", True), ("clipping", True), ("amp", True)],
+    ids=["new", "reused", "clipping", "amp"],
+)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("module", [torch.optim, optim], ids=["torch", "ours"])
 def test_nothing_is_forgotten(module, name, how, reuse):

@@ -199,10 +199,9 @@ def test_two_models_do_not_refresh_each_other(calls):
 
 
 def test_different_rules_are_one_call_each(calls):
-    model = net()
-    model[2].rule = sk.Rule(0.6, by="value")
-    sk.refresh(model)
-    layers._changed()
+    model = nn.Sequential(
+        sk.SubnetLinear(8, 33, rule=sk.Rule(0.3)), nn.ReLU(), sk.SubnetLinear(33, 4, rule=sk.Rule(0.6, by="value"))
+    )
     calls.clear()
     train(model, [torch.optim.SGD(model.parameters(), 0.1)], 2, after=lambda: assert_invariant(model))
     assert calls == [1, 1] * 2
@@ -530,6 +529,16 @@ def test_autocast():
     assert_twins(model, twin)
 
 
+def test_func_transforms_of_the_input_alone():
+    """The parameters are the layer's own, so the live weight is used, under a transform."""
+    model = net()
+    x = torch.randn(3, 8)
+    rows = torch.func.vmap(torch.func.grad(lambda row: model(row).square().sum()))(x)
+    given = x.clone().requires_grad_()
+    model(given).square().sum().backward()
+    torch.testing.assert_close(rows, given.grad)
+
+
 def test_inference_mode():
     model = net()
     x = torch.randn(3, 8)
@@ -658,6 +667,7 @@ def test_channels_last():
 
 def test_layers_by_their_own_constructors():
     layer = sk.SubnetLinear(8, 4, bias=False, rule=sk.Rule(0.25))
+    assert_invariant(layer)  # at once: a compiled forward would not look
     layer(torch.ones(1, 8))
     assert int(reference.count(layer.bits)) == 8
     assert sk.SubnetConv2d(3, 4, 3, rule=sk.Rule(0.5))(torch.ones(1, 3, 5, 5)).shape == (1, 4, 3, 3)

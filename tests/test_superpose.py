@@ -252,7 +252,7 @@ def test_bad_arguments_get_a_sentence():
     weight = torch.randn(10)
     with pytest.raises(ValueError, match=r"alphas must have shape \(3,\), one for each task of the bank, got \(4,\)"):
         sk.superpose(weight, bank, torch.ones(4))
-    with pytest.raises(ValueError, match="bank must be a non-empty list of blocks"):
+    with pytest.raises(ValueError, match="bank must be a list of blocks"):
         sk.superpose(weight, bank[0])
     with pytest.raises(ValueError, match=r"bank\[0\] must be uint8 of shape \(2, k, 64\)"):
         sk.superpose(torch.randn(600), bank)

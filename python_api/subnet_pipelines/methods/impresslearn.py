@@ -149,8 +149,10 @@ class ImpressLearn(MaskedMethod):
         self.note("own_mask", task, self.percent(*self.benchmark.test(task).tensors()))
 
     def measure_basis(self, task: Task) -> None:
-        """Every basis mask alone on the new task: the one that validation data choose, and their mean, the wrong mask."""
+        """The combination, and every basis mask alone: the one that validation data choose, and their mean, the wrong mask."""
         test = self.benchmark.test(task.index).tensors()
+        with self.bank.as_task(entry_name(task.index)):
+            self.note("combination", task.index, self.percent(*test))
         chooser = (task.val or task.train).tensors()
         chosen, accuracy = [], []
         for name in self.bank.masks:
