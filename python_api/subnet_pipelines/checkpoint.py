@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from subnet_pipelines.errors import Refusal
@@ -98,7 +99,7 @@ def load(folder: Path, say: Callable[[str], None]) -> Any | None:
             if json.loads((path / "sums.json").read_bytes()) != {"facts": _sum(facts), "tensors": _sum(data)}:
                 raise ValueError("its checksum is wrong")
             return unpack(json.loads(facts), safetensors.torch.load(data))
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             say(f"checkpoint {path} is torn ({error}); going back to the one before")
     if found:
         raise Refusal(f"{folder}: no checkpoint is whole; start again with another --out")
