@@ -331,7 +331,7 @@ static void window_exact(Layer& layer, Workspace& space) {
       if (done == 0 || key >> (shift + width) == prefix) bins[key >> shift & ((1 << width) - 1)]++;
     }
     int digit = (1 << width) - 1;
-    for (; bins[digit] < need; digit--) need -= bins[digit];
+    for (; digit > 0 && bins[digit] < need; digit--) need -= bins[digit];  // digit > 0: another thread may write scores
     prefix = prefix << width | digit;
   }
   layer.lo = layer.hi = int64_t(prefix + uint64_t(limits.least));
