@@ -26,12 +26,14 @@ test-long: setup
 	$(BIN)/python -m pytest -m long
 
 bench: setup
-	$(BIN)/python -m pytest bench --benchmark-only
+	$(BIN)/python -m pytest bench -s -p no:benchmark
+	$(BIN)/python bench/readme.py
 
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/python bench/readme.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
