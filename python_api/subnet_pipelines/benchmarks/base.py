@@ -85,9 +85,10 @@ def batches(x: Tensor, y: Tensor, t: Tensor | None, order: Tensor | None, size: 
     rows = max(1, CHUNK // max(1, math.prod(x.shape[1:]) * size)) * size
     n = len(x) if order is None else len(order)
     for start in range(skip * size, n, rows):
-        pick = slice(start, min(start + rows, n)) if order is None else order[start : start + rows]
-        xs, ys = x[pick].split(size), y[pick].split(size)
-        ts = t[pick].split(size) if t is not None else [None] * len(xs)
+        stop = min(start + rows, n)
+        chunk = [v if v is None else v[start:stop] if order is None else v.index_select(0, order[start:stop]) for v in (x, y, t)]
+        xs, ys = chunk[0].split(size), chunk[1].split(size)
+        ts = chunk[2].split(size) if t is not None else [None] * len(xs)
         yield from map(Batch, xs, ys, ts)
 
 
