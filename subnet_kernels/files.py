@@ -20,12 +20,12 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
-def sync_folder(folder: Path | str) -> None:
-    """fsync a folder, so that a rename in it survives a crash."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path | str) -> None:
+    """fsync a file, or a folder, so that a rename in it survives a crash."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -14,27 +14,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from subnet_kernels.files import sync
 from subnet_pipelines.errors import Refusal
 
 KEEP = 2
-
-
-def sync(path: Path) -> None:
-    """fsync a file or folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def write_file(path: Path, data: bytes | str) -> None:
-    """Write under a temporary name, fsync, rename: the file is the old one or the new one, never half of it."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    sync(temporary)
-    os.replace(temporary, path)
-    sync(path.parent)
 
 
 def pack(tree: Any, tensors: dict[str, Tensor], at: str = "") -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from subnet_pipelines.checkpoint import write_file
+from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import Settings
 from subnet_pipelines.interrupt import Interrupted
 from subnet_pipelines.report import COLUMNS, Result, draw, name_of, number, page, table_row
@@ -50,7 +50,7 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
     plots = [("after the last task", p) for p in draw(results, out) if p.name == "final.png" and len(results) > 1]
     for result, (name, stream, _) in zip(results, runs):
         plots.append((name_of(result), out / f"{name}-{stream}" / f"seed-{seed}" / "accuracy_matrix.png"))
-    write_file(out / "report.html", page("subnet-kernels demo", results, plots))
+    write_atomic(out / "report.html", page("subnet-kernels demo", results, plots))
     print_table(results)
     print_controls(results)
     print(f"{len(runs)} runs in {time.monotonic() - begun:.0f} s; {out / 'report.html'}")

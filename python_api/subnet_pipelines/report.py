@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from subnet_kernels.files import write_atomic
 from subnet_pipelines import metrics
 from subnet_pipelines.benchmarks.base import Benchmark
-from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import Matrix
 from subnet_pipelines.folder import compare
@@ -162,8 +162,8 @@ def _cpu() -> str:
 def write_run(result: Result, folder: Path) -> None:
     """result.json, the plots and report.html of one run; result.json last, as it says that the run is finished."""
     plots = captioned([result], draw([result], folder))
-    write_file(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
-    write_file(folder / "result.json", json.dumps(asdict(result), indent=1))
+    write_atomic(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
+    write_atomic(folder / "result.json", json.dumps(asdict(result), indent=1))
 
 
 def summarise(results: list[Result]) -> dict[str, Any]:
@@ -188,8 +188,8 @@ def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
         return summary
     plots = [(f"final accuracies, {len(results)} seeds", p) for p in draw(results, folder) if p.name == "final.png"]
     plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
-    write_file(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
-    write_file(path, text)
+    write_atomic(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
+    write_atomic(path, text)
     return summary
 
 

@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from subnet_kernels.files import write_atomic
 from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig
 from subnet_pipelines.benchmarks.idx import read_idx
 from subnet_pipelines.chance import stream
-from subnet_pipelines.checkpoint import write_file
 from subnet_pipelines.errors import Refusal
 
 MINI = Path(__file__).parent.parent / "data" / "mnist-mini"
@@ -58,7 +58,7 @@ def find(name: str, data_dir: Path) -> Path:
             bar = _bar() if sys.stderr.isatty() else False
             got = pooch.retrieve(MIRROR + name, f"sha256:{SHA256[name]}", name, temporary, progressbar=bar)
             folders[0].mkdir(parents=True, exist_ok=True)
-            write_file(folders[0] / name, Path(got).read_bytes())
+            write_atomic(folders[0] / name, Path(got).read_bytes())
         return folders[0] / name
     except Exception as error:
         reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} at {MIRROR}"
