@@ -10,42 +10,19 @@ import contextlib
 import copy
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
 from subnet_kernels import ops, reference
 from subnet_kernels.convert import matches
-from subnet_kernels.files import write_atomic
 from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
-
-FORMAT = "subnet-kernels bank"
-VERSION = 1
+from subnet_kernels.storage import BankFiles, Entry, fixed_copy, is_padded, raw
 
 
-@dataclass
-class Entry:
-    """One entry of a bank: a mask (its place among the masks is `index`) or a combination of masks (alphas over names)."""
-
-    index: int | None
-    state: dict[str, Tensor]
-    modules: dict[str, nn.Module]
-    alphas: Tensor | None = None
-    over: tuple[str, ...] = ()
-    scores: dict[str, Tensor] = field(default_factory=dict)
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    facts: dict = field(default_factory=dict)
-    saved: Path | None = None  # its file, where it has been written or read
-
-
-class MaskBank:
+class MaskBank(BankFiles):
     """All tasks' masks over one converted model.
 
     model: a module that `convert` went over. Raises ValueError if it has no masked layer.
@@ -174,7 +151,7 @@ class MaskBank:
         elif bits is not None:
             self._check_bits("commit", bits)
         entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
-        entry.modules = {key: _fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
+        entry.modules = {key: fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
         entry.scores = {key: layer.scores.detach().clone() for key, layer in self._layers.items()} if scores else {}
         entry.tensors = {key: value.detach().clone() for key, value in (tensors or {}).items()}
         if alphas is not None:
@@ -197,7 +174,7 @@ class MaskBank:
                     f"{where}: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)} on {layer.bits.device}, "
                     f"got {given.dtype} of {tuple(given.shape)} on {given.device}"
                 )
-            if not _is_padded(given, n):
+            if not is_padded(given, n):
                 raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
 
     def _append(self, bits: Mapping[str, Tensor]) -> None:
@@ -338,7 +315,7 @@ class MaskBank:
         modules = {}
         for key, module in (entry.modules if entry is not None else self._live[1]).items():
             if entry is not None and in_place:
-                slot = self._heads[key] = self._heads.get(key, _fixed_copy(module)).to(_like(self.model.get_submodule(key)))
+                slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(_like(self.model.get_submodule(key)))
                 pairs = list(zip(_tensors(slot), _tensors(module)))
                 if any(mine.shape != theirs.shape for mine, theirs in pairs):
                     raise ValueError(
@@ -348,7 +325,7 @@ class MaskBank:
                     mine.copy_(theirs)
                 module = slot
             elif entry is not None:
-                module = _fixed_copy(module).to(_like(self.model.get_submodule(key)))
+                module = fixed_copy(module).to(_like(self.model.get_submodule(key)))
             modules[key] = module
         if self._live is None:
             live = {key: value.detach().clone() for key, value in self._state().items()}
@@ -484,7 +461,7 @@ class MaskBank:
                 tensors[key].copy_(value)
         for key, module in entry.modules.items():
             current = dense.get_submodule(key)
-            dense.set_submodule(key, _fixed_copy(module).to(_like(current)).train(current.training))
+            dense.set_submodule(key, fixed_copy(module).to(_like(current)).train(current.training))
         dense.__dict__.pop("subnet_config", None)
         return dense
 
@@ -530,7 +507,7 @@ class MaskBank:
                         f"verify: layer {key!r} must have frozen weights, it has none: another bank took over the model"
                     )
                 now = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
-                moved = int((_raw(now) != _raw(layer.frozen_values)).any(-1).sum()) if now.numel() else 0
+                moved = int((raw(now) != raw(layer.frozen_values)).any(-1).sum()) if now.numel() else 0
                 if moved:
                     raise RuntimeError(f"verify: layer {key!r} must keep its {now.numel()} frozen weights, {moved} of them moved")
         if self._backbone is not None and (now := self._hash()) != self._backbone:
@@ -548,7 +525,7 @@ class MaskBank:
         digest = hashlib.sha256()
         for key, value in fixed:
             digest.update(f"{key} {tuple(value.shape)} {value.dtype}".encode())
-            digest.update(_raw(value.detach()).cpu().numpy().tobytes())
+            digest.update(raw(value.detach()).cpu().numpy().tobytes())
         return digest.hexdigest() if fixed else None
 
     def _trainable(self) -> list[str]:
@@ -562,208 +539,6 @@ class MaskBank:
     def _state(self) -> dict[str, Tensor]:
         tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         return {key: tensors[key] for key in self._state_names}
-
-    # ---------------------------------------------------------------------------------------------------------- on disk
-
-    def save(self, folder: Path | str) -> None:
-        """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
-
-        Raises OSError if the folder cannot be written; what it held before stays valid.
-        """
-        folder = Path(folder).resolve()
-        folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for number, (name, entry) in enumerate(self._entries.items()):
-            if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
-                data = to_safetensors(self._tensors_of(entry))
-                slug, digest = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60], hashlib.sha256(data).hexdigest()[:12]
-                # the content is in the name: a file that an earlier manifest speaks of is never written over with another
-                path = folder / f"{number:05d}-{slug}-{digest}.safetensors"
-                write_atomic(path, data)
-                entry.saved = path
-            kind = "mask" if entry.index is not None else "combination"
-            rows.append({"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
-        manifest = {
-            "format": FORMAT,
-            "version": VERSION,
-            "torch": torch.__version__,
-            "layers": {
-                key: {
-                    "shape": list(layer.weight.shape),
-                    "dtype": str(layer.weight.dtype).removeprefix("torch."),
-                    "density": layer.density,
-                    "trains": layer.train_weight,
-                }
-                for key, layer in self._layers.items()
-            },
-            "state": self._state_names,
-            "per_task": self._per_task,
-            "backbone_sha256": self._backbone,
-            "entries": rows,
-        }
-        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
-
-    def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
-        """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
-        tensors = {f"state/{key}": value for key, value in entry.state.items()}
-        tensors |= {f"scores/{key}": value for key, value in entry.scores.items()}
-        tensors |= {f"tensors/{key}": value for key, value in entry.tensors.items()}
-        tensors |= {f"per_task/{m}/{k}": v for m, module in entry.modules.items() for k, v in module.state_dict().items()}
-        if entry.alphas is not None:
-            tensors["alphas"] = entry.alphas
-        else:
-            owned = self._owned_before(entry.index)
-            for key, bits in self._bits_of(entry).items():
-                tensors[f"bits/{key}"] = bits
-                if self._layers[key].train_weight:
-                    weight = self._layers[key].weight.detach()
-                    tensors[f"values/{key}"] = weight[ops.unpack(bits & ~owned[key], weight.shape)]
-        return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
-
-    def _owned_before(self, index: int) -> dict[str, Tensor]:
-        """Packed bits that the first `index` masks own, from those of the last call on."""
-        start, owned = self._prefix
-        if start > index or not owned:
-            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
-        for name in self.masks[start:index]:
-            for key, bits in self.bits(name).items():
-                ops.union_(owned[key], bits)
-        self._prefix = (index, owned)
-        return owned
-
-    @classmethod
-    def load(cls, folder: Path | str, model: nn.Module, *, restore: bool = False) -> MaskBank:
-        """Read a bank over a converted model.
-
-        The model's weights must be those that the masks were learnt on; with restore=True the weights that the bank owns are written into
-        the model instead. Raises ValueError in one sentence if a file is missing, damaged or does not fit the model.
-        """
-        bank = cls(model)
-        bank.read(folder, restore=restore)
-        return bank
-
-    def read(self, folder: Path | str, names: Sequence[str] | None = None, *, restore: bool = False) -> None:
-        """Add the entries of a folder to this bank, which must be empty; names: the first ones, in order (default all). As `load`."""
-        if self._entries:
-            raise ValueError(f"read: the bank must be empty, it has {len(self)} entries")
-        folder = Path(folder).resolve()
-        manifest = _read_manifest(folder)
-        rows = manifest["entries"] if names is None else manifest["entries"][: len(names)]
-        if names is not None and [row["name"] for row in rows] != list(names):
-            raise ValueError(
-                f"read: {folder} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
-            )
-        self.activate(None)
-        self._fit(folder / "manifest.json", manifest)
-        found, masks, writes = {}, [], []
-        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
-        for row in rows:
-            path = folder / row["file"]
-            tensors = _read_tensors(path)
-            found[row["name"]] = entry = self._entry(path, row, tensors)
-            if row["kind"] == "combination":
-                entry.alphas = self._alphas(path, tensors, len(entry.over))
-                continue
-            bits, entry.index = self._mask(path, tensors), len(masks)
-            masks.append(bits)
-            writes += self._values(path, tensors, bits, owned, restore)
-        backbone = manifest["backbone_sha256"] if masks else None
-        if backbone is not None and (now := self._hash()) != backbone:
-            raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
-        for layer, new, values in writes:  # all is checked: from here on the model may change
-            ops.restore_([layer.weight], [new], [values])
-        self._entries, self._backbone = found, backbone
-        for bits in masks:
-            self._append(bits)
-        if masks:
-            self._freeze()
-        refresh(self.layers())
-
-    def _fit(self, path: Path, manifest: Mapping) -> None:
-        """Check a manifest against the model, and take over what a task's state is."""
-        shapes = {key: [*layer.weight.shape] for key, layer in self._layers.items()}
-        stored = {key: value["shape"] for key, value in manifest["layers"].items()}
-        if shapes != stored:
-            wrong = next(key for key in [*shapes, *stored] if shapes.get(key) != stored.get(key))
-            raise ValueError(
-                f"load: layer {wrong!r} must have shape {stored.get(wrong)} as in {path}, the model's has {shapes.get(wrong)}"
-            )
-        for key, layer in self._layers.items():
-            if layer.train_weight != manifest["layers"][key]["trains"]:
-                raise ValueError(
-                    f"load: layer {key!r} must be converted with train_weights={not layer.train_weight} as in {path}"
-                )
-        if sorted(manifest["per_task"]) != sorted(self._per_task):
-            raise ValueError(f"load: per_task must be {manifest['per_task']} as in {path}, the model's is {self._per_task}")
-        tensors = {*dict(self.model.named_parameters()), *dict(self.model.named_buffers())}
-        missing = [key for key in manifest["state"] if key not in tensors]
-        if missing:
-            raise ValueError(f"load: the model must have {missing[0]!r}, a part of the task state in {path}")
-        self._state_names = list(manifest["state"])
-        self._initial = {key: value.detach().clone() for key, value in self._state().items()}
-
-    def _entry(self, path: Path, row: Mapping, tensors: Mapping[str, Tensor]) -> Entry:
-        """The entry of a manifest's row and its file, without mask or alphas."""
-
-        def group(prefix: str) -> dict[str, Tensor]:
-            return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-
-        device = self.layers()[0].weight.device
-        state, scores, modules = group("state/"), group("scores/"), {}
-        for what, stored, mine in (
-            ("task state", state, self._state()),
-            ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
-        ):
-            for key in sorted({*stored, *mine}):
-                if key not in mine or key not in stored or _kind(mine[key]) != _kind(stored[key]):
-                    expected, got = (_kind(t[key]) if key in t else "nothing" for t in (mine, stored))
-                    raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
-        for key in self._per_task:
-            modules[key] = _from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
-        state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
-        return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
-
-    def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
-        alphas = tensors.get("alphas")
-        if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
-            got = "nothing" if alphas is None else _kind(alphas)
-            raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
-        return alphas.to(self.layers()[0].weight.device)
-
-    def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        masks = {}
-        for key, layer in self._layers.items():
-            bits, n = tensors.get(f"bits/{key}"), layer.weight.numel()
-            if bits is None or bits.dtype != torch.uint8 or bits.shape != layer.bits.shape:
-                raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
-            if not _is_padded(bits, n):
-                raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
-            masks[key] = bits.to(layer.weight.device)
-        return masks
-
-    def _values(
-        self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
-    ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
-        """Check the values of weights that a mask is the first to own; returns what is to be written. Adds the mask to owned."""
-        writes = []
-        for key, layer in self._layers.items():
-            new = bits[key] & ~owned[key]
-            ops.union_(owned[key], bits[key])
-            if not layer.train_weight:
-                continue
-            values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
-            if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
-                raise ValueError(
-                    f"load: {path} must hold the {expected} {layer.weight.dtype} values that layer {key!r} owns by it"
-                )
-            values = values.to(layer.weight.device)
-            if restore:
-                writes.append((layer, new, values))
-            elif not torch.equal(_raw(layer.weight.detach()[ops.unpack(new, layer.weight.shape)]), _raw(values)):
-                raise ValueError(
-                    f"load: the model's weights in layer {key!r} must be those that {path} was learnt on, they differ"
-                )
-        return writes
 
 
 class TaskView(nn.Module):
@@ -803,34 +578,13 @@ class TaskView(nn.Module):
 _DENSE = torch.contiguous_format
 
 
-def _is_padded(bits: Tensor, n: int) -> bool:
-    """Whether packed bits are zero after those of n weights."""
-    tail = bits[n // 8 :].clone()
-    if n % 8:
-        tail[0] >>= n % 8
-    return not bool(tail.any())
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def _tensors(module: nn.Module) -> list[Tensor]:
     return list(module.state_dict(keep_vars=True).values())
-
-
-def _raw(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor, a row an element, so that comparison is of bits and NaN equals itself."""
-    return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
 
 
 def _like(module: nn.Module) -> Tensor:
     """A tensor whose device and floating dtype are the module's."""
     return next((t for t in _tensors(module) if t.is_floating_point()), torch.empty(0))
-
-
-def _fixed_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
 
 
 def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
@@ -845,24 +599,6 @@ def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
     return new
-
-
-def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
-    """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
-    module = _fixed_copy(template)
-    mine = module.state_dict()
-    if set(mine) != set(state):
-        raise ValueError(f"load: {path} must hold {', '.join(mine)} of module {name!r}, got {', '.join(state) or 'nothing'}")
-    if type(module) is nn.Linear and state["weight"].dim() == 2:
-        outputs = state["weight"].shape[0]
-        for key, value in list(module.named_parameters()):
-            setattr(module, key, nn.Parameter(value.new_empty((outputs, *value.shape[1:])), requires_grad=False))
-        module.out_features, mine = outputs, module.state_dict()
-    for key, value in mine.items():
-        if _kind(value) != _kind(state[key]):
-            raise ValueError(f"load: {path} must hold {_kind(value)} as {key!r} of module {name!r}, got {_kind(state[key])}")
-    module.load_state_dict(state)
-    return module
 
 
 def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
@@ -885,51 +621,3 @@ def _columns(layer: SubnetConv2d, x: Tensor) -> Tensor:
         mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
         x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), 0
     return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)
-
-
-def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-            raise ValueError(f"load: {path} must have a proper {key!r} in its manifest, got {row!r:.80}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"load: {path} must be a readable safetensors file: {' '.join(str(error).split())}") from None
-
-
-def _read_manifest(folder: Path) -> dict:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r:.80}")
-    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), entries=list)
-    for layer in manifest["layers"].values():
-        _need(path, layer, shape=list, trains=bool)
-    masks: set[str] = set()
-    names: set[str] = set()
-    for row in manifest["entries"]:
-        _need(path, row, name=str, file=str, kind=str, over=list, facts=dict)
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.safetensors", row["file"]):
-            raise ValueError(f"load: {path} must name its entries' files plainly and without folders, got {row['file']!r:.80}")
-        if row["name"] in names or row["kind"] not in ("mask", "combination"):
-            raise ValueError(
-                f"load: {path} must hold masks and combinations of different names, got {row['kind']!r} {row['name']!r:.80}"
-            )
-        combines = row["kind"] == "combination"
-        if combines != bool(row["over"]) or any(not isinstance(name, str) or name not in masks for name in row["over"]):
-            raise ValueError(f"load: {path} must combine masks that come earlier in it, {row['name']!r:.80} does not")
-        names.add(row["name"])
-        if row["kind"] == "mask":
-            masks.add(row["name"])
-    if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
-        raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
-    return manifest

@@ -12,8 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import subnet_kernels as sk
-from subnet_kernels import bank as bank_module
-from subnet_kernels import reference
+from subnet_kernels import reference, storage
 
 
 class Net(nn.Module):
@@ -883,7 +882,7 @@ def test_a_crash_while_saving_leaves_the_old_bank(tmp_path, monkeypatch, moment)
     bank.begin(scores="init", per_task={"fc": 7})
     learn(model, 6)
     bank.commit("task 1")
-    original, replace = bank_module.write_atomic, os.replace
+    original, replace = storage.write_atomic, os.replace
 
     def crash(path, data):
         if path.name == "manifest.json":
@@ -893,10 +892,10 @@ def test_a_crash_while_saving_leaves_the_old_bank(tmp_path, monkeypatch, moment)
             raise KeyboardInterrupt
         original(path, data)
 
-    monkeypatch.setattr(bank_module, "write_atomic", crash)
+    monkeypatch.setattr(storage, "write_atomic", crash)
     with pytest.raises(KeyboardInterrupt):
         bank.save(tmp_path)
-    monkeypatch.setattr(bank_module, "write_atomic", original)
+    monkeypatch.setattr(storage, "write_atomic", original)
     monkeypatch.setattr(os, "replace", replace)
     old = net()
     old.load_state_dict(model.state_dict() | {"fc.weight": old.fc.weight, "fc.bias": old.fc.bias})
