@@ -26,7 +26,7 @@ RUNS: list[tuple[str, str, dict[str, Any]]] = [  # method, benchmark, settings o
     ("impresslearn", "permuted-mnist-mini", {}),
     ("supsup", "permuted-mnist-mini", {}),
     ("wsn", "permuted-mnist-mini", {}),
-    ("finetune", "permuted-mnist-mini", {"epochs": 5}),
+    ("finetune", "permuted-mnist-mini", {}),
 ]
 SHOWN = ("acc", "bwt", "task_inference", "used_fraction", "measured_cap", "seconds")
 WORKERS = 2  # runs side by side, one thread each: the networks are too small to share
