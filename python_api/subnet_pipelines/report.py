@@ -291,8 +291,9 @@ def _curves(axes: Any, values: list[list[float]]) -> None:
 
 
 def _finals(axes: Any, results: list[Result]) -> None:
+    several = len({result.benchmark for result in results}) > 1
     for result in results:
-        label = f"{result.method} {result.scenario}, seed {result.seed}"
+        label = name_of(result) if several else f"{result.method} {result.scenario}, seed {result.seed}"
         axes.plot([float("nan") if v is None else v for v in result.final], marker=".", label=label)
     axes.legend(fontsize=7)
 
