@@ -347,6 +347,7 @@ def init_scores_(scores: Tensor) -> Tensor:
 _LAYERS: weakref.WeakSet = weakref.WeakSet()
 _GENERATION = 0  # moves when what is cached below may have changed: a layer, its parameters, its live tensors, its rule
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
+_refusing = False  # whether `_refuse_fused` is in place: steps of processes that never fuse do not pay for it
 _SECONDS = 0.0  # host time spent in refreshing
 _PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (generation, parameters, layers, calls)
 
@@ -395,9 +396,6 @@ def set_fused(layers: Iterable[SubnetLayer], fused: bool) -> None:
     if fused and not _refusing:
         _refusing = True
         register_optimizer_step_pre_hook(_refuse_fused)
-
-
-_refusing = False  # whether the hook below is in place: steps of processes that never fuse do not pay for it
 
 
 def _refuse_fused(optimizer: Optimizer, *_) -> None:

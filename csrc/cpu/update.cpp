@@ -7,7 +7,7 @@
 // order nor the threads change a bit of the result.
 //
 // A weight and its scores may come as a pair with one gradient, that of the effective weight. Their own gradients are then made
-// tile by tile: the scores are stepped first, because theirs needs the weight as it was.
+// tile by tile, a run of tiles of the scores before the same of the weight: theirs needs the weight as it was.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -23,7 +23,7 @@
 namespace {
 
 constexpr int kMaxDims = 64;
-constexpr int64_t kAhead = 16;  // tiles that scores are stepped ahead of their weight: long enough runs for the prefetcher
+constexpr int64_t kAhead = 64;  // tiles that scores are stepped ahead of their weight: long enough runs for the prefetcher
 
 // The order in which a parameter is walked, and how far apart its elements are.
 struct Walk {
