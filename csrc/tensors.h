@@ -62,3 +62,9 @@ int64_t ones(const uint8_t* bits, int64_t n);
 // Kernel of apply for elements of that many bytes: out[i] = open ? weight[i] : 0 for n weights (apply.cpp).
 using ApplyKernel = void (*)(const uint8_t* weight, const uint8_t* bits, uint8_t* out, int64_t n);
 ApplyKernel apply_kernel(size_t element);
+
+// Kernel of the scores' straight-through gradient: out[i] = grad[i] * weight[i], times the sign of the score for magnitude keys
+// (apply.cpp).
+using ScoreGradKernel = void (*)(const float* grad, const float* weight, const float* scores, float* out, int64_t n,
+                                 bool magnitude);
+ScoreGradKernel score_grad_kernel();

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
-from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
+from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from subnet_kernels import ops, reference
 from subnet_kernels.ops._checks import BY, TIES, choice
@@ -96,12 +96,46 @@ class EagerLiveWeight(torch.autograd.Function):
     backward = LiveWeight.backward
 
 
+class FusedWeight(torch.autograd.Function):
+    """The materialised effective weight whose gradient goes on as it is, to the weight where it learns, else to the scores.
+
+    The optimizer's step makes both gradients of it (``fuse_ste``).
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, scores, w_eff):
+        return w_eff.detach()  # an alias, as `LiveWeight`'s
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        need_weight, need_scores, _ = ctx.needs_input_grad
+        return grad if need_weight else None, grad if need_scores and not need_weight else None, None
+
+
+class EagerFusedWeight(torch.autograd.Function):
+    """`FusedWeight` without `setup_context`, as `EagerLiveWeight`."""
+
+    @staticmethod
+    def forward(ctx, weight, scores, w_eff):
+        return w_eff.detach()
+
+    backward = FusedWeight.backward
+
+
 class SubnetLayer:
     """What masked layers have in common; mixed into a dense layer class that has a ``weight``.
 
     scores: Parameter like weight; bits: uint8 packed live mask; w_eff: the live effective weight, contiguous; frozen: packed bits of
     weights that may not move, or None; frozen_values: their values, compact, in logical order.
     """
+
+    _fused = False  # whether an optimizer makes the gradients of weight and scores in its step (`set_fused`)
 
     def install(self, rule: Rule, scores: Tensor | None = None) -> None:
         """Turn a constructed dense layer into a masked one: adds scores (drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) unless given)."""
@@ -128,6 +162,7 @@ class SubnetLayer:
         del self._parameters["scores"]
         for name in _INSTALLED:
             del self.__dict__[name]
+        self.__dict__.pop("_fused", None)
         self.__class__ = next(dense for dense, masked in DENSE.items() if masked is type(self))
         _changed()
 
@@ -188,6 +223,9 @@ class SubnetLayer:
             return self._stateless(weight, scores)
         elif self._seen != (scores._version, weight._version):
             refresh([self])
+        if self._fused:
+            function = FusedWeight if compiling or torch._C._are_functorch_transforms_active() else EagerFusedWeight
+            return function.apply(weight, scores, self.w_eff)
         if compiling or torch._C._are_functorch_transforms_active():
             return LiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.key)
         return EagerLiveWeight.apply(weight, scores, self.w_eff, self.bits, self.frozen, self.key)
@@ -195,6 +233,8 @@ class SubnetLayer:
     def _stateless(self, weight: Tensor, scores: Tensor) -> Tensor:
         """Selection from tensors that are not this layer's parameters: functional_call, func.grad, vmap. No live tensor is touched."""
         rule = self.rule
+        if self._fused and not torch.compiler.is_compiling() and (weight.grad_fn or scores.grad_fn):
+            raise RuntimeError("a weight or scores computed from parameters cannot learn under an optimizer with fuse_ste")
         if rule.select == "topk":
             return SubnetWeight.apply(weight, scores, self.frozen, self.k, rule.by, rule.ties)[0]
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
@@ -230,6 +270,7 @@ class SubnetLayer:
     def __getstate__(self):
         state = self.__dict__.copy()
         del state["_own"]
+        state.pop("_fused", None)  # a copy is no optimizer's yet
         state["_seen"] = state["_trace"] = None
         if self._mix is not None:  # alphas may lie in a graph, which cannot be copied
             bank, alphas, *rest = self._mix
@@ -306,6 +347,7 @@ def init_scores_(scores: Tensor) -> Tensor:
 _LAYERS: weakref.WeakSet = weakref.WeakSet()
 _GENERATION = 0  # moves when what is cached below may have changed: a layer, its parameters, its live tensors, its rule
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
+_refusing = False  # whether `_refuse_fused` is in place: steps of processes that never fuse do not pay for it
 _SECONDS = 0.0  # host time spent in refreshing
 _PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (generation, parameters, layers, calls)
 
@@ -332,6 +374,40 @@ def frozen_bits(params: Sequence[Tensor]) -> list[Tensor | None]:
         layer = ref() if ref is not None else None
         found.append(layer.frozen if layer is not None and layer.weight is p else None)
     return found
+
+
+def layers_of(optimizer: Optimizer) -> list[SubnetLayer]:
+    """The masked layers whose scores or weight an optimizer owns."""
+    return _plan_of(optimizer)[2]
+
+
+def generation() -> int:
+    """A number that moves when layers, their parameters, live tensors or rules may have changed."""
+    return _GENERATION
+
+
+def set_fused(layers: Iterable[SubnetLayer], fused: bool) -> None:
+    """Say whether an optimizer's step makes the gradients of these layers' weights and scores from that of the effective weight."""
+    global _refusing
+    for layer in layers:
+        if layer._fused is not fused:
+            layer._fused = fused
+            _changed()
+    if fused and not _refusing:
+        _refusing = True
+        register_optimizer_step_pre_hook(_refuse_fused)
+
+
+def _refuse_fused(optimizer: Optimizer, *_) -> None:
+    """An optimizer that knows nothing of `set_fused` would take the gradient of the effective weight for the weight's."""
+    if getattr(optimizer, "fuse_ste", False):
+        return
+    fused = [layer for layer in layers_of(optimizer) if layer._fused]
+    if fused:
+        set_fused(fused, False)
+        raise RuntimeError(
+            "these gradients were made for an optimizer with fuse_ste: clear them and compute them anew for this one, which has not"
+        )
 
 
 def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:

@@ -4,6 +4,10 @@
 ``GradScaler`` and checkpoints work as ever; each group's step is one call of a multi-tensor kernel. What is frozen is asked of the
 masked layers at every step. ``foreach``, ``fused`` and ``capturable`` are accepted and make no difference. `freeze` gives the same
 promise to any other optimizer, at the price of copies.
+
+With ``fuse_ste=True`` the gradients of weights and scores are made inside the step. Backward then leaves one gradient a layer, that of
+the effective weight G, in ``weight.grad`` where the weight learns, else in ``scores.grad``; clipping, logging and hooks see G. The
+mask, the weight and the scores that enter are those at the step. The optimizer made last for a layer decides how it learns.
 """
 
 from __future__ import annotations
@@ -16,7 +20,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from subnet_kernels import ops
-from subnet_kernels.layers import frozen_bits
+from subnet_kernels.layers import frozen_bits, generation, layers_of, set_fused
+from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 
 __all__ = ["SGD", "Adam", "AdamW", "RMSprop", "freeze"]
@@ -29,9 +34,23 @@ class _Plan(NamedTuple):
     states: list[dict]
     stateful: bool
     one_device: bool
+    pairs: tuple = ()  # what the kernels take at the end for weights and scores with one gradient; nothing where there are none
 
     def serves(self, params: list[Tensor], stateful: bool) -> bool:
         return self.stateful is stateful and len(self.params) == len(params) and all(map(is_, self.params, params))
+
+
+class _Fusion(NamedTuple):
+    """Whose gradients are made in the step: found anew when layers or parameters change."""
+
+    generation: int
+    count: int  # parameters
+    sources: dict[int, list[Tensor]]  # group's id -> for each parameter the one whose .grad holds its gradient, or G
+    empty: list[Tensor]  # scores whose gradient is their weight's: theirs must be None
+    inside: list[tuple]  # (weight, scores, weight learns, layer): the kernels make the gradients
+    before: list[tuple]  # the same: straight_through makes them before the kernels
+    learning: list[tuple]  # (weight, scores, and whether each learns) of all fused layers
+    plans: dict[int, _Plan]
 
 
 class _OneCall:
@@ -39,6 +58,14 @@ class _OneCall:
 
     leaves_frozen = True  # the layers need not put frozen weights back after a step
     _step_supports_amp_scaling = True
+    fuse_ste = False  # not in param_groups, so that state_dicts load into torch's optimizers
+
+    def __init__(self, *args, fuse_ste: bool = False, **kwargs):
+        if not isinstance(fuse_ste, bool):
+            raise ValueError(f"{type(self).__name__}: fuse_ste must be True or False, got {fuse_ste!r}")
+        super().__init__(*args, **kwargs)
+        self.fuse_ste = fuse_ste
+        set_fused(layers_of(self), fuse_ste)
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)
@@ -47,6 +74,8 @@ class _OneCall:
         except ValueError:
             del self.param_groups[-1]
             raise
+        if "fuse_ste" in self.__dict__:  # not from within the constructor
+            set_fused(layers_of(self), self.fuse_ste)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -91,9 +120,22 @@ class _OneCall:
                 loss = closure()
         scaling = self.__dict__.get("grad_scale"), self.__dict__.get("found_inf")  # GradScaler puts them there
         plans = self._plans()
+        fusion = self._fusion() if self.fuse_ste else None
+        made = {}
+        if fusion is not None:
+            if fusion.plans is not plans:
+                plans.clear()
+                fusion = self._fused = fusion._replace(plans=plans)
+            if fusion.before:
+                made = self._made_before(fusion)
         for group in self.param_groups:
             params = group["params"]
-            grads = [p.grad for p in params]
+            if fusion is None:
+                grads = [p.grad for p in params]
+            else:
+                grads = [p.grad for p in fusion.sources[id(group)]]
+                if made:
+                    grads = [made.get(id(p), grad) for p, grad in zip(params, grads)]
             for grad in grads:
                 if grad is None:  # most often none is, and then nothing is built anew
                     params = [p for p, g in zip(params, grads) if g is not None]
@@ -103,15 +145,16 @@ class _OneCall:
                 continue
             plan = plans.get(id(group))
             if plan is None or not plan.serves(params, self._keeps_state(group)):
-                plan = plans[id(group)] = self._plan(group, params, grads)
+                plan = plans[id(group)] = self._plan(group, params, grads, fusion)
             if plan.one_device:
                 rate = self._rate(group, params[0].device)
-                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling)
+                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling, plan.pairs)
                 continue
+            grads = _apart(params, grads, plan.pairs)
             for device in sorted({p.device for p in params}, key=str):
                 some, theirs, states = zip(*(row for row in zip(params, grads, plan.states) if row[0].device == device))
                 rate = self._rate(group, device)
-                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling)
+                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling, ())
         return loss
 
     def _keeps_state(self, group: dict) -> bool:
@@ -127,13 +170,83 @@ class _OneCall:
         self._known = self.state, list(self.state.values()), {}
         return self._known[2]
 
-    def _plan(self, group: dict, params: list[Tensor], grads: list[Tensor]) -> _Plan:
+    def _fusion(self) -> _Fusion | None:
+        """What is fused at this step; None where nothing is."""
+        known = self.__dict__.get("_fused")
+        count = 0
+        for group in self.param_groups:
+            count += len(group["params"])
+        if known is None or known.generation != generation() or known.count != count or self._is_stale(known):
+            known = self._fused = self._fuse(count)
+        for scores in known.empty:
+            if scores.grad is not None:
+                raise RuntimeError(
+                    f"{type(self).__name__}: under fuse_ste a layer has one gradient, its weight's, and these scores have their own: "
+                    "set it to None"
+                )
+        return known
+
+    def _is_stale(self, known: _Fusion) -> bool:
+        for weight, scores, weight_learns, scores_learn in known.learning:
+            if weight.requires_grad is not weight_learns or scores.requires_grad is not scores_learn:
+                return True
+        return False
+
+    def _fuse(self, count: int) -> _Fusion:
+        name = type(self).__name__
+        group_of = {id(p): id(group) for group in self.param_groups for p in group["params"]}
+        source, empty, inside, before, learning = {}, [], [], [], []
+        for layer in layers_of(self):
+            weight, scores = layer._own
+            if not layer._fused:
+                continue
+            learning.append((weight, scores, weight.requires_grad, scores.requires_grad))
+            if not (weight.requires_grad or scores.requires_grad):
+                continue
+            if layer.weight is not weight or layer.scores is not scores:
+                raise RuntimeError(
+                    f"{name}: under fuse_ste weights and scores must be whole tensors, these are sharded or replaced"
+                )
+            learns = weight.requires_grad
+            if not scores.requires_grad or id(scores) not in group_of or (learns and id(weight) not in group_of):
+                raise ValueError(
+                    f"{name}: fuse_ste needs a layer's weight and scores in one optimizer where both learn, and its scores in any "
+                    "case: without the other neither has a gradient"
+                )
+            plain = all(t.dtype == torch.float32 and t.is_contiguous() for t in (weight, scores))
+            together = not learns or group_of[id(weight)] == group_of[id(scores)]
+            (inside if plain and together else before).append((weight, scores, learns, layer))
+            if learns:
+                source[id(scores)] = weight
+                empty.append(scores)
+        sources = {id(group): [source.get(id(p), p) for p in group["params"]] for group in self.param_groups}
+        return _Fusion(generation(), count, sources, empty, inside, before, learning, {})
+
+    @torch.no_grad()
+    def _made_before(self, fusion: _Fusion) -> dict[int, Tensor]:
+        """The gradients, by parameter, of layers whose dtype, strides or groups the kernels do not take as a pair."""
+        made = {}
+        for weight, scores, learns, layer in fusion.before:
+            grad = (weight if learns else scores).grad
+            if grad is not None:
+                of = straight_through(grad, weight, scores, layer.bits, layer.frozen, layer.key, learns, True)
+                made[id(scores)] = of[1]
+                if learns:
+                    made[id(weight)] = of[0]
+        return made
+
+    def _plan(self, group: dict, params: list[Tensor], grads: list[Tensor], fusion: _Fusion | None) -> _Plan:
         for grad in grads:
             if grad.layout is not torch.strided:
                 raise ValueError(f"{type(self).__name__}: gradients must be dense, got one of layout {grad.layout}")
         stateful = self._keeps_state(group)
         states = [self.state[p] if stateful else {} for p in params]
-        return _Plan(list(params), states, stateful, len({p.device for p in params}) == 1)
+        pairs, beside, at = [], [], {id(p): i for i, p in enumerate(params)}
+        for weight, scores, learns, layer in fusion.inside if fusion is not None else ():
+            if id(scores) in at:
+                pairs += [at[id(scores)], at[id(weight)] if learns else -1, int(layer.key == "magnitude")]
+                beside.append(layer.bits if learns else weight)
+        return _Plan(list(params), states, stateful, len({p.device for p in params}) == 1, (pairs, beside) if pairs else ())
 
     def _rate(self, group: dict, device: torch.device) -> Tensor:
         """The group's learning rate as a 0-dim tensor; one of a float is kept until the float changes."""
@@ -156,8 +269,23 @@ class _OneCall:
                     state[name] = torch.zeros_like(p, memory_format=torch.preserve_format)
         return [[state[name] for state in states] for name in (*names, "step")]
 
-    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         raise NotImplementedError
+
+
+@torch.no_grad()
+def _apart(params: list[Tensor], grads: list[Tensor], pairs: tuple) -> list[Tensor]:
+    """Each parameter's own gradient, for calls that do not hold both of a pair."""
+    grads = list(grads)
+    for k, other in enumerate(pairs[1] if pairs else ()):
+        scores, weight, magnitude = pairs[0][3 * k : 3 * k + 3]
+        by, learns = "magnitude" if magnitude else "value", weight >= 0
+        bits = other if learns else ops.pack(torch.ones_like(other, dtype=torch.bool))  # not read
+        of = straight_through(grads[scores], params[weight] if learns else other, params[scores], bits, None, by, learns, True)
+        grads[scores] = of[1]
+        if learns:
+            grads[weight] = of[0]
+    return grads
 
 
 def _call(op, written: list[Tensor], *args) -> None:
@@ -175,13 +303,15 @@ class SGD(_OneCall, torch.optim.SGD):
     def _keeps_state(self, group: dict) -> bool:
         return group["momentum"] != 0
 
-    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         momentum = group["momentum"]
         options = momentum, group["dampening"], group["weight_decay"], group["nesterov"], group["maximize"]
         if momentum == 0:
-            return _call(update_sgd_, params, params, grads, [], frozen, lr, grad_scale, found_inf, *options, False)
+            return _call(update_sgd_, params, params, grads, [], frozen, lr, grad_scale, found_inf, *options, False, *pairs)
         buffers = [state.get("momentum_buffer") for state in states]
         new = [i for i, buffer in enumerate(buffers) if buffer is None]
+        if new and pairs and len(new) < len(params):
+            grads, pairs = _apart(params, grads, pairs), ()
         for first, some in ((True, new), (False, [i for i in range(len(params)) if buffers[i] is not None] if new else None)):
             if some is None:
                 of = params, grads, buffers, frozen
@@ -191,7 +321,7 @@ class SGD(_OneCall, torch.optim.SGD):
                 of = tuple([values[i] for i in some] for values in (params, grads, buffers, frozen))
             else:
                 continue
-            _call(update_sgd_, of[0] + of[2], *of, lr, grad_scale, found_inf, *options, first)
+            _call(update_sgd_, of[0] + of[2], *of, lr, grad_scale, found_inf, *options, first, *pairs)
         if new and not (found_inf is not None and found_inf.item()):
             for i in new:
                 states[i]["momentum_buffer"] = buffers[i]
@@ -200,7 +330,7 @@ class SGD(_OneCall, torch.optim.SGD):
 class RMSprop(_OneCall, torch.optim.RMSprop):
     """``torch.optim.RMSprop`` that leaves frozen weights and their state bit-identical; arguments as there."""
 
-    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         momentum, centered = group["momentum"], group["centered"]
         names = ("square_avg", *(("grad_avg",) if centered else ()), *(("momentum_buffer",) if momentum > 0 else ()))
         *lists, steps = self._lists(params, states, names)
@@ -209,14 +339,14 @@ class RMSprop(_OneCall, torch.optim.RMSprop):
         _call(
             update_rmsprop_, params + square_avgs + grad_avgs + buffers + steps,
             params, grads, square_avgs, grad_avgs, buffers, steps, frozen, lr, grad_scale, found_inf,
-            group["alpha"], group["eps"], group["weight_decay"], momentum, centered, group["maximize"],
+            group["alpha"], group["eps"], group["weight_decay"], momentum, centered, group["maximize"], *pairs,
         )  # fmt: skip
 
 
 class Adam(_OneCall, torch.optim.Adam):
     """``torch.optim.Adam`` that leaves frozen weights and their state bit-identical; arguments as there."""
 
-    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf) -> None:
+    def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         amsgrad, (beta1, beta2) = group["amsgrad"], group["betas"]
         if amsgrad:
             means, squares, largest, steps = self._lists(params, states, ("exp_avg", "exp_avg_sq", "max_exp_avg_sq"))
@@ -226,6 +356,7 @@ class Adam(_OneCall, torch.optim.Adam):
             update_adam_, params + means + squares + largest + steps,
             params, grads, means, squares, largest, steps, frozen, lr, grad_scale, found_inf,
             beta1, beta2, group["eps"], group["weight_decay"], amsgrad, group["maximize"], group["decoupled_weight_decay"],
+            *pairs,
         )  # fmt: skip
 
 

@@ -335,6 +335,28 @@ def _overflowed(found_inf: Tensor | None) -> bool:
     return found_inf is not None and bool(found_inf.item() != 0)
 
 
+def paired_gradients(
+    params: Sequence[Tensor], grads: Sequence[Tensor], pairs: Sequence[int], beside: Sequence[Tensor] | None
+) -> list[Tensor]:
+    """Each parameter's own gradient where a weight and its scores come with one, G, that of the effective weight.
+
+    pairs: three numbers each: the index of the scores in params, that of the weight, or -1 where it does not learn, and 1 where the
+    scores are compared by magnitude; beside: for each pair the weight's live bits, or the weight that does not learn.
+    """
+    grads = list(grads)
+    for k, other in enumerate(beside or ()):
+        scores, weight, magnitude = pairs[3 * k : 3 * k + 3]
+        learns = weight >= 0
+        rule = other.new_empty(0, dtype=torch.uint8), None, "magnitude" if magnitude else "value"
+        if learns:
+            rule = other, *rule[1:]
+        of = straight_through(grads[scores], params[weight] if learns else other, params[scores], *rule, need_weight=learns)
+        grads[scores] = of[1]
+        if learns:
+            grads[weight] = of[0]
+    return grads
+
+
 @torch.no_grad()
 def update_sgd_(
     params: Sequence[Tensor],
@@ -350,15 +372,18 @@ def update_sgd_(
     nesterov: bool,
     maximize: bool,
     first_step: bool,
+    pairs: Sequence[int] = (),
+    beside: Sequence[Tensor] | None = None,
 ) -> None:
     """One step of ``torch.optim.SGD`` that leaves frozen weights and their momentum bit-identical.
 
     params, grads: float, equal shapes in pairs; momentum_buffers: like params, or an empty list without momentum; frozen: bits or
     None each; lr, grad_scale, found_inf: 0-dim; first_step: the buffer becomes the gradient itself. With found_inf != 0 nothing
-    changes. Only what is neither frozen nor skipped is written.
+    changes. Only what is neither frozen nor skipped is written. pairs, beside: as `paired_gradients`.
     """
     if _overflowed(found_inf):
         return
+    grads = paired_gradients(params, grads, pairs, beside)
     for i, (p, g) in enumerate(zip(params, grads)):
         live = _live(p, frozen[i])
         g = _incoming(g, p, grad_scale, maximize)
@@ -389,6 +414,8 @@ def update_rmsprop_(
     momentum: float,
     centered: bool,
     maximize: bool,
+    pairs: Sequence[int] = (),
+    beside: Sequence[Tensor] | None = None,
 ) -> None:
     """One step of ``torch.optim.RMSprop`` that leaves frozen weights and their state bit-identical.
 
@@ -397,6 +424,7 @@ def update_rmsprop_(
     """
     if _overflowed(found_inf):
         return
+    grads = paired_gradients(params, grads, pairs, beside)
     for i, (p, g) in enumerate(zip(params, grads)):
         steps[i].add_(1)
         live = _live(p, frozen[i])
@@ -437,6 +465,8 @@ def update_adam_(
     amsgrad: bool,
     maximize: bool,
     decoupled: bool,
+    pairs: Sequence[int] = (),
+    beside: Sequence[Tensor] | None = None,
 ) -> None:
     """One step of ``torch.optim.Adam`` (``AdamW`` where decoupled) that leaves frozen weights and their state bit-identical.
 
@@ -445,6 +475,7 @@ def update_adam_(
     """
     if _overflowed(found_inf):
         return
+    grads = paired_gradients(params, grads, pairs, beside)
     rate = lr.double()
     for i, (p, g) in enumerate(zip(params, grads)):
         steps[i].add_(1)

@@ -7,6 +7,7 @@ import torch
 SCHEMA_TO_CPP = {
     "Tensor": "Tensor",
     "Optional[Tensor]": "std::optional<Tensor>",
+    "Optional[List[Tensor]]": "std::optional<std::vector<Tensor>>",
     "List[Tensor]": "std::vector<Tensor>",
     "List[Optional[Tensor]]": "std::vector<std::optional<Tensor>>",
     "int": "int64_t",

@@ -368,3 +368,231 @@ def test_step_compiles_without_a_graph_break():
     step()
     theirs.step()
     assert_alike(ours, theirs)
+
+
+# -------------------------------------------------------------------------------------------------------------- fuse_ste
+
+
+class Small(nn.Module):
+    """A convolution and a linear layer with masks, and a dense head."""
+
+    def __init__(self, rule, train_weights, frozen):
+        super().__init__()
+        self.conv = SubnetConv2d(2, 5, 3, rule=rule)
+        self.hidden = SubnetLinear(5 * 6 * 6, 13, rule=rule)
+        self.head = nn.Linear(13, 4)
+        for layer in self.layers():
+            layer.weight.requires_grad_(train_weights)
+            if frozen:
+                set_frozen(layer, torch.rand(layer.weight.shape) < 0.4)
+
+    def layers(self):
+        return [self.conv, self.hidden]
+
+    def forward(self, x):
+        return self.head(self.hidden(self.conv(x).relu().flatten(1)).relu())
+
+
+def twins(
+    name, options, rule=None, train_weights=True, frozen=True, change=lambda net: None, groups=lambda net: net.parameters()
+):
+    """Two equal networks, the second with fuse_ste, and their optimizers."""
+    net = Small(rule or Rule(0.3), train_weights, frozen)
+    change(net)
+    nets = net, copy.deepcopy(net)
+    return nets, [getattr(optim, name)(groups(n), **options, fuse_ste=fuse) for n, fuse in zip(nets, (False, True))]
+
+
+def train(net, optimizer, count=10, scaler=None, forward=None):
+    generator = torch.Generator().manual_seed(5)
+    for i in range(count):
+        x, y = torch.randn(7, 2, 8, 8, generator=generator), torch.randint(0, 4, (7,), generator=generator)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy((net if forward is None else forward)(x), y)
+        if scaler is None:
+            loss.backward()
+            optimizer.step()
+        else:
+            scaler.scale(loss * float("inf") if i in (2, 5) else loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+
+
+def assert_equal_twins(nets, optimizers):
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+    states = [o.state_dict()["state"] for o in optimizers]
+    assert states[0].keys() == states[1].keys()
+    for key, state in states[0].items():
+        assert state.keys() == states[1][key].keys()
+        assert all(torch.equal(value, states[1][key][name]) for name, value in state.items() if value is not None)
+    for a, b in zip(nets[0].layers(), nets[1].layers()):
+        assert torch.equal(a.bits, b.bits)
+        assert torch.equal(a.w_eff, b.w_eff)
+
+
+FUSED = [
+    ("Adam", dict(lr=0.01)),
+    ("Adam", dict(lr=0.01, weight_decay=0.02, amsgrad=True, maximize=True)),
+    ("AdamW", dict(lr=0.01, weight_decay=0.1)),
+    ("SGD", dict(lr=0.1)),
+    ("SGD", dict(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=True)),
+    ("RMSprop", dict(lr=0.001, weight_decay=0.01, momentum=0.5, centered=True)),
+]
+every_fused = pytest.mark.parametrize(("name", "options"), FUSED)
+RULES = {"magnitude": Rule(0.3), "value": Rule(0.3, by="value"), "threshold": Rule(select="threshold")}
+
+
+@every_fused
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("train_weights", [True, False])
+def test_fused_is_unfused_bit_for_bit(cpu_isa, name, options, rule, train_weights):
+    nets, optimizers = twins(name, options, RULES[rule], train_weights)
+    start = copy.deepcopy(nets[0])
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer)
+    assert_equal_twins(nets, optimizers)
+    assert not torch.equal(nets[1].hidden.scores, start.hidden.scores)
+    assert torch.equal(nets[1].hidden.weight, start.hidden.weight) is not train_weights
+    for layer in nets[1].layers():
+        assert (layer.scores if train_weights else layer.weight).grad is None
+
+
+@every_fused
+def test_fused_under_a_grad_scaler(name, options):
+    nets, optimizers = twins(name, options)
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+    assert_equal_twins(nets, optimizers)
+
+
+def channels_last(net):
+    net.conv.weight.data = net.conv.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def two_groups(net):
+    scores = [layer.scores for layer in net.layers()]
+    return [{"params": [p for p in net.parameters() if all(p is not s for s in scores)]}, {"params": scores, "lr": 0.02}]
+
+
+@every_fused
+@pytest.mark.parametrize("how", ["channels_last", "two_groups"])
+def test_fused_where_the_kernels_take_no_pair(name, options, how):
+    changes = {"change": channels_last} if how == "channels_last" else {"groups": two_groups}
+    nets, optimizers = twins(name, options, **changes)
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer)
+    assert_equal_twins(nets, optimizers)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_fused_compiled_forward(backend):
+    torch._dynamo.reset()
+    nets, optimizers = twins("Adam", dict(lr=0.01))
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, 3, forward=torch.compile(net, backend=backend, fullgraph=True))
+    torch.testing.assert_close(nets[0].state_dict(), nets[1].state_dict())
+    assert nets[1].hidden.scores.grad is None
+
+
+def test_fused_layer_without_a_gradient_is_left_out():
+    nets, optimizers = twins("SGD", dict(lr=0.1, momentum=0.9))
+    x = torch.randn(7, 5 * 6 * 6)
+    for net, optimizer in zip(nets, optimizers):
+        for _ in range(2):  # the convolution has no gradient, and later no momentum where the linear layer has
+            optimizer.zero_grad()
+            net.head(net.hidden(x)).square().sum().backward()
+            optimizer.step()
+        train(net, optimizer, 3)
+    assert_equal_twins(nets, optimizers)
+
+
+def test_the_optimizer_made_last_decides():
+    nets, optimizers = twins("Adam", dict(lr=0.01))
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, 2)
+    optimizers = [optim.SGD(net.parameters(), lr=0.1) for net in nets]
+    for net, optimizer in zip(nets, optimizers):
+        train(net, optimizer, 2)
+    assert nets[1].hidden.scores.grad is not None
+    assert_equal_twins(nets, optimizers)
+
+
+def test_learning_may_change_between_steps():
+    nets, optimizers = twins("Adam", dict(lr=0.01))
+    for net, optimizer in zip(nets, optimizers):
+        for learns in (True, False, True):
+            for layer in net.layers():
+                layer.weight.requires_grad_(learns)
+            train(net, optimizer, 2)
+    assert_equal_twins(nets, optimizers)
+
+
+def test_copies_of_a_fused_layer_are_not_fused():
+    nets, optimizers = twins("Adam", dict(lr=0.01))
+    train(nets[1], optimizers[1], 2)
+    for again, optimizer in (copy.deepcopy((nets[1], optimizers[1])), pickle.loads(pickle.dumps((nets[1], optimizers[1])))):
+        nets_now, optimizers_now = (nets[0], again), (optimizers[0], optimizer)
+        assert not any(layer._fused for layer in again.layers())
+        twin, of_twin = copy.deepcopy((nets[1], optimizers[1]))
+        train(again, optimizer, 2)
+        train(twin, of_twin, 2)
+        assert_equal_twins((twin, nets_now[1]), (of_twin, optimizers_now[1]))
+    assert all(layer._fused for layer in nets[1].layers())
+
+
+def test_fused_state_dict_loads_into_torch():
+    nets, optimizers = twins("Adam", dict(lr=0.01))
+    train(nets[1], optimizers[1], 2)
+    assert "fuse_ste" not in optimizers[1].state_dict()["param_groups"][0]
+    torch.optim.Adam(nets[0].parameters()).load_state_dict(optimizers[1].state_dict())
+
+
+def one_layer():
+    layer = SubnetLinear(6, 5)
+    return layer, lambda: layer(torch.randn(3, 6)).square().sum().backward()
+
+
+@pytest.mark.parametrize("which", ["weight", "scores"])
+def test_fused_needs_weight_and_scores(which):
+    layer, backward = one_layer()
+    optimizer = optim.Adam([getattr(layer, which)], fuse_ste=True)
+    backward()
+    with pytest.raises(ValueError, match="Adam: fuse_ste needs a layer's weight and scores in one optimizer"):
+        optimizer.step()
+
+
+def test_fused_refuses_a_second_gradient():
+    layer, backward = one_layer()
+    backward()
+    optimizer = optim.SGD(layer.parameters(), fuse_ste=True)
+    with pytest.raises(RuntimeError, match="SGD: under fuse_ste a layer has one gradient"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("theirs", [torch.optim.SGD, optim.SGD])
+def test_another_optimizer_does_not_take_the_fused_gradient(theirs):
+    layer, backward = one_layer()
+    other = theirs(layer.parameters(), lr=0.1)
+    optim.SGD(layer.parameters(), fuse_ste=True)
+    backward()
+    before = layer.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="made for an optimizer with fuse_ste"):
+        other.step()
+    assert torch.equal(layer.weight, before)
+    other.zero_grad()
+    backward()
+    other.step()
+    assert layer.scores.grad is not None
+
+
+def test_fused_refuses_computed_weights():
+    layer, _ = one_layer()
+    optim.SGD(layer.parameters(), fuse_ste=True)
+    with pytest.raises(RuntimeError, match="cannot learn under an optimizer with fuse_ste"):
+        torch.func.functional_call(layer, {"weight": layer.weight * 2}, torch.randn(3, 6))
+
+
+def test_fuse_ste_must_be_a_bool():
+    with pytest.raises(ValueError, match="SGD: fuse_ste must be True or False, got 1"):
+        optim.SGD(parameters(), fuse_ste=1)

@@ -69,7 +69,7 @@ def clone(tensors):
 
 def call(module, case, tensors, frozen, lr=0.01, grad_scale=None, found_inf=None, **changed):
     rule, options = CASES[case]
-    options = options | changed
+    options = options | changed  # pairs and beside come last
     scalars = [None if v is None else torch.tensor(v) for v in (grad_scale, found_inf)]
     getattr(module, f"update_{rule}_")(*tensors, frozen, torch.tensor(lr, dtype=torch.float64), *scalars, *options.values())
     return tensors
@@ -297,3 +297,132 @@ def test_bad_arguments_get_a_sentence(sentence):
     with pytest.raises(RuntimeError, match=sentence):
         call(ops, "adam", tensors, frozen)
     assert all(torch.equal(a, b) for some, others in zip(tensors, before) for a, b in zip(some, others))
+
+
+# ------------------------------------------------------------------------------------- weights and scores with one gradient
+
+
+def paired(case, sizes=SIZES, fixed=False):
+    """Tensors of one call, with the pairs in it and what is beside them: (dense, weight, scores, dense, weight, ...)."""
+    shapes, pairs, beside = [], [], []
+    for i, n in enumerate(sizes):
+        at = len(shapes)
+        shapes += [7, n] if fixed else [7, n, n]
+        pairs += [at + 1 if fixed else at + 2, -1 if fixed else at + 1, i % 2]
+        beside.append(torch.randn(n) if fixed else reference.pack(torch.rand(n) < 0.3))
+    tensors = problem(case, shapes)
+    for k, n in enumerate(sizes):
+        scores, weight = pairs[3 * k], pairs[3 * k + 1]
+        if n > 3:
+            tensors[0][scores][:3] = torch.tensor([0.0, -0.0, math.nan])
+            tensors[1][scores][1:4] = torch.tensor([0.0, math.inf, -0.0])
+        if weight >= 0:
+            tensors[1][weight] = tensors[1][scores]
+    frozen = some_frozen(tensors[0])
+    for k in range(len(sizes)):
+        frozen[pairs[3 * k]] = None
+    return tensors, frozen, dict(pairs=pairs, beside=beside)
+
+
+def separate(tensors, pairs, beside):
+    """The same call with gradients made by straight_through."""
+    tensors = clone(tensors)
+    for k, other in enumerate(beside):
+        s, w, magnitude = pairs[3 * k : 3 * k + 3]
+        grad, scores = tensors[1][s], tensors[0][s]
+        weight, packed = (tensors[0][w], other) if w >= 0 else (other, reference.pack(torch.ones_like(other) > 0))
+        by = "magnitude" if magnitude else "value"
+        made = torch.ops.subnet_kernels.straight_through.default(grad, weight, scores, packed, None, by)
+        tensors[1][s] = made[1]
+        if w >= 0:
+            tensors[1][w] = made[0]
+    return tensors
+
+
+def assert_same_but_gradients(got, want):
+    nan = lambda some: [torch.where(t.isnan(), torch.full_like(t, math.nan), t) for t in some]  # noqa: E731
+    assert_same_bits([nan(some) for some in (got[0], *got[2:])], [nan(some) for some in (want[0], *want[2:])])
+
+
+@every_case
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("grad_scale", [None, 3.0])
+def test_pairs_are_straight_through_and_a_step(cpu_isa, case, fixed, grad_scale):
+    tensors, frozen, extra = paired(case, fixed=fixed)
+    fixed_before = [t.clone() for t in extra["beside"]]
+    want = call(ops, case, separate(tensors, **extra), frozen, grad_scale=grad_scale)
+    assert_same_but_gradients(call(ops, case, clone(tensors), frozen, grad_scale=grad_scale, **extra), want)
+    assert all(torch.equal(raw(a) if fixed else a, raw(b) if fixed else b) for a, b in zip(extra["beside"], fixed_before))
+
+
+@every_case
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pairs_of_the_reference(exact_roots, case, fixed):
+    tensors, frozen, extra = paired(case, fixed=fixed)
+    want = call(reference, case, clone(tensors), frozen, **extra)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
+def test_threads_agree_on_pairs(case):
+    tensors, frozen, extra = paired(case, [100_003, 7, 70_001])
+    torch.set_num_threads(1)
+    want = call(ops, case, clone(tensors), frozen, **extra)
+    torch.set_num_threads(2)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+
+
+def test_pairs_with_other_strides_of_gradient_and_state():
+    tensors, frozen, extra = paired("adam", [513])
+    want = call(ops, "adam", clone(tensors), frozen, **extra)
+    apart = clone(tensors)
+    for some in apart[1:4]:
+        some[1:] = [torch.stack([t, t], -1)[..., 1] for t in some[1:]]
+    assert_same_but_gradients([[t.contiguous() for t in some] for some in call(ops, "adam", apart, frozen, **extra)], want)
+
+
+def test_overflow_changes_no_pair():
+    tensors, frozen, extra = paired("adam")
+    before = clone(tensors)
+    call(ops, "adam", tensors, frozen, grad_scale=1024.0, found_inf=1.0, **extra)
+    assert_same_bits(tensors, before)
+
+
+@pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop-centered-momentum", "adam-amsgrad"])
+def test_opcheck_of_pairs(case):
+    tensors, frozen, extra = paired(case, [17, 513])
+    for t in tensors[0]:
+        t.nan_to_num_()
+    for t in tensors[1]:
+        t.nan_to_num_(posinf=1.0)
+    tensors[1] = [t.clone() for t in tensors[1]]
+    rule, options = CASES[case]
+    scalars = (torch.tensor(0.01, dtype=torch.float64), None, None)
+    torch.library.opcheck(
+        getattr(torch.ops.subnet_kernels, f"update_{rule}_").default,
+        (*tensors, frozen, *scalars, *options.values(), *extra.values()),
+    )
+
+
+BAD_PAIRS = {
+    "expected three numbers for each tensor beside a pair, got 2": lambda t, e: e["pairs"].pop(),
+    "a pair must name parameters of this call, each once, got 9": lambda t, e: e["pairs"].__setitem__(0, 9),
+    "a pair must name parameters of this call, each once, got 2": lambda t, e: e["pairs"].__setitem__(1, 2),
+    "a weight and scores with one gradient must be contiguous, float32 and of one size": lambda t, e: e["pairs"].__setitem__(
+        1, 0
+    ),
+    "bits must be contiguous uint8 with 64 bytes for 5 weights, got 5": lambda t, e: e["beside"].__setitem__(
+        0, torch.zeros(5, dtype=torch.uint8)
+    ),
+}
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@pytest.mark.parametrize("sentence", BAD_PAIRS)
+def test_bad_pairs_get_a_sentence(sentence):
+    tensors, frozen, extra = paired("adam", [5])
+    BAD_PAIRS[sentence](tensors, extra)
+    before = clone(tensors)
+    with pytest.raises(RuntimeError, match=sentence):
+        call(ops, "adam", tensors, frozen, **extra)
+    assert all(torch.equal(raw(a), raw(b)) for some, others in zip(tensors, before) for a, b in zip(some, others))

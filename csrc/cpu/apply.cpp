@@ -509,6 +509,10 @@ static std::tuple<Tensor, Tensor> straight_through_cpu(const Tensor& grad_, cons
 
 }  // namespace
 
+ScoreGradKernel score_grad_kernel() {
+  return for_isa(score_grad_portable<float>, score_grad_avx2<float>, score_grad_avx512<float>);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, CPU, m) {
   m.impl("apply", TORCH_BOX(&apply_cpu));
   m.impl("restore_", TORCH_BOX(&restore_cpu));

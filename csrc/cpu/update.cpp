@@ -5,6 +5,9 @@
 // bit gets out; a tile that is frozen as a whole is not touched. Tensors that share one dense order other than the logical one
 // are walked in that order, with their bits brought into it; tensors whose strides differ pass through a buffer. Neither the
 // order nor the threads change a bit of the result.
+//
+// A weight and its scores may come as a pair with one gradient, that of the effective weight. Their own gradients are then made
+// tile by tile, a run of tiles of the scores before the same of the weight: theirs needs the weight as it was.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
@@ -14,12 +17,13 @@
 #include <optional>
 #include <vector>
 
-#include "../common.h"
+#include "../tensors.h"
 #include "update_tile.h"
 
 namespace {
 
 constexpr int kMaxDims = 64;
+constexpr int64_t kAhead = 64;  // tiles that scores are stepped ahead of their weight: long enough runs for the prefetcher
 
 // The order in which a parameter is walked, and how far apart its elements are.
 struct Walk {
@@ -35,6 +39,11 @@ struct Job {
   Walk logical;             // where the bits are, for tensors that are walked in memory order; else empty
   std::vector<Walk> apart;  // where each stream is, for streams whose strides differ; else empty
   Scalars<double> scalars;
+  int64_t span = 0;               // tiles that are walked for it: none for scores that go with their weight
+  const uint8_t* open = nullptr;  // of a paired weight: its live bits
+  const float* weight = nullptr;  // of paired scores: their weight
+  bool magnitude = false;         // of paired scores: the sign of the score enters their gradient
+  const Job* scores = nullptr;    // of a paired weight: its scores
 };
 
 // Calls f(k, offset) for elements [first, first + n) of a walk.
@@ -76,6 +85,23 @@ Frozen frozen(const uint8_t* bits, int64_t n) {
   return all == ~uint64_t{0} ? Frozen::all : any ? Frozen::some : Frozen::none;
 }
 
+// The gradient that a tile of a parameter steps by: of a pair made into `made` from that of the effective weight, else as it is.
+template <class S>
+SK_INLINE const S* own_gradient(const Job& job, const S* param, const S* grad, S* made, int64_t t, int64_t n) {
+  if constexpr (std::is_same_v<S, float>) {
+    if (job.weight) {
+      score_grad_kernel()(grad, job.weight + t * kTile, param, made, n, job.magnitude);
+      return made;
+    }
+    if (job.open) {
+      apply_kernel(sizeof(S))(reinterpret_cast<const uint8_t*>(grad), job.open + t * kTileBytes, reinterpret_cast<uint8_t*>(made),
+                              n);
+      return made;
+    }
+  }
+  return grad;
+}
+
 template <class S>
 void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
   using A = Acc<S>;
@@ -85,6 +111,7 @@ void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
                         A(d.square), A(d.new_mean), A(d.new_square), A(d.scale), A(d.weight_decay)};
   for (int64_t t = begin; t < end; t++) {
     const int64_t first = t * kTile, n = std::min(kTile, job.n - first);
+    if (job.scores && (t - begin) % kAhead == 0) run<S>(*job.scores, rule, what, t, std::min(t + kAhead, end));
     const uint8_t* bits = job.frozen ? job.frozen + t * kTileBytes : nullptr;
     uint8_t moved[kTileBytes];
     if (bits && !job.logical.sizes.empty()) {
@@ -98,9 +125,10 @@ void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
       if (kind == Frozen::none) bits = nullptr;
     }
     S* p[2 + kStates];
+    alignas(64) S made[kTile];
     if (job.apart.empty()) {
       for (int i = 0; i < 2 + kStates; i++) p[i] = job.streams[i] ? reinterpret_cast<S*>(job.streams[i]) + first : nullptr;
-      f(p[0], p[1], p[2], p[3], p[4], bits, n, what, s);
+      f(p[0], own_gradient(job, p[0], p[1], made, t, n), p[2], p[3], p[4], bits, n, what, s);
       continue;
     }
     alignas(64) S buffer[2 + kStates][kTile];
@@ -109,7 +137,7 @@ void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
       const S* from = reinterpret_cast<const S*>(job.streams[i]);
       if (from) follow(job.apart[i], first, n, [&](int64_t k, int64_t at) { buffer[i][k] = from[at]; });
     }
-    f(p[0], p[1], p[2], p[3], p[4], bits, n, what, s);
+    f(p[0], own_gradient(job, p[0], p[1], made, t, n), p[2], p[3], p[4], bits, n, what, s);
     for (int i = 0; i < 2 + kStates; i++) {
       S* to = reinterpret_cast<S*>(job.streams[i]);
       if (to && i != 1) follow(job.apart[i], first, n, [&](int64_t k, int64_t at) { to[at] = buffer[i][k]; });
@@ -136,12 +164,12 @@ void run_all(const std::vector<Job>& jobs, Rule rule, int what) {
   const auto range = [&](int64_t begin, int64_t end) {
     auto job = std::upper_bound(jobs.begin(), jobs.end(), begin, [](int64_t t, const Job& j) { return t < j.first_tile; }) - 1;
     for (; begin < end; ++job) {
-      const int64_t stop = std::min(end, job->first_tile + tiles(job->n));
+      const int64_t stop = std::min(end, job->first_tile + job->span);
       run(*job, rule, what, begin - job->first_tile, stop - job->first_tile);
       begin = stop;
     }
   };
-  const int64_t total = jobs.back().first_tile + tiles(jobs.back().n);
+  const int64_t total = jobs.back().first_tile + jobs.back().span;
   if (total * kTile <= kGrain) return range(0, total);
   torch::stable::parallel_for(0, total, kGrain / kTile, range);
 }
@@ -234,7 +262,8 @@ std::vector<Job> jobs_of(const char* op, const Tensors& params, Tensors& grads, 
     job.index = static_cast<int64_t>(i);
     job.n = p.numel();
     job.first_tile = next;
-    next += tiles(job.n);
+    job.span = tiles(job.n);
+    next += job.span;
     const auto sizes = p.sizes(), strides = p.strides();
     bool ordered = true, alike = true;
     for (int k = 0; k < 2 + kStates; k++) {
@@ -263,6 +292,50 @@ std::vector<Job> jobs_of(const char* op, const Tensors& params, Tensors& grads, 
   return jobs;
 }
 
+// Makes pairs of jobs. `pairs` holds three numbers for each: the index of the scores, that of the weight, or -1 where it does not
+// learn, and whether scores are compared by magnitude; `beside` the live bits of the weight, or the weight that does not learn.
+void couple(const char* op, std::vector<Job>& jobs, const Tensors& params, const std::vector<int64_t>& pairs,
+            const std::optional<Tensors>& beside) {
+  if (pairs.empty()) return;
+  STD_TORCH_CHECK(beside && pairs.size() == 3 * beside->size(), op,
+                  ": expected three numbers for each tensor beside a pair, got ", pairs.size());
+  std::vector<Job*> at(params.size(), nullptr);
+  for (Job& job : jobs) at[job.index] = &job;
+  std::vector<bool> taken(params.size(), false);
+  const auto member = [&](int64_t i) {
+    STD_TORCH_CHECK(i >= 0 && i < static_cast<int64_t>(params.size()) && !taken[i], op,
+                    ": a pair must name parameters of this call, each once, got ", i);
+    taken[i] = true;
+    return i;
+  };
+  const auto plain = [&](const Tensor& t, int64_t n) {
+    STD_TORCH_CHECK(t.scalar_type() == ScalarType::Float && t.is_contiguous() && t.numel() == n, op,
+                    ": a weight and scores with one gradient must be contiguous, float32 and of one size");
+  };
+  for (size_t k = 0; k < beside->size(); k++) {
+    const int64_t i = member(pairs[3 * k]);
+    const Tensor &scores = params[i], &other = (*beside)[k];
+    const bool learns = pairs[3 * k + 1] >= 0;
+    const int64_t w = learns ? member(pairs[3 * k + 1]) : -1;
+    const Tensor& weight = learns ? params[w] : other;
+    plain(scores, scores.numel());
+    plain(weight, scores.numel());
+    if (learns) check_bits(op, other, scores.numel());
+    if (scores.numel() == 0) continue;
+    at[i]->weight = static_cast<const float*>(weight.const_data_ptr());
+    at[i]->magnitude = pairs[3 * k + 2] != 0;
+    if (!learns) continue;
+    at[i]->span = 0;
+    at[w]->open = static_cast<const uint8_t*>(other.const_data_ptr());
+    at[w]->scores = at[i];
+  }
+  int64_t next = 0;
+  for (Job& job : jobs) {
+    job.first_tile = next;
+    next += job.span;
+  }
+}
+
 int preparation(const std::optional<Tensor>& grad_scale, bool maximize, bool decay) {
   return (grad_scale ? kScale : 0) | (maximize ? kNegate : 0) | (decay ? kDecay : 0);
 }
@@ -271,9 +344,11 @@ int preparation(const std::optional<Tensor>& grad_scale, bool maximize, bool dec
 
 void update_sgd_(const Tensors& params, Tensors grads, const Tensors& momentum_buffers, const Masks& frozen, const Tensor& lr,
                  const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double momentum,
-                 double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step) {
+                 double dampening, double weight_decay, bool nesterov, bool maximize, bool first_step,
+                 const std::vector<int64_t>& pairs, const std::optional<Tensors>& beside) {
   const char* op = "update_sgd_";
   std::vector<Job> jobs = jobs_of(op, params, grads, {momentum != 0 ? &momentum_buffers : nullptr}, frozen);
+  couple(op, jobs, params, pairs, beside);
   if (overflowed(op, found_inf)) return;
   Scalars<double> s = {};
   s.rate = number(op, lr, "lr");
@@ -290,12 +365,14 @@ void update_sgd_(const Tensors& params, Tensors grads, const Tensors& momentum_b
 void update_rmsprop_(const Tensors& params, Tensors grads, const Tensors& square_avgs, const Tensors& grad_avgs,
                      const Tensors& momentum_buffers, const Tensors& steps, const Masks& frozen, const Tensor& lr,
                      const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double alpha, double eps,
-                     double weight_decay, double momentum, bool centered, bool maximize) {
+                     double weight_decay, double momentum, bool centered, bool maximize, const std::vector<int64_t>& pairs,
+                     const std::optional<Tensors>& beside) {
   const char* op = "update_rmsprop_";
   const bool with_momentum = momentum > 0;
   const std::vector<float*> counts = counters(op, params, steps);
   std::vector<Job> jobs = jobs_of(
       op, params, grads, {&square_avgs, centered ? &grad_avgs : nullptr, with_momentum ? &momentum_buffers : nullptr}, frozen);
+  couple(op, jobs, params, pairs, beside);
   if (overflowed(op, found_inf)) return;
   for (float* count : counts) *count += 1;
   Scalars<double> s = {};
@@ -314,10 +391,12 @@ void update_rmsprop_(const Tensors& params, Tensors grads, const Tensors& square
 void update_adam_(const Tensors& params, Tensors grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
                   const Tensors& max_exp_avg_sqs, const Tensors& steps, const Masks& frozen, const Tensor& lr,
                   const std::optional<Tensor>& grad_scale, const std::optional<Tensor>& found_inf, double beta1, double beta2,
-                  double eps, double weight_decay, bool amsgrad, bool maximize, bool decoupled) {
+                  double eps, double weight_decay, bool amsgrad, bool maximize, bool decoupled, const std::vector<int64_t>& pairs,
+                  const std::optional<Tensors>& beside) {
   const char* op = "update_adam_";
   const std::vector<float*> counts = counters(op, params, steps);
   std::vector<Job> jobs = jobs_of(op, params, grads, {&exp_avgs, &exp_avg_sqs, amsgrad ? &max_exp_avg_sqs : nullptr}, frozen);
+  couple(op, jobs, params, pairs, beside);
   if (overflowed(op, found_inf)) return;
   const double rate = number(op, lr, "lr");
   Scalars<double> s = {};

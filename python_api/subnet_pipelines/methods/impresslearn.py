@@ -90,7 +90,7 @@ class ImpressLearn(MaskedMethod):
             "mask",
             epochs=c.basis_epochs,
             batch_size=c.batch_size,
-            optimizer=lambda: optim.Adam([layer.scores for layer in self.bank.layers()], c.basis_lr),
+            optimizer=lambda: optim.Adam([layer.scores for layer in self.bank.layers()], c.basis_lr, fuse_ste=True),
             first=lambda: self.begin_mask(task.index),
             then=lambda: self.bank.commit(entry_name(task.index)),
         )

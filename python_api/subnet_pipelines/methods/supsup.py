@@ -115,7 +115,7 @@ class SupSup(MaskedMethod):
 
     def optimizer(self) -> torch.optim.Optimizer:
         kind = {"rmsprop": optim.RMSprop, "adam": optim.Adam, "sgd": optim.SGD}[self.config.optimizer]
-        return kind([layer.scores for layer in self.bank.layers()], self.config.lr)
+        return kind([layer.scores for layer in self.bank.layers()], self.config.lr, fuse_ste=True)
 
     def commit(self, task: int) -> None:
         self.run_live()

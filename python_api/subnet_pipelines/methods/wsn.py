@@ -98,7 +98,7 @@ class WSN(MaskedMethod):
 
     def optimizer(self) -> torch.optim.Optimizer:
         kind = optim.Adam if self.config.optimizer == "adam" else optim.SGD
-        return kind(self.model.parameters(), self.config.lr)
+        return kind(self.model.parameters(), self.config.lr, fuse_ste=True)
 
     def gradients(self, clock: Clock) -> None:
         if self.config.stored_mask == "last_step":
