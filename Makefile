@@ -26,7 +26,7 @@ test-long: setup
 	$(BIN)/python -m pytest -m long
 
 bench: setup
-	$(BIN)/python -m pytest bench -s -p no:benchmark
+	$(BIN)/python -m pytest bench -s
 	$(BIN)/python bench/readme.py
 
 lint: setup
