@@ -13,9 +13,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // Functions for one instruction set carry its attribute, see raw pointers only and are static: nothing of them can be merged with
-// a function compiled for another set. Floating-point contraction is off for the whole library, so that all paths give the same bits.
+// a function compiled for another set. Floating-point contraction is off for the whole library, so that all paths give the same
+// bits.
 #define SK_AVX2 __attribute__((target("avx2,fma,bmi,bmi2,popcnt,f16c")))
-#define SK_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bitalg,gfni,bmi,bmi2,popcnt,f16c,avx2,fma")))
+#define SK_AVX512                                                                                                                \
+  __attribute__((                                                                                                                \
+      target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vpopcntdq,avx512bitalg,gfni,bmi,bmi2,popcnt,f16c," \
+             "avx2,fma")))
 
 enum class Isa : int { portable = 0, avx2 = 1, avx512 = 2 };
 
@@ -26,8 +30,9 @@ Isa isa();
 constexpr int64_t kGrain = 65536;
 
 inline void check_bits(const char* op, const Tensor& bits, int64_t n) {
-  STD_TORCH_CHECK(bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.numel() == mask_bytes(n) && bits.is_contiguous(),
-                  op, ": bits must be contiguous uint8 with ", mask_bytes(n), " bytes for ", n, " weights, got ", bits.numel());
+  STD_TORCH_CHECK(
+      bits.scalar_type() == ScalarType::Byte && bits.dim() == 1 && bits.numel() == mask_bytes(n) && bits.is_contiguous(), op,
+      ": bits must be contiguous uint8 with ", mask_bytes(n), " bytes for ", n, " weights, got ", bits.numel());
 }
 
 inline void check_lengths(const char* op, size_t expected, size_t got, const char* what) {
