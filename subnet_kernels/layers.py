@@ -349,7 +349,6 @@ _GENERATION = 0  # moves when what is cached below may have changed: a layer, it
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
 _refusing = False  # whether `_refuse_fused` is in place: steps of processes that never fuse do not pay for it
 _SECONDS = 0.0  # host time spent in refreshing
-_PLANS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # optimizer -> (generation, parameters, layers, calls)
 
 
 def refresh_seconds() -> float:
@@ -464,11 +463,11 @@ def _plan_of(optimizer: Optimizer) -> tuple:
     count = 0
     for group in optimizer.param_groups:
         count += len(group["params"])
-    plan = _PLANS.get(optimizer)
+    plan = optimizer.__dict__.get("_subnet_plan")  # on the optimizer and in no table of all: a traced step reads its own only
     if plan is None or plan[0] != _GENERATION or plan[1] != count:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = [layer for layer in _LAYERS if id(layer.scores) in ids or id(layer.weight) in ids]
-        plan = _PLANS[optimizer] = (_GENERATION, count, layers, _plan(layers))
+        plan = optimizer._subnet_plan = (_GENERATION, count, layers, _plan(layers))
     return plan
 
 

@@ -190,7 +190,7 @@ def test_help_lists_the_settings_with_the_recipes_defaults(capsys):
     with pytest.raises(SystemExit):
         main([*BASE, "--help"])
     text = " ".join(capsys.readouterr().out.split())
-    assert "--epochs X Epochs of the main phase. (default 9)" in text
+    assert "--head X A head of its own for each task, or one for all. (default shared)" in text
     assert "--val-fraction X Share of the training rows" in text
 
 

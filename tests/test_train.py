@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
-from streams import Contrary
+from streams import Contrary, broken_run
 
 import subnet_pipelines
 from subnet_pipelines import (
@@ -323,22 +323,7 @@ def test_finetune_learns_and_forgets(tmp_path):
 def test_finetune_resumes(tmp_path):
     expected, benchmark = finetune()
     run(expected, benchmark, RunConfig(), tmp_path / "a")
-    for stop_at, resume in ((37, False), (60, True), (None, True)):
-        method, benchmark = finetune()
-        step, made = method.step, []
-
-        def counted(*args, step=step, made=made, stop_at=stop_at):
-            made.append(1)
-            if len(made) == stop_at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return step(*args)
-
-        method.step = counted
-        if stop_at is None:
-            run(method, benchmark, RunConfig(), tmp_path / "b", resume=resume)
-        else:
-            with pytest.raises(Interrupted):
-                run(method, benchmark, RunConfig(), tmp_path / "b", resume=resume)
+    method, _ = broken_run(finetune, tmp_path / "b", (37, 60))
     for name, tensor in expected.state_dict().items():
         assert torch.equal(tensor, method.state_dict()[name]), name
 
