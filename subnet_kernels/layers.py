@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import increment_version
+from torch.optim import optimizer as optimizer_module
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from subnet_kernels import ops, reference
@@ -347,7 +348,7 @@ def init_scores_(scores: Tensor) -> Tensor:
 _LAYERS: weakref.WeakSet = weakref.WeakSet()
 _GENERATION = 0  # moves when what is cached below may have changed: a layer, its parameters, its live tensors, its rule
 _BY_WEIGHT: tuple[int, dict] = (-1, {})
-_refusing = False  # whether `_refuse_fused` is in place: steps of processes that never fuse do not pay for it
+_refusing = False  # whether `refuse_fused` is in place: steps of processes that never fuse do not pay for it
 _SECONDS = 0.0  # host time spent in refreshing
 
 
@@ -394,10 +395,10 @@ def set_fused(layers: Iterable[SubnetLayer], fused: bool) -> None:
             _changed()
     if fused and not _refusing:
         _refusing = True
-        register_optimizer_step_pre_hook(_refuse_fused)
+        register_optimizer_step_pre_hook(refuse_fused)
 
 
-def _refuse_fused(optimizer: Optimizer, *_) -> None:
+def refuse_fused(optimizer: Optimizer, *_) -> None:
     """An optimizer that knows nothing of `set_fused` would take the gradient of the effective weight for the weight's."""
     if getattr(optimizer, "fuse_ste", False):
         return
@@ -471,8 +472,15 @@ def _plan_of(optimizer: Optimizer) -> tuple:
     return plan
 
 
-@torch.no_grad()
-def _after_step(optimizer: Optimizer, *_) -> None:
+def watched(optimizer: Optimizer) -> bool:
+    """Whether anybody but this module has hooks on the optimizer's steps."""
+    ours = 1 + _refusing
+    hooks = optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks
+    return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks) or sum(map(len, hooks)) > ours
+
+
+def after_step(optimizer: Optimizer, *_) -> None:
+    """The hook after every step of every optimizer: put frozen weights back, and refresh the optimizer's layers."""
     *_, layers, calls = _plan_of(optimizer)
     if not layers:
         return
@@ -488,4 +496,4 @@ def _after_step(optimizer: Optimizer, *_) -> None:
     _run(calls)
 
 
-register_optimizer_step_post_hook(_after_step)
+register_optimizer_step_post_hook(after_step)

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from subnet_kernels import ops
-from subnet_kernels.layers import frozen_bits, generation, layers_of, set_fused
+from subnet_kernels.layers import after_step, frozen_bits, generation, layers_of, refuse_fused, set_fused, watched
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 
@@ -114,6 +114,16 @@ class _OneCall:
 
         closure: computes the loss anew and its gradients.
         """
+        if torch.compiler.is_compiling() or torch.autograd._profiler_enabled() or watched(self):
+            return self._ranged_step(closure)
+        refuse_fused(self)
+        loss = self._step(closure)
+        after_step(self)
+        return loss
+
+    step.hooked = True  # else torch.optim wraps it in a profiler range, 8 us a step where nobody profiles
+
+    def _step(self, closure=None):
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -156,6 +166,8 @@ class _OneCall:
                 rate = self._rate(group, device)
                 self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling, ())
         return loss
+
+    _ranged_step = torch.optim.Optimizer.profile_hook_step(_step)  # with everybody's hooks, `after_step` among them
 
     def _keeps_state(self, group: dict) -> bool:
         return True

@@ -6,7 +6,9 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import subnet_kernels as sk
 from subnet_kernels import optim, reference
 from subnet_kernels.layers import Rule, SubnetConv2d, SubnetLinear
 
@@ -596,3 +598,23 @@ def test_fused_refuses_computed_weights():
 def test_fuse_ste_must_be_a_bool():
     with pytest.raises(ValueError, match="SGD: fuse_ste must be True or False, got 1"):
         optim.SGD(parameters(), fuse_ste=1)
+
+
+def test_hooks_and_the_profiler_see_a_step():
+    layer, backward = one_layer()
+    optimizer, seen = optim.SGD(layer.parameters()), []
+    handles = [
+        optimizer.register_step_pre_hook(lambda o, args, kwargs: seen.append("before")),
+        optimizer.register_step_post_hook(lambda o, args, kwargs: seen.append("after")),
+        register_optimizer_step_post_hook(lambda o, args, kwargs: seen.append("after any")),
+    ]
+    backward()
+    optimizer.step()
+    assert seen == ["before", "after", "after any"]
+    for handle in handles:
+        handle.remove()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        optimizer.step()
+    assert seen == ["before", "after", "after any"]
+    assert "Optimizer.step#SGD.step" in [event.key for event in profile.key_averages()]
+    assert torch.equal(layer.bits, sk.select(layer.scores.detach(), layer.k))

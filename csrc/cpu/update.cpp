@@ -107,8 +107,8 @@ void run(const Job& job, Rule rule, int what, int64_t begin, int64_t end) {
   using A = Acc<S>;
   const Tile<S> f = pick<S>(rule, std::make_integer_sequence<int, kRules>());
   const Scalars<double>& d = job.scalars;
-  const Scalars<A> s = {A(d.rate),   A(d.decay),    A(d.eps),        A(d.root),  A(d.mean),
-                        A(d.square), A(d.new_mean), A(d.new_square), A(d.scale), A(d.weight_decay)};
+  const Scalars<A> s = {A(d.rate),     A(d.decay),      A(d.eps),   A(d.mean),        A(d.square),
+                        A(d.new_mean), A(d.new_square), A(d.scale), A(d.weight_decay)};
   for (int64_t t = begin; t < end; t++) {
     const int64_t first = t * kTile, n = std::min(kTile, job.n - first);
     if (job.scores && (t - begin) % kAhead == 0) run<S>(*job.scores, rule, what, t, std::min(t + kAhead, end));
@@ -401,7 +401,6 @@ void update_adam_(const Tensors& params, Tensors grads, const Tensors& exp_avgs,
   const double rate = number(op, lr, "lr");
   Scalars<double> s = {};
   s.decay = decoupled && weight_decay != 0 ? 1 - rate * weight_decay : 1;
-  s.eps = eps;
   s.new_mean = 1 - beta1;
   s.square = beta2;
   s.new_square = 1 - beta2;
@@ -411,9 +410,10 @@ void update_adam_(const Tensors& params, Tensors grads, const Tensors& exp_avgs,
   double known = 0;
   for (Job& job : jobs) {
     const double count = *counts[job.index];
-    if (count != known) {  // most often all parameters are at the same step
-      s.rate = rate / (1 - std::pow(beta1, count));
-      s.root = std::sqrt(1 - std::pow(beta2, count));
+    if (count != known) {                                         // most often all parameters are at the same step
+      const double root = std::sqrt(1 - std::pow(beta2, count));  // moved from under the root to both sides: one division less
+      s.rate = rate * root / (1 - std::pow(beta1, count));
+      s.eps = eps * root;
       known = count;
     }
     job.scalars = s;

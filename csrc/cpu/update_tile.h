@@ -39,7 +39,6 @@ struct Scalars {
   A rate;                  // what the change is multiplied with
   A decay;                 // what the weight is multiplied with first (decoupled weight decay)
   A eps;                   // added to the root
-  A root;                  // what the root is divided by (Adam's second bias correction)
   A mean, square;          // what is left of the running averages
   A new_mean, new_square;  // shares of what comes in
   A scale, weight_decay;   // of the gradient, before all else
@@ -99,7 +98,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
         variance = (most > new_square) | (most != most) ? most : new_square;
         SK_STORE(c, most, variance);
       }
-      const A denominator = root(variance) / s.root + s.eps;
+      const A denominator = root(variance) + s.eps;
       const A moved = weight * s.decay - s.rate * new_mean / denominator;
       SK_STORE(a, mean, new_mean);
       SK_STORE(b, square, new_square);
