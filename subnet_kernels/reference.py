@@ -229,12 +229,46 @@ def straight_through(
 # ------------------------------------------------------------------------------------------------------ masked products
 
 
-def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """y = x (W where open)^T + bias.
 
-    x: (..., I); weight: (O, I); bits: uint8 (nbytes(O*I),); bias: (O,) or None -> (..., O).
+    x: (..., I); weight: (O, I); bits: uint8 (nbytes(O*I),), or None where weight is the effective one; bias: (O,) or None -> (..., O).
     """
-    return F.linear(x, apply(weight, bits), bias)
+    return F.linear(x, weight if bits is None else apply(weight, bits), bias)
+
+
+def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
+    """dx = G_y (W where open) of `masked_linear`.
+
+    grad_y: (..., O); weight: (O, I); bits: uint8 (nbytes(O*I),) or None -> (..., I).
+    """
+    return grad_y @ (weight if bits is None else apply(weight, bits))
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    scores: Tensor | None = None,
+    bits: Tensor | None = None,
+    frozen: Tensor | None = None,
+    by: str = "magnitude",
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """G = G_y^T x of `masked_linear`, and what follows from it by `straight_through`.
+
+    dW = G, where open and not frozen if bits are given; dS of `scores`, which need weight and bits.
+
+    grad_y: (..., O); x: (..., I); weight, scores: (O, I) or None; bits, frozen: uint8 (nbytes(O*I),) or None -> dW and dS, (O, I) each;
+    what is not asked for comes back with 0 elements.
+    """
+    total = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    if bits is None:
+        return total if need_weight else total.new_empty(0), total.new_empty(0)
+    own = total if weight is None else weight
+    return straight_through(
+        total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None
+    )
 
 
 def masked_conv(

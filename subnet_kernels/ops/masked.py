@@ -28,10 +28,31 @@ def _masked_linear_vmap(info, in_dims, x, weight, bits, bias=None):
 
 
 _masked_linear = define(
-    "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias=None) -> Tensor",
+    "masked_linear(Tensor x, Tensor weight, Tensor? bits, Tensor? bias=None) -> Tensor",
     reference.masked_linear,
     _masked_linear_fake,
     _masked_linear_vmap,
+)
+_grad_input = define(
+    "masked_linear_grad_input(Tensor grad_y, Tensor weight, Tensor? bits) -> Tensor",
+    reference.masked_linear_grad_input,
+    lambda grad_y, weight, bits: grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])),
+)
+
+
+def _grad_weight_fake(grad_y, x, weight=None, scores=None, bits=None, frozen=None, by="magnitude", need_weight=True):
+    shape = (grad_y.shape[-1], x.shape[-1])
+    return (
+        (x if weight is None else weight).new_empty(shape if need_weight else 0),
+        (x if scores is None else scores).new_empty(0 if scores is None else shape),
+    )
+
+
+_grad_weight = define(
+    "masked_linear_grad_weight(Tensor grad_y, Tensor x, Tensor? weight=None, Tensor? scores=None, Tensor? bits=None, "
+    'Tensor? frozen=None, str by="magnitude", bool need_weight=True) -> (Tensor, Tensor)',
+    reference.masked_linear_grad_weight,
+    _grad_weight_fake,
 )
 
 
