@@ -22,8 +22,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from subnet_kernels import ops, reference
 from subnet_kernels.ops._checks import BY, TIES, choice
+from subnet_kernels.ops._library import LOADED
 from subnet_kernels.ops.apply import _restore, straight_through
-from subnet_kernels.ops.masked import SubnetWeight
+from subnet_kernels.ops.masked import EagerMaskedLinear, SubnetWeight, grad_input, grad_weight, product
 from subnet_kernels.ops.select import check_density, k_kth, k_sort
 from subnet_kernels.ops.superpose import superpose_weight
 
@@ -127,6 +128,54 @@ class EagerFusedWeight(torch.autograd.Function):
         return w_eff.detach()
 
     backward = FusedWeight.backward
+
+
+class LiveLinear(torch.autograd.Function):
+    """y = x W_eff^T + b of a live layer in one node; the gradients go straight through to weight and scores.
+
+    Outside func transforms and compile only. With `fused`, G goes on as it is, to the weight where it learns, else to the scores.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, scores, bias, w_eff, bits, frozen, by, fused):
+        ctx.by, ctx.fused = by, fused
+        # all by save_for_backward, which finds out whether they were written since: a refresh in between is an error
+        ctx.save_for_backward(x, w_eff, weight, scores, *(() if fused else (bits, frozen)))
+        return product(x, w_eff, None, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_eff, weight, scores, *masks = ctx.saved_tensors
+        need_x, need_weight, need_scores, need_bias, *_ = ctx.needs_input_grad
+        d_x = d_weight = d_scores = None
+        if torch.is_grad_enabled():
+            d_x, d_weight, d_scores = LiveLinear.recorded(ctx, grad, x, w_eff, weight, scores, *masks)
+        else:
+            if need_x:
+                d_x = grad_input(grad, w_eff, None)
+            if need_weight and (ctx.fused or not need_scores):
+                d_weight = grad_weight(grad, x, None, None, *masks)[0]
+            elif need_scores:
+                d_weight, d_scores = grad_weight(grad, x, *(() if ctx.fused else (weight, scores, *masks, ctx.by, need_weight)))
+                if ctx.fused:
+                    d_weight, d_scores = None, d_weight
+        bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return d_x, d_weight if need_weight else None, d_scores, bias, None, None, None, None, None
+
+    @staticmethod
+    def recorded(ctx, grad, x, w_eff, weight, scores, bits=None, frozen=None):
+        """The same gradients, differentiable themselves."""
+        need_x, need_weight, need_scores, *_ = ctx.needs_input_grad
+        if ctx.fused:
+            effective = FusedWeight.apply(weight, scores, w_eff)
+        else:
+            effective = LiveWeight.apply(weight, scores, w_eff, bits, frozen, ctx.by)
+        total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        if ctx.fused:
+            d_weight, d_scores = (total, None) if need_weight else (None, total)
+        else:
+            d_weight, d_scores = straight_through(total, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
+        return grad @ effective if need_x else None, d_weight, d_scores if need_scores else None
 
 
 class SubnetLayer:
@@ -284,6 +333,8 @@ class SubnetLayer:
         _LAYERS.add(self)
 
 
+COMPILED = "_C_cpu" in LOADED  # without it PyTorch's own product is the faster one
+
 _INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
 
 
@@ -297,8 +348,35 @@ class SubnetLinear(SubnetLayer, nn.Linear):
         self.install(rule or Rule())
         refresh([self])
 
+    def forward(self, x: Tensor) -> Tensor:
+        if self._active is not None or self._mix is not None or self._trace is not None or not self._plainly(x):
+            return super().forward(x)
+        weight, scores = self._parameters["weight"], self._parameters["scores"]
+        if weight is not self._own[0] or scores is not self._own[1]:
+            return super().forward(x)
+        if self._seen != (scores._version, weight._version):
+            refresh([self])
+        bias = self._parameters["bias"]
+        if not torch.is_grad_enabled():
+            return product(x, self.w_eff, None, bias)
+        return LiveLinear.apply(x, weight, scores, bias, self.w_eff, self.bits, self.frozen, self.key, self._fused)
+
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+        return EagerMaskedLinear.apply(x, weight, None, self.bias) if self._plainly(x) else F.linear(x, weight, self.bias)
+
+    def _plainly(self, x: Tensor) -> bool:
+        """Whether this library's own product serves x: float32 on the CPU in eager mode. Half precision goes to oneDNN."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and x.dtype == torch.float32 == self.w_eff.dtype
+            and x.device.type == "cpu"
+            and COMPILED
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+        )
 
 
 class _SubnetConv(SubnetLayer):

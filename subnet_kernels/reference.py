@@ -266,9 +266,7 @@ def masked_linear_grad_weight(
     if bits is None:
         return total if need_weight else total.new_empty(0), total.new_empty(0)
     own = total if weight is None else weight
-    return straight_through(
-        total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None
-    )
+    return straight_through(total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None)
 
 
 def masked_conv(

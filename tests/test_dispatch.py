@@ -145,6 +145,20 @@ INPUTS = {
         lambda: (torch.randn(2, 3, 6), torch.randn(4, 6), bits(4, 6), torch.randn(4)),
         lambda: (torch.randn(6), torch.randn(4, 6), bits(4, 6), None),
         lambda: (torch.randn(0, 6), torch.randn(4, 6), bits(4, 6), None),
+        lambda: (torch.randn(3, 6), torch.randn(4, 6), None, torch.randn(4)),
+        lambda: (torch.randn(3, 6).double(), torch.randn(4, 6).double(), bits(4, 6), None),
+    ],
+    "masked_linear_grad_input": [
+        lambda: (torch.randn(3, 4), torch.randn(4, 6), bits(4, 6)),
+        lambda: (torch.randn(2, 4, 3).transpose(1, 2), torch.randn(6, 4).t(), None),
+        lambda: (torch.randn(3, 4).bfloat16(), torch.randn(4, 6).bfloat16(), bits(4, 6)),
+    ],
+    "masked_linear_grad_weight": [
+        lambda: (torch.randn(3, 4), torch.randn(3, 6)),
+        lambda: (torch.randn(4, 3).t(), torch.randn(3, 6), None, None, bits(4, 6)),
+        lambda: (torch.randn(2, 3, 4), torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(4, 6), bits(4, 6), bits(4, 6), "value"),
+        lambda: (torch.randn(3, 4), torch.randn(3, 6), torch.randn(6, 4).t(), torch.randn(4, 6), bits(4, 6), None, "magnitude", False),
+        lambda: (torch.randn(3, 4).double(), torch.randn(3, 6).double(), None, None, bits(4, 6), bits(4, 6)),
     ],
     "masked_conv": [
         lambda: (torch.randn(2, 3, 9), torch.randn(4, 3, 3), bits(4, 3, 3), None, [1], [0], [1], 1),
