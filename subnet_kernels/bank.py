@@ -447,7 +447,10 @@ class MaskBank(BankFiles):
     # -------------------------------------------------------------------------------------------------------- exporting
 
     def export(self, name: str) -> nn.Module:
-        """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
+        """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
+
+        It multiplies by PyTorch's own product, so its outputs agree with the activated model's up to rounding.
+        """
         self._follow()
         entry = self[name]
         dense = copy.deepcopy(self.model)

@@ -249,7 +249,7 @@ def test_gradients_while_a_task_is_active():
     dense = bank.export("task 1")
     other = images().requires_grad_()
     dense(other).sum().backward()
-    assert torch.equal(x.grad, other.grad)
+    torch.testing.assert_close(x.grad, other.grad)  # by PyTorch's own product
     assert (x.grad != 0).any()
 
 
@@ -684,15 +684,16 @@ def test_export_is_a_plain_module():
         assert type(dense.hidden) is nn.Linear
         assert list(dense.state_dict()) == list(Net().state_dict())
         assert not any(hasattr(m, "scores") or hasattr(m, "bits") for m in dense.modules())
-        assert torch.equal(dense(images()), logits[name])
+        torch.testing.assert_close(dense(images()), logits[name])  # by PyTorch's own product
         shared = {t.data_ptr() for t in [*model.state_dict().values()]}
         assert not shared & {t.data_ptr() for t in dense.state_dict().values()}
     assert bank.active == "task 0"
     assert same(state, model.state_dict())
     assert all(p._version == v for p, v in versions)  # exporting writes nothing, not even back
     bank.activate(None)
+    before = dense(images())
     learn(model, 7)  # an export alive does not disturb training
-    assert torch.equal(dense(images()), logits["task 2"])
+    assert torch.equal(dense(images()), before)
     bank.verify()
     torch.save(dense.state_dict(), os.devnull)
     program = torch.export.export(dense.eval(), (images(),))
@@ -705,7 +706,7 @@ def test_export_of_a_bare_layer():
     bank.commit("a")
     dense = bank.export("a")
     assert type(dense) is nn.Linear
-    assert torch.equal(dense(torch.ones(1, 6)), layer(torch.ones(1, 6)))
+    torch.testing.assert_close(dense(torch.ones(1, 6)), layer(torch.ones(1, 6)))
 
 
 def test_a_view_is_a_snapshot():
@@ -724,16 +725,19 @@ def test_a_view_is_a_snapshot():
         with pytest.raises((RuntimeError, AttributeError), match="snapshot"):
             change()
     assert view.eval() is view
+    before = view(images())
+    torch.testing.assert_close(before, logits["task 1"])
     bank.begin(scores="init")
     learn(model, 8, 3)
     bank.remove("task 1")
-    assert torch.equal(view(images()), logits["task 1"])
-    assert torch.equal(copy.deepcopy(view)(images()), logits["task 1"])
+    assert torch.equal(view(images()), before)
+    assert torch.equal(copy.deepcopy(view)(images()), before)
 
 
 def test_views_serve_from_many_threads():
-    model, bank, logits = learnt()
+    model, bank, _ = learnt()
     views = {name: bank.view(name) for name in bank.names}
+    logits = {name: view(images()) for name, view in views.items()}
     wrong, barrier = [], threading.Barrier(4)
 
     def serve(name):
