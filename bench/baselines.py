@@ -96,3 +96,20 @@ def superpose_grad_product(grad: Tensor, weight: Tensor, masks: Tensor) -> Tenso
 def alpha_grad_loop(x: Tensor, grad_y: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
     """Every row's gradient to every alpha, a masked product a task."""
     return torch.stack([(grad_y @ (weight * mask) * x).sum(1) for mask in masks], 1)
+
+
+def masked_linear_multiply(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """The usual masked layer: the weight times a float mask, then a dense product."""
+    return torch.nn.functional.linear(x, weight * mask)
+
+
+class StraightThroughMask(torch.autograd.Function):
+    """Edge-popup's and WSN's estimator: a mask of given zeros and ones forward, the identity to the scores backward."""
+
+    @staticmethod
+    def forward(ctx, key, mask):
+        return mask
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None

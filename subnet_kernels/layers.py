@@ -131,51 +131,60 @@ class EagerFusedWeight(torch.autograd.Function):
 
 
 class LiveLinear(torch.autograd.Function):
-    """y = x W_eff^T + b of a live layer in one node; the gradients go straight through to weight and scores.
-
-    Outside func transforms and compile only. With `fused`, G goes on as it is, to the weight where it learns, else to the scores.
-    """
+    """y = x W_eff^T + b of a live layer in one node, for eager mode; the gradients go straight through to weight and scores."""
 
     @staticmethod
-    def forward(ctx, x, weight, scores, bias, w_eff, bits, frozen, by, fused):
-        ctx.by, ctx.fused = by, fused
-        # all by save_for_backward, which finds out whether they were written since: a refresh in between is an error
-        ctx.save_for_backward(x, w_eff, weight, scores, *(() if fused else (bits, frozen)))
+    def forward(ctx, x, weight, scores, bias, w_eff, bits, frozen, by):
+        ctx.by = by
+        ctx.save_for_backward(x, w_eff, weight, scores, bits, frozen)  # which finds out whether they were written since
         return product(x, w_eff, None, bias)
 
     @staticmethod
     def backward(ctx, grad):
-        x, w_eff, weight, scores, *masks = ctx.saved_tensors
+        x, w_eff, weight, scores, bits, frozen = ctx.saved_tensors
         need_x, need_weight, need_scores, need_bias, *_ = ctx.needs_input_grad
-        d_x = d_weight = d_scores = None
+        d_weight = d_scores = None
+        if torch.is_grad_enabled():  # the backward is recorded itself
+            effective = LiveWeight.apply(weight, scores, w_eff, bits, frozen, ctx.by)
+            d_x = grad @ effective if need_x else None
+            total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            d_weight, d_scores = straight_through(total, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
+        else:
+            d_x = grad_input(grad, w_eff, None) if need_x else None
+            if need_scores:
+                d_weight, d_scores = grad_weight(grad, x, weight, scores, bits, frozen, ctx.by, need_weight)
+            elif need_weight:
+                d_weight = grad_weight(grad, x, None, None, bits, frozen)[0]
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return d_x, d_weight if need_weight else None, d_scores if need_scores else None, d_bias, None, None, None, None
+
+
+class FusedLinear(torch.autograd.Function):
+    """`LiveLinear` whose weight gradient goes on as it is, as in `FusedWeight`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scores, bias, w_eff):
+        ctx.parameters = weight, scores
+        ctx.save_for_backward(x, w_eff)
+        return product(x, w_eff, None, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_eff = ctx.saved_tensors
+        need_x, need_weight, need_scores, need_bias, _ = ctx.needs_input_grad
+        d_x = total = None
         if torch.is_grad_enabled():
-            d_x, d_weight, d_scores = LiveLinear.recorded(ctx, grad, x, w_eff, weight, scores, *masks)
+            if need_x:
+                d_x = grad @ FusedWeight.apply(*ctx.parameters, w_eff)
+            if need_weight or need_scores:
+                total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
         else:
             if need_x:
                 d_x = grad_input(grad, w_eff, None)
-            if need_weight and (ctx.fused or not need_scores):
-                d_weight = grad_weight(grad, x, None, None, *masks)[0]
-            elif need_scores:
-                d_weight, d_scores = grad_weight(grad, x, *(() if ctx.fused else (weight, scores, *masks, ctx.by, need_weight)))
-                if ctx.fused:
-                    d_weight, d_scores = None, d_weight
-        bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
-        return d_x, d_weight if need_weight else None, d_scores, bias, None, None, None, None, None
-
-    @staticmethod
-    def recorded(ctx, grad, x, w_eff, weight, scores, bits=None, frozen=None):
-        """The same gradients, differentiable themselves."""
-        need_x, need_weight, need_scores, *_ = ctx.needs_input_grad
-        if ctx.fused:
-            effective = FusedWeight.apply(weight, scores, w_eff)
-        else:
-            effective = LiveWeight.apply(weight, scores, w_eff, bits, frozen, ctx.by)
-        total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
-        if ctx.fused:
-            d_weight, d_scores = (total, None) if need_weight else (None, total)
-        else:
-            d_weight, d_scores = straight_through(total, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
-        return grad @ effective if need_x else None, d_weight, d_scores if need_scores else None
+            if need_weight or need_scores:
+                total = grad_weight(grad, x)[0]
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return d_x, total if need_weight else None, total if need_scores and not need_weight else None, d_bias, None
 
 
 class SubnetLayer:
@@ -359,7 +368,9 @@ class SubnetLinear(SubnetLayer, nn.Linear):
         bias = self._parameters["bias"]
         if not torch.is_grad_enabled():
             return product(x, self.w_eff, None, bias)
-        return LiveLinear.apply(x, weight, scores, bias, self.w_eff, self.bits, self.frozen, self.key, self._fused)
+        if self._fused:
+            return FusedLinear.apply(x, weight, scores, bias, self.w_eff)
+        return LiveLinear.apply(x, weight, scores, bias, self.w_eff, self.bits, self.frozen, self.key)
 
     def _product(self, x: Tensor, weight: Tensor) -> Tensor:
         return EagerMaskedLinear.apply(x, weight, None, self.bias) if self._plainly(x) else F.linear(x, weight, self.bias)

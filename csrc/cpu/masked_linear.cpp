@@ -25,6 +25,7 @@ constexpr int kRows = 12;              // rows of an outer product
 constexpr int kPanel = 32;             // columns of one
 constexpr int kWide = 4 * kPanel;      // columns of a weight that are packed at once
 constexpr int64_t kDepth = 128;        // terms of a partial sum: a panel of them is half of a first-level cache
+constexpr int64_t kDirect = kRows;     // rows of a gradient up to which an unmasked weight is used where it lies
 constexpr int64_t kFew = 12;           // rows of x up to which masking in the registers costs less than masking once
 constexpr int64_t kGroup = 2 * kRows;  // rows of a weight gradient that end on a whole byte of bits
 constexpr int64_t kWork = 1 << 18;     // multiply-adds below which a thread costs more than it saves
@@ -36,6 +37,12 @@ struct Bits {
   inline __attribute__((always_inline)) uint64_t at(int64_t i) const {
     const uint8_t* p = begin + (i >> 3);
     return (__builtin_expect(p + 8 <= end, 1) ? load_word(p) : last(p)) >> (i & 7);
+  }
+  // All 64 bits from bit i on, which must be there.
+  inline __attribute__((always_inline)) uint64_t word(int64_t i) const {
+    const uint8_t* p = begin + (i >> 3);
+    const int shift = i & 7;
+    return shift ? load_word(p) >> shift | uint64_t{p[8]} << (64 - shift) : load_word(p);
   }
   uint64_t __attribute__((noinline)) last(const uint8_t* p) const {
     uint64_t word = 0;
@@ -52,8 +59,8 @@ struct Product {
   int64_t rows, in, out;
 };
 
-using OuterTile = void (*)(const float* a, const float* panel, int64_t depth, int rows, float* out, int64_t out_row,
-                           int64_t lanes, bool more);
+using OuterTile = void (*)(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
+                           int64_t out_row, int64_t lanes, bool more);
 
 namespace portable {
 #define SK_LEVEL 0
@@ -208,12 +215,13 @@ Tensor masked_linear_grad_input(const Tensor& grad_, const Tensor& weight_, cons
       const int64_t stop = std::min(in, wide + kWide);
       for (int64_t k = 0; k < out; k += kDepth) {
         const int64_t depth = std::min(kDepth, out - k);
-        pack_panels(w + k * in + wide, in, open, k * in + wide, depth, stop - wide, panels.p);
+        const bool direct = !open.begin && rows <= kDirect && (stop - wide) % kPanel == 0;
+        if (!direct) pack_panels(w + k * in + wide, in, open, k * in + wide, depth, stop - wide, panels.p);
         for (int64_t l = wide; l < stop; l += kPanel)
           for (int64_t b = 0; b < rows; b += kRows)
-            outer(tiles.p + k * all_rows + b * depth, panels.p + (l - wide) * depth, depth,
-                  static_cast<int>(std::min<int64_t>(kRows, rows - b)), to + b * in + l, in, std::min<int64_t>(kPanel, stop - l),
-                  k > 0);
+            outer(tiles.p + k * all_rows + b * depth, direct ? w + k * in + l : panels.p + (l - wide) * depth,
+                  direct ? in : kPanel, depth, static_cast<int>(std::min<int64_t>(kRows, rows - b)), to + b * in + l, in,
+                  std::min<int64_t>(kPanel, stop - l), k > 0);
       }
     }
   });
@@ -266,7 +274,7 @@ std::tuple<Tensor, Tensor> masked_linear_grad_weight(const Tensor& grad_, const 
                  const int64_t depth = std::min(kDepth, rows - k);
                  for (int64_t r = 0; r < group; r += kRows)
                    for (int64_t l = 0; l < panels; l++)
-                     outer(tiles.p + k * all_out + (o + r) * depth, packed.p + (k * panels + l * depth) * kPanel, depth,
+                     outer(tiles.p + k * all_out + (o + r) * depth, packed.p + (k * panels + l * depth) * kPanel, kPanel, depth,
                            static_cast<int>(std::min<int64_t>(kRows, group - r)), sums + r * in + l * kPanel, in,
                            std::min<int64_t>(kPanel, in - l * kPanel), k > 0);
                }

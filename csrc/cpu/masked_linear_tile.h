@@ -150,16 +150,17 @@ SK_TARGET static void rows_by_rows(const float* x, const float* w, const Bits bi
   }
 }
 
-// out[r][l] (+)= sum_k a[k][r] panel[k][l] for R rows and V registers of lanes, of which `lanes` are stored.
+// out[r][l] (+)= sum_k a[k][r] panel[k][l] for R rows and V registers of lanes, of which `lanes` are stored; rows of the panel
+// lie `pitch` apart.
 template <int R, int V>
-SK_TARGET static void outer(const float* a, const float* panel, int64_t depth, float* out, int64_t out_row, int64_t lanes,
-                            bool more) {
+SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, int64_t depth, float* out, int64_t out_row,
+                            int64_t lanes, bool more) {
   Lanes sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = zero();
-  for (int64_t k = 0; k < depth; k++, a += kRows, panel += kPanel) {
+  for (int64_t k = 0; k < depth; k++, a += kRows, panel += pitch) {
     Lanes p[V];
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) p[v] = load(panel + 16 * v);
@@ -185,25 +186,26 @@ SK_TARGET static void outer(const float* a, const float* panel, int64_t depth, f
 
 // rows <= kRows of a times a panel, in tiles that this instruction set has registers for.
 template <int... R>
-SK_TARGET static void outer_rows(const float* a, const float* panel, int64_t depth, int rows, float* out, int64_t out_row,
-                                 int64_t lanes, bool more, std::integer_sequence<int, R...>) {
-  using Outer = void (*)(const float*, const float*, int64_t, float*, int64_t, int64_t, bool);
+SK_TARGET static void outer_rows(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
+                                 int64_t out_row, int64_t lanes, bool more, std::integer_sequence<int, R...>) {
+  using Outer = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool);
   constexpr int kMost = sizeof...(R);
   constexpr Outer one[] = {outer<R + 1, 1>...};
 #if SK_LEVEL == 2
   constexpr Outer two[] = {outer<R + 1, 2>...};
-  (lanes > 16 ? two : one)[rows - 1](a, panel, depth, out, out_row, lanes, more);
+  (lanes > 16 ? two : one)[rows - 1](a, panel, pitch, depth, out, out_row, lanes, more);
   static_assert(kMost == kRows);
 #else
   for (int64_t l = 0; l < lanes; l += 16)
     for (int r = 0; r < rows; r += kMost)
-      one[std::min(rows - r, kMost) - 1](a + r, panel + l, depth, out + r * out_row + l, out_row, lanes - l, more);
+      one[std::min(rows - r, kMost) - 1](a + r, panel + l, pitch, depth, out + r * out_row + l, out_row, lanes - l, more);
 #endif
 }
 
-SK_TARGET static void outer_tile(const float* a, const float* panel, int64_t depth, int rows, float* out, int64_t out_row,
-                                 int64_t lanes, bool more) {
-  outer_rows(a, panel, depth, rows, out, out_row, lanes, more, std::make_integer_sequence<int, SK_LEVEL == 2 ? kRows : 6>());
+SK_TARGET static void outer_tile(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
+                                 int64_t out_row, int64_t lanes, bool more) {
+  outer_rows(a, panel, pitch, depth, rows, out, out_row, lanes, more,
+             std::make_integer_sequence<int, SK_LEVEL == 2 ? kRows : 6>());
 }
 
 // `lanes` columns of `depth` rows that lie `row` apart, as panels [panel][depth][kPanel]: closed elements and the lanes beyond
@@ -224,8 +226,15 @@ SK_TARGET static void pack_panels(const float* from, int64_t row, const Bits bit
 // n weights from bit `first` on, closed ones as 0.
 SK_TARGET static void keep(const float* w, const Bits bits, int64_t first, int64_t n, float* out) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store(out + i, load_open(w + i, bits.at(first + i)));
-  if (i < n) store_first(out + i, load_open(w + i, bits.at(first + i) & low_bits(n - i)), n - i);
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t open = bits.word(first + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 64; j += 16) store(out + i + j, load_open(w + i + j, static_cast<uint32_t>(open >> j)));
+  }
+  for (; i < n; i += 16) {
+    const auto open = static_cast<uint32_t>(bits.at(first + i) & low_bits(n - i));
+    store_first(out + i, load_open(w + i, open), n - i);
+  }
 }
 
 // Rows [begin, end) of w, against all rows of x; w is masked in the registers where few rows of x share it, else in `buffer`.

@@ -148,7 +148,11 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None =
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear("masked_linear", x, weight, bias)
     check.bits("masked_linear", "bits", bits, weight.numel(), weight)
-    return MaskedLinear.apply(x, weight, bits, bias)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return MaskedLinear.apply(x, weight, bits, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return EagerMaskedLinear.apply(x, weight, bits, bias)
+    return product(x, weight, bits, bias)
 
 
 def masked_conv(
