@@ -344,6 +344,36 @@ def test_nan_behind_a_closed_bit_stays_there():
     assert model(torch.randn(3, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("train_weights", [True, False])
+def test_gradients_of_gradients(train_weights):
+    """A penalty on gradients learns as the twin's."""
+    model = net(train_weights=train_weights)
+    twin = naive(model, F.linear)
+    x = torch.randn(5, 8)
+    for m in (model, twin):
+        inputs = x.clone().requires_grad_()
+        wanted = [p for p in m.parameters() if p.requires_grad]
+        first = torch.autograd.grad(m(inputs).tanh().square().sum(), [inputs, *wanted], create_graph=True, allow_unused=True)
+        sum(g.square().sum() for g in first if g is not None).backward()
+    for (name, mine), theirs in zip(model.named_parameters(), dict(ordered(twin, model)).values()):
+        if mine.requires_grad:
+            torch.testing.assert_close(mine.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}")
+
+
+def test_gradients_of_gradients_when_fused():
+    """x's second gradient; what a fused layer leaves for its optimizer stays G."""
+    (layer, *_) = net()
+    sk.optim.SGD(layer.parameters(), fuse_ste=True)
+    x = torch.randn(5, 8)
+    weight = layer.w_eff.clone().requires_grad_()
+    x, twin = x.requires_grad_(), x.detach().clone().requires_grad_()
+    for inputs, run in ((x, layer), (twin, lambda t: F.linear(t, weight, layer.bias.detach()))):
+        (first,) = torch.autograd.grad(run(inputs).tanh().square().sum(), inputs, create_graph=True)
+        first.square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+
+
 # -------------------------------------------------------------------------------------------- what people do with a model
 
 
