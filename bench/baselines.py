@@ -119,7 +119,7 @@ class _Mask(torch.autograd.Function):
 
 
 class PublishedLayer:
-    """A layer as WSN and SupSup have it: a mask of floats from its scores at every forward, and autograd through mask * weight."""
+    """A layer as WSN and SupSup have it: at every forward a float mask from its scores, and autograd through mask * weight."""
 
     def mask(self) -> Tensor:
         if self.rule == "sort":

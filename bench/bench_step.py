@@ -26,7 +26,7 @@ DENSE_GATE = 1.15  # our step, in dense steps
 
 @dataclass(frozen=True)
 class Case:
-    """A recipe of the papers: WSN's (weights and scores learn, dense head, Adam 1e-3) or SupSup's (scores alone, RMSprop 1e-4)."""
+    """A paper's recipe: WSN's (weights and scores learn, dense head, Adam 1e-3) or SupSup's (scores alone, RMSprop 1e-4)."""
 
     title: str
     model: str

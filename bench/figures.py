@@ -1,4 +1,4 @@
-"""Ratios from the result files, as a table and as a bar chart for each op: `python bench/figures.py [FOLDER]` draws all that there is.
+"""Ratios from the result files, as a table and a bar chart an op: `python bench/figures.py [FOLDER]` draws all that there is.
 
 A ratio is a rival's time over ours: above 1 ours is faster. Losses are marked; memory floors and variants of ours are no rivals.
 """
@@ -17,7 +17,7 @@ WIN, LOSS, ASIDE = "#0072B2", "#D55E00", "#999999"
 
 
 class Group(NamedTuple):
-    """One case of a benchmark on so many threads: which callable is ours, its microseconds, and every other one's time over it."""
+    """One case of a benchmark on so many threads: which callable is ours, its microseconds, and the others' times over it."""
 
     bench: str
     case: str

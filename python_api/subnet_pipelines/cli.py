@@ -69,7 +69,7 @@ def demo(argv: list[str]) -> int:
 
 
 def bench(argv: list[str]) -> int:
-    """Time every kernel beside its rivals on this machine, print their ratios and draw them; 1 where a promised ratio is missed."""
+    """Time the kernels beside their rivals here, print and draw the ratios; exit code 1 where a promised one is missed."""
     parser = Parser("subnet-kernels bench", description=bench.__doc__, allow_abbrev=False)
     parser.add_argument("--only", metavar="NAME", help="one benchmark, or some: select,step")
     parser.add_argument("--threads", default="1,2", metavar="1,2", help="threads to measure on (1,2)")

@@ -75,10 +75,10 @@ class Block(nn.Module):
 
 
 class ResNet18(nn.Module):
-    """ResNet-18 for 32 x 32 images as GPM, WSN and SupSup have it: 3 x 3 in front, eight blocks 1, 1, 2, 2, 4, 4, 8, 8 `width` wide.
+    """ResNet-18 for 32 x 32 images as GPM, WSN, SupSup have it: 3 x 3 in front, eight blocks 1, 1, 2, 2, 4, 4, 8, 8 `width` wide.
 
-    pool: side of the average pooling before the head, which reads 8 width (4 / pool)^2 features; running: norm by running statistics
-    in eval mode (SupSup), or by the batch's own (WSN). x (B, channels, 32, 32) float -> logits (B, outputs).
+    pool: side of the average pooling before the head, which reads 8 width (4 / pool)^2 features; running: norm by running
+    statistics in eval mode (SupSup), or by the batch's own (WSN). x (B, channels, 32, 32) float -> logits (B, outputs).
     """
 
     def __init__(self, outputs: int, channels: int = 3, width: int = 20, pool: int = 2, running: bool = False):
@@ -132,7 +132,7 @@ def alexnet(outputs: int = 100, *shape: int) -> AlexNet:
 
 
 def resnet_18(outputs: int = 10, *shape: int) -> ResNet18:
-    """ResNet18 nf=20, 2 x 2 pooling to 640: WSN's network on 5-Datasets (1,090,140 weights without the head); shape as `alexnet`."""
+    """ResNet18 nf=20, 2 x 2 pooling to 640: WSN's network on 5-Datasets (1,090,140 weights without head); shape as `alexnet`."""
     return ResNet18(outputs, _channels("resnet-18", shape or (3, 32, 32)))
 
 
