@@ -4,24 +4,31 @@ Written from the methods' descriptions, each with the cost that it really has th
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def select_sort(scores: Tensor, density: float) -> Tensor:
     """SupSup and edge-popup: sort |scores|, write 0 through the first indices and 1 through the rest of a clone."""
-    key = scores.abs()
+    return _sort_rule(scores.abs(), density)
+
+
+def _sort_rule(key: Tensor, density: float) -> Tensor:
     out = key.clone()
     _, order = key.flatten().sort()
     closed = int((1 - density) * key.numel())
     flat = out.flatten()
     flat[order[:closed]] = 0
     flat[order[closed:]] = 1
-    return flat.view_as(scores)
+    return flat.view_as(key)
 
 
 def select_kthvalue(scores: Tensor, density: float, zeros: Tensor, ones: Tensor) -> Tensor:
     """WSN: the k-th smallest |score| by kthvalue, fetched to the host, and where() between two templates of the scores' size."""
-    key = scores.abs()
+    return _kthvalue_rule(scores.abs(), density, zeros, ones)
+
+
+def _kthvalue_rule(key: Tensor, density: float, zeros: Tensor, ones: Tensor) -> Tensor:
     n = key.numel()
     rank = 1 + round(0.01 * ((1 - density) * 100) * (n - 1))
     least = key.flatten().kthvalue(rank).values.item()
@@ -104,12 +111,50 @@ def masked_linear_multiply(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
 
 
 class StraightThroughMask(torch.autograd.Function):
-    """Edge-popup's and WSN's estimator: a mask of given zeros and ones forward, the identity to the scores backward."""
+    """A rule's mask of |scores|, with the straight-through gradient."""
 
     @staticmethod
-    def forward(ctx, key, mask):
-        return mask
+    def forward(ctx, key, rule, *arguments):
+        ctx.others = 1 + len(arguments)
+        return rule(key, *arguments)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return grad, *[None] * ctx.others
+
+
+class PublishedLayer:
+    """A layer as WSN and SupSup have it: at every forward a float mask from its scores, and autograd through mask * weight."""
+
+    def mask(self) -> Tensor:
+        if self.rule == "sort":
+            return StraightThroughMask.apply(self.scores.abs(), _sort_rule, self.density)
+        return StraightThroughMask.apply(self.scores.abs(), _kthvalue_rule, self.density, self.zeros, self.ones)
+
+
+class PublishedLinear(PublishedLayer, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mask() * self.weight, self.bias)
+
+
+class PublishedConv2d(PublishedLayer, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.mask() * self.weight, self.bias)
+
+
+def publish(net: nn.Module, scores: dict[str, Tensor], rule: str, density: float) -> nn.Module:
+    """Turn the layers that `scores` names into published ones, in place; rule is "sort" (SupSup) or "kthvalue" (WSN)."""
+    for name, values in scores.items():
+        layer = net.get_submodule(name)
+        layer.__class__ = PublishedLinear if isinstance(layer, nn.Linear) else PublishedConv2d
+        layer.scores = nn.Parameter(values.detach().clone())
+        layer.rule, layer.density = rule, density
+        layer.zeros, layer.ones = torch.zeros_like(values), torch.ones_like(values)  # WSN's templates, no buffers
+    return net
+
+
+def freeze_by_index(net: nn.Module, frozen: dict[str, Tensor]) -> None:
+    """WSN's loop after backward: gradients of frozen weights zeroed by an index write a layer, from masks of whole numbers."""
+    for name, module in net.named_modules():
+        if name in frozen:
+            module.weight.grad[frozen[name] == 1] = 0

@@ -4,10 +4,13 @@ import json
 import sys
 from pathlib import Path
 
+from figures import groups, text
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- figures: python bench/readme.py -->", "<!-- end of figures -->"
 SHOWN = (
+    "step",
     "select",
     "refresh_",
     "masked_linear",
@@ -20,7 +23,6 @@ SHOWN = (
     "superpose_grad",
     "alpha_grad",
 )
-OURS = ("ours, 30 % frozen", "ours")
 
 
 def tables() -> str:
@@ -28,10 +30,7 @@ def tables() -> str:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         found = json.loads(path.read_text())
-        cases: dict[tuple[str, str], dict[str, float]] = {}
-        for row in found["rows"]:
-            if row["threads"] == 1 and row["bench"] in SHOWN:
-                cases.setdefault((row["bench"], row["case"]), {})[row["name"]] = row["min"]
+        shown = groups([row for row in found["rows"] if row["threads"] == 1 and row["bench"] in SHOWN])
         versions = sorted({row["versions"]["torch"] for row in found["rows"]})
         commits = sorted({row["commit"] for row in found["rows"]})
         parts.append(
@@ -39,13 +38,9 @@ def tables() -> str:
             "Each rival's time over ours, measured in one run: above 1 ours is faster.\n"
         )
         parts.append("| op | case | ours (µs) | rivals: their time / ours |\n|---|---|---|---|")
-        for (bench, case), times in sorted(cases.items(), key=lambda item: (SHOWN.index(item[0][0]), item[0][1])):
-            name = next((n for n in (bench, *OURS) if n in times), next(iter(times)))
-            ours = times[name]
-            rivals = ", ".join(
-                f"{n} {t / ours:.2g}" if t < 10 * ours else f"{n} {t / ours:.0f}" for n, t in times.items() if n != name
-            )
-            parts.append(f"| `{bench}` | {case} | {ours:,.1f} | {rivals} |")
+        for g in sorted(shown, key=lambda g: (SHOWN.index(g.bench), g.case)):
+            rivals = ", ".join(f"{name} {text(ratio)}" for name, ratio in g.ratios.items())
+            parts.append(f"| `{g.bench}` | {g.case} | {g.us:,.1f} | {rivals} |")
         parts.append("")
     return "\n".join(parts)
 
