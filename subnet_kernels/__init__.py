@@ -5,8 +5,11 @@ from subnet_kernels.bank import MaskBank
 from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_
 from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
 from subnet_kernels.ops import (
+    Compressed,
     alpha_grad,
     apply,
+    compress,
+    compressed_linear,
     count,
     k_kth,
     k_sort,
@@ -29,6 +32,7 @@ from subnet_kernels.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compressed",
     "ErdosRenyi",
     "MaskBank",
     "Rule",
@@ -40,6 +44,8 @@ __all__ = [
     "SubnetLinear",
     "alpha_grad",
     "apply",
+    "compress",
+    "compressed_linear",
     "convert",
     "count",
     "dense_state_dict",

@@ -363,6 +363,38 @@ def mixed_linear_grad_weight(grad: Tensor, x: Tensor, bank: Sequence[Tensor], ta
     return out
 
 
+# ---------------------------------------------------------------------------------------------------------- compressed
+
+
+def decompress(values: Tensor, positions: Tensor, offsets: Tensor, inputs: int) -> Tensor:
+    """A compressed weight to its dense form, +0.0 where it is closed.
+
+    values: (count,), the open weights in logical order; offsets: int64 (O + 1,), those of row o are offsets[o] to offsets[o + 1];
+    positions: a bitmap, uint8 (O, ceil(I / 64) * 8), or columns, uint16 or int32 (count,); inputs: I -> (O, I).
+    """
+    outputs = offsets.numel() - 1
+    if positions.dtype == torch.uint8:
+        mask = torch.cat([unpack(row, (1, inputs)) for row in positions]) if outputs else positions.new_zeros((0, inputs)).bool()
+        return values.new_zeros((outputs, inputs)).masked_scatter(mask, values)
+    rows = torch.arange(outputs, device=values.device).repeat_interleave(offsets.diff())
+    dense = values.new_zeros((outputs, inputs))
+    dense[rows, positions.long()] = values
+    return dense
+
+
+def compressed_linear(x: Tensor, values: Tensor, positions: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (W where open)^T + bias, from the open weights alone: an x that only closed weights meet takes no part, whatever it is.
+
+    x: (..., I); values, positions, offsets: as `decompress`; bias: (O,) or None -> (..., O).
+    """
+    inputs = x.shape[-1]
+    open_columns = decompress(torch.ones_like(values), positions, offsets, inputs) != 0
+    weight = decompress(values, positions, offsets, inputs)
+    columns = [row @ x[..., mask].unsqueeze(-1) for row, mask in ((w[m], m) for w, m in zip(weight, open_columns))]
+    y = torch.cat(columns, -1) if columns else x.new_empty((*x.shape[:-1], 0))
+    return y if bias is None else y + bias
+
+
 # ------------------------------------------------------------------------------------------------------------ optimizer
 
 

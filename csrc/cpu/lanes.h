@@ -74,6 +74,13 @@ SK_LANES Lanes expand(const T* values, uint16_t open) {
     if (open >> i & 1) v.lane[i] = static_cast<float>(*values++);
   return v;
 }
+// from[at[i]]
+template <class Column>
+SK_LANES Lanes gather(const float* from, const Column* at) {
+  Lanes v;
+  for (int64_t i = 0; i < kLanes; i++) v.lane[i] = from[at[i]];
+  return v;
+}
 SK_LANES Lanes add(const Lanes& a, const Lanes& b) {
   Lanes v;
   for (int64_t i = 0; i < kLanes; i++) v.lane[i] = a.lane[i] + b.lane[i];
@@ -131,7 +138,8 @@ SK_AVX2 SK_LANES Lanes load_open(const float* from, uint16_t open) {
   return {_mm256_maskload_ps(from, spread(open & 0xff)), _mm256_maskload_ps(from + 8, spread(open >> 8))};
 }
 SK_AVX2 SK_LANES Lanes where(uint16_t open, const Lanes& v) {
-  return {_mm256_and_ps(v.low, _mm256_castsi256_ps(spread(open & 0xff))), _mm256_and_ps(v.high, _mm256_castsi256_ps(spread(open >> 8)))};
+  return {_mm256_and_ps(v.low, _mm256_castsi256_ps(spread(open & 0xff))),
+          _mm256_and_ps(v.high, _mm256_castsi256_ps(spread(open >> 8)))};
 }
 template <class T>
 SK_AVX2 SK_LANES __m256 expand8(const T* values, uint32_t open) {
@@ -144,7 +152,17 @@ template <class T>
 SK_AVX2 SK_LANES Lanes expand(const T* values, uint16_t open) {
   return {expand8(values, open & 0xff), expand8(values + _mm_popcnt_u32(open & 0xff), open >> 8)};
 }
-SK_AVX2 SK_LANES Lanes add(const Lanes& a, const Lanes& b) { return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)}; }
+SK_AVX2 SK_LANES __m256i columns8(const uint16_t* at) {
+  return _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+}
+SK_AVX2 SK_LANES __m256i columns8(const int32_t* at) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at)); }
+template <class Column>
+SK_AVX2 SK_LANES Lanes gather(const float* from, const Column* at) {
+  return {_mm256_i32gather_ps(from, columns8(at), 4), _mm256_i32gather_ps(from, columns8(at + 8), 4)};
+}
+SK_AVX2 SK_LANES Lanes add(const Lanes& a, const Lanes& b) {
+  return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
+}
 SK_AVX2 SK_LANES Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
@@ -182,6 +200,12 @@ SK_AVX512 SK_LANES Lanes where(uint16_t open, Lanes v) { return _mm512_maskz_mov
 template <class T>
 SK_AVX512 SK_LANES Lanes expand(const T* values, uint16_t open) {
   return _mm512_maskz_expand_ps(open, load(values));
+}
+// Two gathers of eight: they are faster than one of sixteen.
+template <class Column>
+SK_AVX512 SK_LANES Lanes gather(const float* from, const Column* at) {
+  const auto v = avx2::gather(from, at);
+  return _mm512_insertf32x8(_mm512_castps256_ps512(v.low), v.high, 1);
 }
 SK_AVX512 SK_LANES Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
 SK_AVX512 SK_LANES Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }

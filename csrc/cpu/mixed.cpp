@@ -10,16 +10,16 @@
 
 namespace {
 
-// Rows are sorted by task, so that a piece of a mask is shifted into place once for all rows of its task. A tile of the weight stays
-// in the nearest cache while all rows pass by it: weights are read once, and so are the bits of the tasks in the batch.
+// Rows are sorted by task, so that a piece of a mask is shifted into place once for all rows of its task. A tile of the weight
+// stays in the nearest cache while all rows pass by it: weights are read once, and so are the bits of the tasks in the batch.
 
 constexpr int64_t kOutputs = 4;  // outputs that are taken together
 constexpr int64_t kQuad = 4;     // rows of tasks of their own that are taken together
 constexpr int64_t kStrip = 64;   // inputs that a word of bits covers
 constexpr int64_t kPieces = kStrip / kLanes;
-constexpr int64_t kSpan = 8;    // strips that gradients take together: a line of the bank, where rows of W begin at one
+constexpr int64_t kSpan = 8;  // strips that gradients take together: a line of the bank, where rows of W begin at one
 constexpr int64_t kOpenStride = kSpan * kPieces;
-constexpr int64_t kChunk = 8;   // outputs between two stores of their sums
+constexpr int64_t kChunk = 8;  // outputs between two stores of their sums
 
 // A task with this many rows is multiplied by its own materialised weight.
 constexpr int64_t kDenseRows = 64;
@@ -81,8 +81,8 @@ static Batch group_rows(const char* op, const Tensor& task_ids, int64_t rows, in
                   ": task_ids must be int64 with one id for each of ", rows, " rows, got ", task_ids.numel());
   const auto* ids = static_cast<const int64_t*>(task_ids.const_data_ptr());
   for (int64_t r = 0; r < rows; r++)
-    STD_TORCH_CHECK(ids[r] >= 0 && ids[r] < tasks, op, ": task_ids must be between 0 and ", tasks - 1, ", got ", ids[r], " for row ",
-                    r);
+    STD_TORCH_CHECK(ids[r] >= 0 && ids[r] < tasks, op, ": task_ids must be between 0 and ", tasks - 1, ", got ", ids[r],
+                    " for row ", r);
   Batch batch;
   batch.order.resize(rows);
   std::iota(batch.order.begin(), batch.order.end(), 0);
@@ -257,8 +257,10 @@ static Tensor mixed_linear_cpu(const Tensor& x, const Tensor& weight, std::vecto
   const int64_t sizes[] = {x.size(0), call.outputs};
   Tensor y = new_dense(sizes, 2, dtype_code(x));
   if (y.numel() == 0) return y;
+  if (call.inputs == 0) return linear(call.rows, call.other, bias);
   for (const Group& g : call.batch.large)
-    put_rows(linear(rows_of(call.rows, call.batch, g), effective_weight(call.other, call.bank.task(g.task)), bias), call.batch, g, y);
+    put_rows(linear(rows_of(call.rows, call.batch, g), effective_weight(call.other, call.bank.task(g.task)), bias), call.batch, g,
+             y);
   if (call.batch.small.empty()) return y;
   if (call.dtype == ScalarType::Float) {
     forward_small(call, bias, static_cast<float*>(y.mutable_data_ptr()));
@@ -307,7 +309,8 @@ static void grad_x_small(const Call& call, Tensor& out) {
                    g.end - g.begin - alone, sums.data() + g.begin * kWide + s * kStrip, kWide);
           for (int64_t r = g.end - alone; r < g.end; r++)
             if (rows.push(mine[0], grad.data() + r * outputs + o, sums.data() + r * kWide))
-              for (int64_t s = 0; s < here; s++, rows.next_strip()) quad(tile.data() + s * kChunk * kStrip, rows.open, count, rows.in, rows.out);
+              for (int64_t s = 0; s < here; s++, rows.next_strip())
+                quad(tile.data() + s * kChunk * kStrip, rows.open, count, rows.in, rows.out);
           if (alone) rows.next_slot();
         }
         for (int64_t r = 0; r < rows.count; r++)
@@ -321,7 +324,8 @@ static void grad_x_small(const Call& call, Tensor& out) {
   });
 }
 
-static Tensor mixed_linear_grad_x_cpu(const Tensor& grad, const Tensor& weight, std::vector<Tensor> bank, const Tensor& task_ids) {
+static Tensor mixed_linear_grad_x_cpu(const Tensor& grad, const Tensor& weight, std::vector<Tensor> bank,
+                                      const Tensor& task_ids) {
   const char* op = "mixed_linear_grad_x";
   STD_TORCH_CHECK(grad.dim() == 2 && weight.dim() == 2 && grad.size(1) == weight.size(0), op,
                   ": grad must be (B, O) and weight (O, I)");
@@ -330,8 +334,8 @@ static Tensor mixed_linear_grad_x_cpu(const Tensor& grad, const Tensor& weight, 
   Tensor out = new_dense(sizes, 2, dtype_code(grad));
   if (out.numel() == 0) return out;
   for (const Group& g : call.batch.large) {
-    const Tensor product = torch::stable::matmul(rows_of(call.rows, call.batch, g),
-                                                 effective_weight(call.other, call.bank.task(g.task)));
+    const Tensor product =
+        torch::stable::matmul(rows_of(call.rows, call.batch, g), effective_weight(call.other, call.bank.task(g.task)));
     put_rows(product, call.batch, g, out);
   }
   if (!call.batch.small.empty()) grad_x_small(call, out);
@@ -400,7 +404,8 @@ static void grad_weight_small(const Call& call, float* sums) {
   });
 }
 
-static Tensor mixed_linear_grad_weight_cpu(const Tensor& grad, const Tensor& x, std::vector<Tensor> bank, const Tensor& task_ids) {
+static Tensor mixed_linear_grad_weight_cpu(const Tensor& grad, const Tensor& x, std::vector<Tensor> bank,
+                                           const Tensor& task_ids) {
   const char* op = "mixed_linear_grad_weight";
   STD_TORCH_CHECK(grad.dim() == 2 && x.dim() == 2 && grad.size(0) == x.size(0), op, ": grad must be (B, O) and x (B, I)");
   const Call call = read_call(op, grad, "grad", x, "x", bank, task_ids, grad.size(1), x.size(1));

@@ -35,8 +35,8 @@ SK_TARGET static void forward(const float* weight, int64_t stride, const uint16_
     forward_rows<1>(weight, stride, open, open_stride, x, x_stride, pieces, sums);
 }
 
-// The same for kQuad rows of tasks of their own, which share the loads of the weight: row r is x[r], its bits open[r], and its sums
-// go to sums[r]. All kOutputs outputs are there.
+// The same for kQuad rows of tasks of their own, which share the loads of the weight: row r is x[r], its bits open[r], and its
+// sums go to sums[r]. All kOutputs outputs are there.
 SK_TARGET static inline __attribute__((always_inline)) void forward_piece(const Lanes* w, const uint16_t* const* open,
                                                                           int64_t open_stride, const float* const* x, int64_t p,
                                                                           Lanes (*sum_of)[kOutputs]) {
@@ -132,7 +132,8 @@ SK_TARGET static void grad_x_quad(const float* weight, const uint16_t* const* op
 }
 
 // to[o][i] += sum over rows of grad[r][o] * x[r][i] where the mask of the row's task is open, for kOutputs outputs and kStrip
-// inputs. x: (rows, kStrip) contiguous; open: (groups of rows, kOutputs, kOpenStride), of which kPieces are read; ends[g]: the first row after group g.
+// inputs. x: (rows, kStrip) contiguous; open: (groups of rows, kOutputs, kOpenStride), of which kPieces are read; ends[g]: the
+// first row after group g.
 SK_TARGET static void grad_weight(const float* x, const float* grad, int64_t grad_stride, const uint16_t* open,
                                   const int64_t* ends, int64_t groups, float* to, int64_t to_stride) {
   Lanes sum_of[kOutputs][kPieces];

@@ -100,9 +100,7 @@ class MixedLinearGradWeight(torch.autograd.Function):
         return d_grad, d_x, *[None] * len(rest)
 
 
-def mixed_linear(
-    x: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor, bias: Tensor | None = None
-) -> Tensor:
+def mixed_linear(x: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[b] = (W where the mask of task task_ids[b] is open) x[b] + bias: a batch of rows of different tasks.
 
     x: (B, I); weight: (O, I), x's dtype; bank: blocks of K masks from `pack_bank`; task_ids: int64 (B,), each in 0..K-1 (on a GPU
