@@ -14,7 +14,7 @@ from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 _library.load_all()
 
 __all__ = [
-    "Compressed", "alpha_grad", "apply", "compress", "compressed_linear", "count", "k_kth", "k_sort", "masked_conv", "masked_linear", "mixed_linear", "overlap", "pack", "pack_bank", "refresh_",
-    "refresh_threshold_", "restore_", "select", "stats", "subnet_linear", "superpose", "threshold", "union_", "unpack", "update_adam_",
-    "update_rmsprop_", "update_sgd_",
+    "Compressed", "alpha_grad", "apply", "compress", "compressed_linear", "count", "k_kth", "k_sort", "masked_conv",
+    "masked_linear", "mixed_linear", "overlap", "pack", "pack_bank", "refresh_", "refresh_threshold_", "restore_", "select",
+    "stats", "subnet_linear", "superpose", "threshold", "union_", "unpack", "update_adam_", "update_rmsprop_", "update_sgd_",
 ]  # fmt: skip
