@@ -7,7 +7,20 @@ from pathlib import Path
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- figures: python bench/readme.py -->", "<!-- end of figures -->"
-SHOWN = ("select", "refresh_", "update", "straight_through", "apply", "restore_", "superpose", "superpose_grad", "alpha_grad")
+SHOWN = (
+    "select",
+    "refresh_",
+    "update",
+    "straight_through",
+    "apply",
+    "restore_",
+    "superpose",
+    "superpose_grad",
+    "alpha_grad",
+    "mixed_linear",
+    "mixed_linear_grad",
+    "compressed_linear",
+)
 OURS = ("ours, 30 % frozen", "ours")
 
 

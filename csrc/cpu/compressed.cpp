@@ -95,7 +95,7 @@ static void each_row(const Compressed& c, int64_t begin, int64_t end, const F& k
   std::vector<Column> their_columns;
   for (int64_t o = begin; o < end; o++) {
     const int64_t first = c.begin[o], n = c.begin[o + 1] - first;
-    const int64_t most = columns ? n : c.inputs;
+    const int64_t most = columns ? n : c.words * 64;
     if (first + most + kLanes <= c.count) {
       kernel(o, values + first, columns ? columns + first : nullptr);
       continue;
@@ -110,44 +110,45 @@ static void each_row(const Compressed& c, int64_t begin, int64_t end, const F& k
   }
 }
 
-// sums[o * kBatch + r] for up to kBatch rows of x.
+// sums[o * step + r] for up to kBatch rows of x.
 template <class T>
-static void products_bitmap(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums) {
+static void products_bitmap(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums, int64_t step) {
   const auto kernel = for_isa(portable::bitmap<T>, avx2::bitmap<T>, avx512::bitmap<T>);
   const auto* open = static_cast<const uint8_t*>(c.positions.const_data_ptr());
   parallel(c.outputs, grain_of(c, rows), [&](int64_t begin, int64_t end) {
     each_row<T, uint16_t>(c, begin, end, [&](int64_t o, const T* values, const uint16_t*) {
-      kernel(values, open + o * c.words * 8, c.words, x, stride, rows, sums + o * kBatch);
+      kernel(values, open + o * c.words * 8, c.words, x, stride, rows, sums + o * step);
     });
   });
 }
 template <class T, class Column>
-static void products_index(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums) {
+static void products_index(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums, int64_t step) {
   const auto kernel = rows <= kFew
                           ? for_isa(portable::index_few<T, Column>, avx2::index_few<T, Column>, avx512::index_few<T, Column>)
                           : for_isa(portable::index_many<T, Column>, avx2::index_many<T, Column>, avx512::index_many<T, Column>);
   parallel(c.outputs, grain_of(c, rows), [&](int64_t begin, int64_t end) {
     each_row<T, Column>(c, begin, end, [&](int64_t o, const T* values, const Column* columns) {
-      kernel(values, columns, c.begin[o + 1] - c.begin[o], x, stride, rows, sums + o * kBatch);
+      kernel(values, columns, c.begin[o + 1] - c.begin[o], x, stride, rows, sums + o * step);
     });
   });
 }
 template <class T>
-static void products(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums) {
+static void products(const Compressed& c, const float* x, int64_t stride, int64_t rows, float* sums, int64_t step) {
   if (c.format == Format::bitmap)
-    products_bitmap<T>(c, x, stride, rows, sums);
+    products_bitmap<T>(c, x, stride, rows, sums, step);
   else if (c.format == Format::short_index)
-    products_index<T, uint16_t>(c, x, stride, rows, sums);
+    products_index<T, uint16_t>(c, x, stride, rows, sums, step);
   else
-    products_index<T, int32_t>(c, x, stride, rows, sums);
+    products_index<T, int32_t>(c, x, stride, rows, sums, step);
 }
 
 template <class T>
 static void linear_in(const Compressed& c, const Tensor& x, const Tensor* bias, Tensor& y) {
   const int64_t all = c.inputs > 0 ? x.numel() / c.inputs : y.numel() / c.outputs, inputs = c.inputs, outputs = c.outputs;
   const bool lanes = c.format != Format::bitmap;
-  const int64_t stride = c.words * 64;
-  Floats in(kBatch * stride), in_lanes(lanes && all > kFew ? inputs * kBatch : 0), sums(outputs * kBatch), shift(outputs, 0.0f),
+  const int64_t stride = c.words * 64, most = std::min(kBatch, all);
+  const int64_t step = lanes && all > kFew ? kBatch : most;
+  Floats in(most * stride), in_lanes(lanes && all > kFew ? inputs * kBatch : 0), sums(outputs * step), shift(outputs, 0.0f),
       row(outputs);
   if (bias) read_tile(c.dtype, bias->const_data_ptr(), shift.data(), 0, outputs);
   for (int64_t first = 0; first < all; first += kBatch) {
@@ -158,9 +159,9 @@ static void linear_in(const Compressed& c, const Tensor& x, const Tensor* bias, 
     if (transposed)
       for (int64_t i = 0; i < inputs; i++)
         for (int64_t r = 0; r < kBatch; r++) in_lanes[i * kBatch + r] = r < rows ? in[r * stride + i] : 0.0f;
-    products<T>(c, transposed ? in_lanes.data() : in.data(), stride, rows, sums.data());
+    products<T>(c, transposed ? in_lanes.data() : in.data(), stride, rows, sums.data(), step);
     for (int64_t r = 0; r < rows; r++) {
-      for (int64_t o = 0; o < outputs; o++) row[o] = sums[o * kBatch + r] + shift[o];
+      for (int64_t o = 0; o < outputs; o++) row[o] = sums[o * step + r] + shift[o];
       write_tile(c.dtype, row.data(), y.mutable_data_ptr(), (first + r) * outputs, outputs);
     }
   }

@@ -16,8 +16,8 @@ from subnet_kernels.ops.masked import _autocasts
 
 FORMATS = ("bitmap", "index")
 
-# Kept share below which columns are faster than a bitmap. Measured, 4096 x 4096 float32, one thread, columns over bitmap: one row
-# 1.2x at .2 and .9x at .3; four rows 1.1x and .7x; sixteen rows, where a lane is a row, above 2x at both.
+# Kept share below which columns are faster than a bitmap. Measured, 4096 x 4096 float32, one thread, columns over bitmap: one row 1.2x
+# at .2 and .9x to 1.2x at .3; four rows 1.1x and .7x to .85x; sixteen rows, where a lane is a row, above 2x at both.
 INDEX_BELOW = 0.25
 
 _compressed_linear = define(
