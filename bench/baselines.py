@@ -158,3 +158,28 @@ def freeze_by_index(net: nn.Module, frozen: dict[str, Tensor]) -> None:
     for name, module in net.named_modules():
         if name in frozen:
             module.weight.grad[frozen[name] == 1] = 0
+
+
+def mixed_linear_loop(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) -> Tensor:
+    """Every row by itself: its task's float mask times the weight, and a matrix-vector product."""
+    return torch.stack([torch.nn.functional.linear(row, weight * masks[t]) for row, t in zip(x, ids)])
+
+
+def mixed_linear_where(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) -> Tensor:
+    """The same with bool masks, and closed weights not multiplied."""
+    zero = torch.zeros((), dtype=weight.dtype)
+    return torch.stack([torch.nn.functional.linear(row, torch.where(masks[t], weight, zero)) for row, t in zip(x, ids)])
+
+
+def mixed_linear_grouped(x: Tensor, weight: Tensor, masks: Tensor, ids: Tensor) -> Tensor:
+    """The best that eager PyTorch has where tasks have several rows: a masked weight and a product for each task of the batch."""
+    y = x.new_empty((len(x), len(weight)))
+    for task in ids.unique().tolist():
+        rows = (ids == task).nonzero()[:, 0]
+        y[rows] = torch.nn.functional.linear(x[rows], weight * masks[task])
+    return y
+
+
+def mixed_linear_kept(x: Tensor, weights: Tensor, ids: list[int]) -> Tensor:
+    """With every task's effective weight kept, as many times the weight as there are tasks: a matrix-vector product a row."""
+    return torch.stack([torch.nn.functional.linear(row, weights[t]) for row, t in zip(x, ids)])

@@ -210,6 +210,7 @@ class SubnetLayer:
         self.frozen_values: Tensor | None = None
         self._active: Tensor | None = None  # effective weight of the active task
         self._mix: tuple | None = None  # (bank, alphas, row of alphas, counts, version of alphas) of a superposition
+        self._rows: tuple | None = None  # (bank, task of each row, bias of each row or None) where rows have tasks of their own
         self._trace: list | None = None  # (input, output) of each superposed forward, where somebody wants row gradients
         self._seen: tuple | None = None  # versions of scores and weight that bits and w_eff were made from
         self._adopt()
@@ -299,10 +300,28 @@ class SubnetLayer:
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
         return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The dense layer's product with another weight and, where it has a bias and one is given, another bias."""
         raise AssertionError("a masked layer class defines its product")
 
+    def _product_of_rows(self, x: Tensor) -> Tensor:
+        """Every row through its own task's mask, a product for each task of the batch."""
+        bank, ids, biases = self._rows
+        weight, y = self.weight.detach(), None
+        for task in ids.unique().tolist():
+            rows = (ids == task).nonzero()[:, 0]
+            part = self._product(
+                x[rows], ops.apply(weight, reference.bank_bits(bank, task)), None if biases is None else biases[rows[0]]
+            )
+            y = part.new_empty((len(x), *part.shape[1:])) if y is None else y
+            y = y.index_copy(0, rows, part)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._rows is not None:
+            if len(x) != len(self._rows[1]):
+                raise ValueError(f"rows: a layer's input must have {len(self._rows[1])} rows first, got {tuple(x.shape)}")
+            return self._product_of_rows(x) if len(x) else self._product(x, self.weight.detach())
         y = self._product(x, self.effective_weight())
         if self._trace is not None:
             y = y if y.requires_grad else y.requires_grad_()
@@ -344,7 +363,7 @@ class SubnetLayer:
 
 COMPILED = "_C_cpu" in LOADED  # without it PyTorch's own product is the faster one
 
-_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
+_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _rows _trace".split()
 
 
 class SubnetLinear(SubnetLayer, nn.Linear):
@@ -358,7 +377,7 @@ class SubnetLinear(SubnetLayer, nn.Linear):
         refresh([self])
 
     def forward(self, x: Tensor) -> Tensor:
-        if self._active is not None or self._mix is not None or self._trace is not None or not self._plainly(x):
+        if not (self._active is self._mix is self._rows is self._trace is None and self._plainly(x)):
             return super().forward(x)
         weight, scores = self._parameters["weight"], self._parameters["scores"]
         if weight is not self._own[0] or scores is not self._own[1]:
@@ -372,8 +391,18 @@ class SubnetLinear(SubnetLayer, nn.Linear):
             return FusedLinear.apply(x, weight, scores, bias, self.w_eff)
         return LiveLinear.apply(x, weight, scores, bias, self.w_eff, self.bits, self.frozen, self.key)
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return EagerMaskedLinear.apply(x, weight, None, self.bias) if self._plainly(x) else F.linear(x, weight, self.bias)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
+        return EagerMaskedLinear.apply(x, weight, None, bias) if self._plainly(x) else F.linear(x, weight, bias)
+
+    def _product_of_rows(self, x: Tensor) -> Tensor:
+        bank, ids, biases = self._rows
+        flat = x.reshape(-1, x.shape[-1])
+        each = len(flat) // len(x)
+        tasks = ids if each == 1 else ids.repeat_interleave(each)
+        y = ops.mixed_linear(flat, self.weight.detach(), bank, tasks, self.bias if biases is None else None)
+        y = y.view(*x.shape[:-1], -1)
+        return y if biases is None else y + biases.view(len(x), *[1] * (x.dim() - 2), -1).to(y.dtype)
 
     def _plainly(self, x: Tensor) -> bool:
         """Whether this library's own product serves x: float32 on the CPU in eager mode. Half precision goes to oneDNN."""
@@ -391,8 +420,8 @@ class SubnetLinear(SubnetLayer, nn.Linear):
 
 
 class _SubnetConv(SubnetLayer):
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._conv_forward(x, weight, self.bias if bias is None else bias)
 
 
 class SubnetConv1d(_SubnetConv, nn.Conv1d):
