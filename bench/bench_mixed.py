@@ -66,14 +66,17 @@ def bench_mixed_linear_gradients(thread_count):
     torch.testing.assert_close(OPS.mixed_linear_grad_weight(grad, x, bank, ids), grad_weight_loop(), rtol=1e-4, atol=1e-4)
     times = measure(
         {
-            "mixed_linear_grad_x": lambda: OPS.mixed_linear_grad_x(grad, weight, bank, ids),
+            "mixed_linear_grad_input": lambda: OPS.mixed_linear_grad_input(grad, weight, bank, ids),
             "mixed_linear_grad_weight": lambda: OPS.mixed_linear_grad_weight(grad, x, bank, ids),
             "dx, loop (mul)": lambda: torch.stack([g @ (weight * as_float[t]) for g, t in zip(grad, ids.tolist())]),
             "dW, loop (mul)": grad_weight_loop,
         },
         rounds=3,
     )
-    print("\n" + table(f"gradients of mixed_linear, {rows} rows of {tasks} tasks, {size} x {size}", times, "mixed_linear_grad_x"))
+    print(
+        "\n"
+        + table(f"gradients of mixed_linear, {rows} rows of {tasks} tasks, {size} x {size}", times, "mixed_linear_grad_input")
+    )
     record("mixed_linear_grad", f"B={rows} T={tasks} {size}x{size} float32", times)
 
 

@@ -373,7 +373,7 @@ def mixed_linear(x: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Te
     return y
 
 
-def mixed_linear_grad_x(grad: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor) -> Tensor:
+def mixed_linear_grad_input(grad: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor) -> Tensor:
     """Gradient of `mixed_linear` to x: dx[b] = g[b] (W where M_t(b) is open).
 
     grad: (B, O); weight: (O, I) -> (B, I).

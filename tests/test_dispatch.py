@@ -195,7 +195,7 @@ INPUTS = {
         lambda: (torch.randn(6, 70).t(), torch.randn(6, 4).t(), bank(66, 4, 6), ids(140, 2)[::2], torch.randn(4)),
         lambda: (torch.randn(0, 6), torch.randn(4, 6), bank(3, 4, 6), ids(0, 3), torch.randn(4)),
     ],
-    "mixed_linear_grad_x": [
+    "mixed_linear_grad_input": [
         lambda: (torch.randn(5, 4), torch.randn(4, 6), bank(3, 4, 6), ids(5, 3)),
         lambda: (torch.randn(4, 70).t(), torch.randn(6, 4).t(), bank(66, 4, 6), ids(140, 2)[::2]),
     ],

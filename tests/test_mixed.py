@@ -58,7 +58,7 @@ def assert_as_good(result, theirs, exact):
 def all_three(x, weight, bank, ids, bias, grad):
     return (
         sk.mixed_linear(x, weight, bank, ids, bias),
-        OPS.mixed_linear_grad_x(grad, weight, bank, ids),
+        OPS.mixed_linear_grad_input(grad, weight, bank, ids),
         OPS.mixed_linear_grad_weight(grad, x, bank, ids),
     )
 
@@ -72,7 +72,11 @@ def test_by_hand(cpu_isa):
     assert sk.mixed_linear(x, weight, bank, ids).tolist() == [[0.0, 654.0], [301.0, 50.0], [0.0, 654.0]]
     assert sk.mixed_linear(x, weight, bank, ids, torch.tensor([0.5, 1.0])).tolist() == [[0.5, 655.0], [301.5, 51.0], [0.5, 655.0]]
     grad = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    assert OPS.mixed_linear_grad_x(grad, weight, bank, ids).tolist() == [[8.0, 10.0, 12.0], [3.0, 20.0, 9.0], [24.0, 30.0, 36.0]]
+    assert OPS.mixed_linear_grad_input(grad, weight, bank, ids).tolist() == [
+        [8.0, 10.0, 12.0],
+        [3.0, 20.0, 9.0],
+        [24.0, 30.0, 36.0],
+    ]
     assert OPS.mixed_linear_grad_weight(grad, x, bank, ids).tolist() == [[3.0, 0.0, 300.0], [8.0, 120.0, 800.0]]
 
 
@@ -85,7 +89,7 @@ def test_against_the_reference(cpu_isa, shape, dtype):
     results = all_three(x, weight, bank, ids, bias, grad)
     theirs = (
         reference.mixed_linear(x, weight, bank, ids, bias),
-        reference.mixed_linear_grad_x(grad, weight, bank, ids),
+        reference.mixed_linear_grad_input(grad, weight, bank, ids),
         reference.mixed_linear_grad_weight(grad, x, bank, ids),
     )
     exact = (

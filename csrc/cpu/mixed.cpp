@@ -277,7 +277,8 @@ static Tensor mixed_linear_cpu(const Tensor& x, const Tensor& weight, std::vecto
   return y;
 }
 
-// --------------------------------------------------------------------------------------------------------- mixed_linear_grad_x
+// ---------------------------------------------------------------------------------------------------------
+// mixed_linear_grad_input
 
 static void grad_x_small(const Call& call, Tensor& out) {
   const auto kernel = for_isa(portable::grad_x, avx2::grad_x, avx512::grad_x);
@@ -326,9 +327,9 @@ static void grad_x_small(const Call& call, Tensor& out) {
   });
 }
 
-static Tensor mixed_linear_grad_x_cpu(const Tensor& grad, const Tensor& weight, std::vector<Tensor> bank,
-                                      const Tensor& task_ids) {
-  const char* op = "mixed_linear_grad_x";
+static Tensor mixed_linear_grad_input_cpu(const Tensor& grad, const Tensor& weight, std::vector<Tensor> bank,
+                                          const Tensor& task_ids) {
+  const char* op = "mixed_linear_grad_input";
   STD_TORCH_CHECK(grad.dim() == 2 && weight.dim() == 2 && grad.size(1) == weight.size(0), op,
                   ": grad must be (B, O) and weight (O, I)");
   const Call call = read_call(op, grad, "grad", weight, "weight", bank, task_ids, weight.size(0), weight.size(1), kDenseGradX);
@@ -433,6 +434,6 @@ static Tensor mixed_linear_grad_weight_cpu(const Tensor& grad, const Tensor& x, 
 
 STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, CPU, m) {
   m.impl("mixed_linear", TORCH_BOX(&mixed_linear_cpu));
-  m.impl("mixed_linear_grad_x", TORCH_BOX(&mixed_linear_grad_x_cpu));
+  m.impl("mixed_linear_grad_input", TORCH_BOX(&mixed_linear_grad_input_cpu));
   m.impl("mixed_linear_grad_weight", TORCH_BOX(&mixed_linear_grad_weight_cpu));
 }

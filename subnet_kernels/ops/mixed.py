@@ -17,9 +17,9 @@ _mixed_linear = define(
     reference.mixed_linear,
     lambda x, weight, bank, task_ids, bias=None: x.new_empty((x.shape[0], weight.shape[0])),
 )
-_mixed_linear_grad_x = define(
-    "mixed_linear_grad_x(Tensor grad, Tensor weight, Tensor[] bank, Tensor task_ids) -> Tensor",
-    reference.mixed_linear_grad_x,
+_mixed_linear_grad_input = define(
+    "mixed_linear_grad_input(Tensor grad, Tensor weight, Tensor[] bank, Tensor task_ids) -> Tensor",
+    reference.mixed_linear_grad_input,
     lambda grad, weight, bank, task_ids: grad.new_empty((grad.shape[0], weight.shape[1])),
 )
 _mixed_linear_grad_weight = define(
@@ -63,7 +63,7 @@ class MixedLinearGradX(torch.autograd.Function):
 
     @staticmethod
     def forward(grad, weight, task_ids, *bank):
-        return _mixed_linear_grad_x(grad, weight, list(bank), task_ids)
+        return _mixed_linear_grad_input(grad, weight, list(bank), task_ids)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
