@@ -65,16 +65,19 @@ def run(
     if resume and (done := finished(Path(out), record)) is not None:
         return done
     show = show or Quiet()
-    return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every).go()
+    with Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
+        return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every, stop).go()
 
 
 class Run:
     """One run of one seed."""
 
-    def __init__(self, method: Method, benchmark: Benchmark, config: RunConfig, folder: Folder, show: Quiet, save_every: float):
+    def __init__(
+        self, method: Method, benchmark: Benchmark, config: RunConfig, folder: Folder, show: Quiet, save_every: float, stop: Stop
+    ):
         self.method, self.benchmark, self.config, self.folder, self.show = method, benchmark, config, folder, show
         self.save_every, self.started = save_every, time.monotonic()
-        self.saved, self.stop, self.clock = self.started, Stop(), Clock()
+        self.saved, self.stop, self.clock = self.started, stop, Clock()
         self.opt: torch.optim.Optimizer | None = None
         self.plateau: Plateau | None = None
         self.waiting: dict[str, Any] = {}  # a loaded optimizer's and schedule's state, until the phase has made them
@@ -90,7 +93,7 @@ class Run:
 
     def go(self) -> Result:
         """The whole stream."""
-        with contextlib.closing(self.folder), self.stop, self.show:
+        with contextlib.closing(self.folder), self.show:
             self.go_on()
             self.save()
         result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.matrix)
