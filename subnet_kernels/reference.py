@@ -278,9 +278,9 @@ def unpack_bank(bank: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
 def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None, counts: Tensor | None = None) -> Tensor:
     """W * sum_k alpha_k M_k: SupSup's superposition (Wortsman et al. 2020, eq. 2) and ImpressLearn's combination of masks.
 
-    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, or None for 1/K each; counts: (*shape) int32, the number of
-    masks that open each weight, which saves reading the masks for equal alphas -> (*shape), weight's dtype, contiguous.
-    A weight that no mask opens gives +0.0 whatever it holds.
+    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, (R, K) for R superpositions at once, or None for 1/K each;
+    counts: (*shape) int32, the number of masks that open each weight, which saves reading the masks for equal alphas -> (*shape), or
+    (R, *shape); weight's dtype, contiguous. A weight that no mask opens gives +0.0 whatever it holds.
     """
     tasks = sum(block.shape[1] for block in bank)
     if alphas is None:
@@ -296,8 +296,12 @@ def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None, cou
 def superpose_grad(grad: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
     """Gradient of `superpose` to its alphas: d alpha_k = <G * W, M_k>.
 
-    grad, weight: (*shape) float; bank: blocks of K masks -> (K,), weight's dtype, summed in float64.
+    grad: (*shape) float, or (R, *shape); weight: (*shape) float; bank: blocks of K masks -> (K,), or (R, K); weight's dtype, summed
+    in float64.
     """
+    if grad.dim() == weight.dim() + 1:
+        rows = [superpose_grad(g, weight, bank) for g in grad]
+        return torch.stack(rows) if rows else weight.new_zeros((0, sum(block.shape[1] for block in bank)))
     product = (grad * weight).double()
     zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     sums = [torch.where(mask, product, zero).sum() for mask in unpack_bank(bank, weight.shape)]
