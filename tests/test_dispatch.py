@@ -157,7 +157,10 @@ INPUTS = {
         lambda: (torch.randn(6, 4).t(), bank(70, 4, 6), torch.randn(70)),
         lambda: (torch.randn(6, 4).t(), bank(3, 4, 6), torch.randn(2, 3)),
         lambda: (torch.randn(4, 6), bank(3, 4, 6), None),
-        lambda: (torch.randn(4, 6), bank(3, 4, 6), None, torch.randint(0, 4, (4, 6), dtype=torch.int32)),
+    ],
+    "superpose_counts": [
+        lambda: (torch.randn(4, 6), torch.randint(0, 4, (4, 6), dtype=torch.int32), 3),
+        lambda: (torch.randn(6, 4).t(), torch.randint(0, 4, (6, 4), dtype=torch.int32).t(), 3),
     ],
     "superpose_grad": [
         lambda: (torch.randn(4, 6), torch.randn(4, 6), bank(3, 4, 6)),

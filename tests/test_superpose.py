@@ -327,6 +327,24 @@ def test_gradient_of_equal_alphas():
     torch.testing.assert_close(d_weight, grad * masks.sum(0) / 6)
 
 
+def test_gradient_of_equal_alphas_from_counts():
+    """With counts no mask is read: not for the result, and not for the gradient at the weight, which is differentiable again."""
+    masks, bank = random_bank(6, (40,))
+    counts = masks.sum(0, dtype=torch.int32)
+    other = reference.pack_bank(~masks)
+    weight = torch.randn(40, requires_grad=True)
+    grad = torch.randn(40, requires_grad=True)
+    result = sk.superpose(weight, other, None, counts)
+    assert torch.equal(result, sk.superpose(weight, bank))
+    (d_weight,) = torch.autograd.grad(result, weight, grad, create_graph=True)
+    torch.testing.assert_close(d_weight, grad * counts / 6)
+    (d_grad,) = torch.autograd.grad(d_weight.sum(), grad)
+    torch.testing.assert_close(d_grad, counts / 6)
+    weights = torch.randn(3, 40)
+    each = torch.vmap(lambda w: sk.superpose(w, bank, None, counts))(weights)
+    assert torch.equal(each, torch.stack([sk.superpose(w, bank) for w in weights]))
+
+
 @pytest.mark.parametrize("tasks", [1, 5, 70])
 def test_alpha_grad_is_every_rows_gradient(cpu_isa, tasks):
     """Row b is the gradient to alphas of that row's objective alone: through autograd, and summed over rows that of the batch."""

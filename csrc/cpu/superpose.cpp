@@ -1,4 +1,5 @@
-// superpose, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would have changed.
+// superpose, superpose_counts, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would
+// have changed.
 #include <immintrin.h>
 
 #include <algorithm>
@@ -559,15 +560,7 @@ static void superpose_counts(const Tensor& weight, ScalarType dtype, const Tenso
   });
 }
 
-template <class T>
-static void superpose_in(const Tensor& weight, ScalarType dtype, const Bank& bank, const std::optional<Tensor>& alphas,
-                         const std::optional<Tensor>& counts, int64_t rows, Tensor& out) {
-  if (!alphas && counts) return superpose_counts<T>(weight, dtype, dense(*counts), bank.tasks, out);
-  superpose_bank<T>(weight, dtype, bank, alphas, rows, out);
-}
-
-static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, std::optional<Tensor> alphas,
-                            std::optional<Tensor> counts) {
+static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, std::optional<Tensor> alphas) {
   const Tensor weight = dense(weight_);
   const int64_t n = weight.numel();
   const ScalarType dtype = floating("superpose", "weight", weight);
@@ -575,8 +568,6 @@ static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, s
   STD_TORCH_CHECK(!alphas || ((alphas->dim() == 1 || alphas->dim() == 2) && alphas->size(alphas->dim() - 1) == bank.tasks),
                   "superpose: alphas must be (K,) or (R, K), one for each of ", bank.tasks, " tasks, got ",
                   alphas ? alphas->numel() : 0);
-  STD_TORCH_CHECK(!counts || (counts->numel() == n && counts->scalar_type() == ScalarType::Int),
-                  "superpose: counts must be int32, one for each of ", n, " weights, got ", counts ? counts->numel() : 0);
   const bool many = alphas && alphas->dim() == 2;
   const int64_t rows = many ? alphas->size(0) : 1;
   std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
@@ -584,9 +575,24 @@ static Tensor superpose_cpu(const Tensor& weight_, std::vector<Tensor> blocks, s
   Tensor out = new_dense(sizes.data(), static_cast<int64_t>(sizes.size()), dtype_code(weight));
   if (n == 0 || rows == 0) return out;
   if (dtype == ScalarType::Double)
-    superpose_in<double>(weight, dtype, bank, alphas, counts, rows, out);
+    superpose_bank<double>(weight, dtype, bank, alphas, rows, out);
   else
-    superpose_in<float>(weight, dtype, bank, alphas, counts, rows, out);
+    superpose_bank<float>(weight, dtype, bank, alphas, rows, out);
+  return out;
+}
+
+static Tensor superpose_counts_cpu(const Tensor& weight_, const Tensor& counts_, int64_t tasks) {
+  const Tensor weight = dense(weight_), counts = dense(counts_);
+  const int64_t n = weight.numel();
+  const ScalarType dtype = floating("superpose_counts", "weight", weight);
+  STD_TORCH_CHECK(counts.numel() == n && counts.scalar_type() == ScalarType::Int,
+                  "superpose_counts: counts must be int32, one for each of ", n, " weights, got ", counts.numel());
+  Tensor out = new_dense_like(weight, dtype_code(weight));
+  if (n == 0) return out;
+  if (dtype == ScalarType::Double)
+    superpose_counts<double>(weight, dtype, counts, tasks, out);
+  else
+    superpose_counts<float>(weight, dtype, counts, tasks, out);
   return out;
 }
 
@@ -720,6 +726,7 @@ static Tensor alpha_grad_cpu(const Tensor& x_, const Tensor& grad_y_, const Tens
 
 STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, CPU, m) {
   m.impl("superpose", TORCH_BOX(&superpose_cpu));
+  m.impl("superpose_counts", TORCH_BOX(&superpose_counts_cpu));
   m.impl("superpose_grad", TORCH_BOX(&superpose_grad_cpu));
   m.impl("alpha_grad", TORCH_BOX(&alpha_grad_cpu));
 }

@@ -16,17 +16,17 @@ def _tasks(bank: Sequence[Tensor]) -> int:
     return sum(block.shape[1] for block in bank)
 
 
-def _superpose_fake(weight, bank, alphas, counts=None):
+def _superpose_fake(weight, bank, alphas):
     rows = alphas.shape[:1] if alphas is not None and alphas.dim() == 2 else ()
     return weight.new_empty((*rows, *weight.shape))
 
 
-def _superpose_vmap(info, in_dims, weight, bank, alphas, counts=None):
+def _superpose_vmap(info, in_dims, weight, bank, alphas):
     """Mapped alphas alone are rows of one call, which reads the bits once; anything else is taken one by one."""
-    if in_dims[2] is None or any(dim is not None for dim in _flat(in_dims[:2] + in_dims[3:])):
-        return one_by_one(_superpose)(info, in_dims, weight, bank, alphas, counts)
+    if in_dims[2] is None or any(dim is not None for dim in _flat(in_dims[:2])):
+        return one_by_one(_superpose)(info, in_dims, weight, bank, alphas)
     rows = alphas.movedim(in_dims[2], 0)
-    out = _superpose(weight, bank, rows.reshape(-1, rows.shape[-1]), counts)
+    out = _superpose(weight, bank, rows.reshape(-1, rows.shape[-1]))
     return out.reshape(*rows.shape[:-1], *weight.shape), 0
 
 
@@ -48,10 +48,12 @@ def _flat(dims):
 
 
 _superpose = define(
-    "superpose(Tensor weight, Tensor[] bank, Tensor? alphas, Tensor? counts=None) -> Tensor",
-    reference.superpose,
-    _superpose_fake,
-    _superpose_vmap,
+    "superpose(Tensor weight, Tensor[] bank, Tensor? alphas) -> Tensor", reference.superpose, _superpose_fake, _superpose_vmap
+)
+_superpose_counts = define(
+    "superpose_counts(Tensor weight, Tensor counts, int tasks) -> Tensor",
+    reference.superpose_counts,
+    lambda weight, counts, tasks: torch.empty_like(weight, memory_format=torch.contiguous_format),
 )
 _superpose_grad = define(
     "superpose_grad(Tensor grad, Tensor weight, Tensor[] bank) -> Tensor",
@@ -73,7 +75,9 @@ class Superpose(torch.autograd.Function):
 
     @staticmethod
     def forward(weight, alphas, equal, counts, *bank):
-        return _superpose(weight, list(bank), None if equal else alphas, counts)
+        if equal and counts is not None:
+            return _superpose_counts(weight, counts, alphas.shape[0])
+        return _superpose(weight, list(bank), None if equal else alphas)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -87,6 +91,25 @@ class Superpose(torch.autograd.Function):
         d_weight = _weighed(grad, weight, alphas, ctx.equal, counts, bank) if need_weight else None
         d_alphas = SuperposeGrad.apply(grad, weight, *bank).to(alphas.dtype) if need_alphas else None
         return d_weight, d_alphas, None, None, *[None] * len(bank)
+
+
+class SuperposeCounts(torch.autograd.Function):
+    """The same with equal alphas that get no gradient, from counts: the masks take no part, so their number costs nothing."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(weight, counts, tasks):
+        return _superpose_counts(weight, counts, tasks)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, counts, ctx.tasks = inputs
+        ctx.save_for_backward(counts)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return SuperposeCounts.apply(grad, *ctx.saved_tensors, ctx.tasks), None, None
 
 
 class SuperposeGrad(torch.autograd.Function):
@@ -142,6 +165,15 @@ def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None = No
     Raises ValueError on a bad argument.
     """
     check.floating("superpose", "weight", weight)
+    if counts is not None:
+        check.tensor("superpose", "counts", counts)
+        if counts.shape != weight.shape or counts.dtype != torch.int32:
+            raise ValueError(
+                f"superpose: counts must be int32 of shape {tuple(weight.shape)}, got {counts.dtype} of {tuple(counts.shape)}"
+            )
+        check.device("superpose", "counts", counts, weight)
+    if alphas is None and counts is not None:
+        return SuperposeCounts.apply(weight, counts, _number_of_tasks(bank, weight))
     tasks = check.bank("superpose", bank, weight.numel(), weight)
     equal = alphas is None
     if equal:
@@ -152,18 +184,22 @@ def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None = No
             f"superpose: alphas must have shape ({tasks},) or (R, {tasks}), one for each task of the bank, got {tuple(alphas.shape)}"
         )
     check.device("superpose", "alphas", alphas, weight)
-    if counts is not None:
-        check.tensor("superpose", "counts", counts)
-        if counts.shape != weight.shape or counts.dtype != torch.int32:
-            raise ValueError(
-                f"superpose: counts must be int32 of shape {tuple(weight.shape)}, got {counts.dtype} of {tuple(counts.shape)}"
-            )
-        check.device("superpose", "counts", counts, weight)
-    return superpose_weight(weight, bank, alphas, equal, counts)
+    return superpose_weight(weight, bank, alphas, equal, None)
+
+
+def _number_of_tasks(bank: Sequence[Tensor], weight: Tensor) -> int:
+    """Tasks of a bank that is not read: the first block is checked, of the others only how many tasks they hold is asked."""
+    try:
+        check.bank("superpose", bank[:1], weight.numel(), weight)
+        return sum([block.size(1) for block in bank])
+    except (AttributeError, IndexError, TypeError):
+        return check.bank("superpose", bank, weight.numel(), weight)
 
 
 def superpose_weight(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor, equal: bool, counts: Tensor | None) -> Tensor:
     """`superpose` without checks. With `equal`, alphas must all be 1/K: they are not read, yet receive their gradient."""
+    if equal and counts is not None and not alphas.requires_grad:
+        return SuperposeCounts.apply(weight, counts, alphas.shape[0])
     return Superpose.apply(weight, alphas, equal, counts, *bank)
 
 
