@@ -82,7 +82,11 @@ def bench_superpose_large_bank(thread_count):
     bank, counts = reference.pack_bank(masks), masks.sum(0, dtype=torch.int32)
     few, few_counts = reference.pack_bank(masks[:25]), masks[:25].sum(0, dtype=torch.int32)
     weight, grad, alphas = torch.randn(SHAPE), torch.randn(SHAPE), torch.rand(tasks) + 0.01
-    equal, flat, out = torch.full((tasks,), 1 / tasks), torch.cat([b.flatten() for b in bank]).view(torch.int64), torch.empty(SHAPE)
+    equal, flat, out = (
+        torch.full((tasks,), 1 / tasks),
+        torch.cat([b.flatten() for b in bank]).view(torch.int64),
+        torch.empty(SHAPE),
+    )
     both = {"superpose": with_gradient(sk.superpose, grad, alphas, weight, bank)}
     rivals, equal_rivals = {}, {}
     if thread_count == 1:
