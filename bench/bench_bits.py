@@ -46,7 +46,7 @@ def bench_bits(n, thread_count):
         },
         "count": {
             "count": lambda: sk.count(bits),
-            "stats": lambda: sk.stats(bits, owned),
+            "ours, stats": lambda: sk.stats(bits, owned),
             "float sum": lambda: as_float.sum(),
             "bool sum": lambda: mask.sum(),
             "table of 256": lambda: count_lookup(bits, ones),

@@ -80,7 +80,7 @@ def bench_select_layers(thread_count):
     rivals = {
         "sort (SupSup), a layer at a time": lambda: [select_sort(s, DENSITY) for s in scores],
         "topk, compare, a layer at a time": lambda: [select_topk(s, DENSITY) for s in scores],
-        "select, a layer at a time": lambda: [sk.select(s, n) for s, n in zip(scores, k)],
+        "ours, a layer at a time": lambda: [sk.select(s, n) for s, n in zip(scores, k)],
         "floor: read once": lambda: [s.view(torch.int32).amax() for s in scores],
     }
     times = measure({"select": lambda: sk.select(scores, k), **rivals})

@@ -109,7 +109,7 @@ def _commit() -> str:
 
 
 def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, object] | None = None) -> Path:
-    """Writes a row for each callable of a case, in place of the row of the same bench, case, name and threads; returns the file."""
+    """Writes a row for each callable of a case, in place of all rows of the same bench, case and threads; returns the file."""
     from subnet_kernels import __version__
 
     here = machine()
@@ -122,8 +122,7 @@ def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, obj
         | {"commit": _commit(), "versions": versions, **(notes or {})}
         for name, t in times.items()
     ]
-    new = {(bench, case, name, where["threads"]) for name in times}
-    kept = [row for row in results["rows"] if (row["bench"], row["case"], row["name"], row["threads"]) not in new]
+    kept = [row for row in results["rows"] if any(row[key] != value for key, value in where.items())]
     results["rows"] = sorted(kept + rows, key=lambda row: (row["bench"], row["case"], row["threads"]))
     RESULTS.mkdir(exist_ok=True)
     temporary = path.with_suffix(".tmp")

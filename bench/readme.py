@@ -40,7 +40,7 @@ def tables() -> str:
             ours = times[name]
             floors = [f"{_ratio(ours / t)} ({n.removeprefix(FLOOR)})" for n, t in times.items() if n.startswith(FLOOR)]
             rivals = [
-                f"**{n} {_ratio(t / ours)}**" if t < ours else f"{n} {_ratio(t / ours)}"
+                f"**{n} {_ratio(t / ours)}**" if t < ours and not n.startswith("ours") else f"{n} {_ratio(t / ours)}"
                 for n, t in times.items()
                 if n != name and not n.startswith(FLOOR)
             ]
