@@ -4,7 +4,8 @@ Written from the methods' descriptions, each with the cost that it really has th
 """
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 
 def resnet18() -> list[tuple[int, ...]]:
@@ -18,19 +19,25 @@ def resnet18() -> list[tuple[int, ...]]:
 
 def select_sort(scores: Tensor, density: float) -> Tensor:
     """SupSup and edge-popup: sort |scores|, write 0 through the first indices and 1 through the rest of a clone."""
-    key = scores.abs()
+    return _sort_rule(scores.abs(), density)
+
+
+def _sort_rule(key: Tensor, density: float) -> Tensor:
     out = key.clone()
     _, order = key.flatten().sort()
     closed = int((1 - density) * key.numel())
     flat = out.flatten()
     flat[order[:closed]] = 0
     flat[order[closed:]] = 1
-    return flat.view_as(scores)
+    return flat.view_as(key)
 
 
 def select_kthvalue(scores: Tensor, density: float, zeros: Tensor, ones: Tensor) -> Tensor:
     """WSN: the k-th smallest |score| by kthvalue, fetched to the host, and where() between two templates of the scores' size."""
-    key = scores.abs()
+    return _kthvalue_rule(scores.abs(), density, zeros, ones)
+
+
+def _kthvalue_rule(key: Tensor, density: float, zeros: Tensor, ones: Tensor) -> Tensor:
     n = key.numel()
     rank = 1 + round(0.01 * ((1 - density) * 100) * (n - 1))
     least = key.flatten().kthvalue(rank).values.item()
@@ -110,3 +117,83 @@ def alpha_grad_loop(x: Tensor, grad_y: Tensor, weight: Tensor, masks: Tensor) ->
 def superpose_sum(weight: Tensor, masks: Tensor, alphas: Tensor) -> Tensor:
     """SupSup's expression without its choice of positive alphas, whose number no compiler knows: what torch.compile is given."""
     return weight * (alphas.view((-1,) + (1,) * weight.dim()) * masks).sum(0)
+
+
+def masked_linear_multiply(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:
+    """The usual masked layer: the weight times a float mask, then a dense product."""
+    return torch.nn.functional.linear(x, weight * mask)
+
+
+class StraightThroughMask(torch.autograd.Function):
+    """A rule's mask of |scores|, with the straight-through gradient."""
+
+    @staticmethod
+    def forward(ctx, key, rule, *arguments):
+        ctx.others = 1 + len(arguments)
+        return rule(key, *arguments)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, *[None] * ctx.others
+
+
+class PublishedLayer:
+    """A layer as WSN and SupSup have it: at every forward a float mask from its scores, and autograd through mask * weight."""
+
+    def mask(self) -> Tensor:
+        if self.rule == "sort":
+            return StraightThroughMask.apply(self.scores.abs(), _sort_rule, self.density)
+        return StraightThroughMask.apply(self.scores.abs(), _kthvalue_rule, self.density, self.zeros, self.ones)
+
+
+class PublishedLinear(PublishedLayer, nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.mask() * self.weight, self.bias)
+
+
+class PublishedConv2d(PublishedLayer, nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return self._conv_forward(x, self.mask() * self.weight, self.bias)
+
+
+def publish(net: nn.Module, scores: dict[str, Tensor], rule: str, density: float) -> nn.Module:
+    """Turn the layers that `scores` names into published ones, in place; rule is "sort" (SupSup) or "kthvalue" (WSN)."""
+    for name, values in scores.items():
+        layer = net.get_submodule(name)
+        layer.__class__ = PublishedLinear if isinstance(layer, nn.Linear) else PublishedConv2d
+        layer.scores = nn.Parameter(values.detach().clone())
+        layer.rule, layer.density = rule, density
+        layer.zeros, layer.ones = torch.zeros_like(values), torch.ones_like(values)  # WSN's templates, no buffers
+    return net
+
+
+def freeze_by_index(net: nn.Module, frozen: dict[str, Tensor]) -> None:
+    """WSN's loop after backward: gradients of frozen weights zeroed by an index write a layer, from masks of whole numbers."""
+    for name, module in net.named_modules():
+        if name in frozen:
+            module.weight.grad[frozen[name] == 1] = 0
+
+
+def mixed_linear_loop(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) -> Tensor:
+    """Every row by itself: its task's float mask times the weight, and a matrix-vector product."""
+    return torch.stack([torch.nn.functional.linear(row, weight * masks[t]) for row, t in zip(x, ids)])
+
+
+def mixed_linear_where(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) -> Tensor:
+    """The same with bool masks, and closed weights not multiplied."""
+    zero = torch.zeros((), dtype=weight.dtype)
+    return torch.stack([torch.nn.functional.linear(row, torch.where(masks[t], weight, zero)) for row, t in zip(x, ids)])
+
+
+def mixed_linear_grouped(x: Tensor, weight: Tensor, masks: Tensor, ids: Tensor) -> Tensor:
+    """The best that eager PyTorch has where tasks have several rows: a masked weight and a product for each task of the batch."""
+    y = x.new_empty((len(x), len(weight)))
+    for task in ids.unique().tolist():
+        rows = (ids == task).nonzero()[:, 0]
+        y[rows] = torch.nn.functional.linear(x[rows], weight * masks[task])
+    return y
+
+
+def mixed_linear_kept(x: Tensor, weights: Tensor, ids: list[int]) -> Tensor:
+    """With every task's effective weight kept, as many times the weight as there are tasks: a matrix-vector product a row."""
+    return torch.stack([torch.nn.functional.linear(row, weights[t]) for row, t in zip(x, ids)])

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+RECORDED: set[tuple[Path, str, str, int]] = set()  # (file, bench, case, threads) of this process
 
 
 class Timing(NamedTuple):
@@ -128,6 +129,7 @@ def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, obj
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(results, indent=1) + "\n")
     os.replace(temporary, path)
+    RECORDED.add((path, bench, case, where["threads"]))
     return path
 
 

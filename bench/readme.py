@@ -4,15 +4,31 @@ import json
 import sys
 from pathlib import Path
 
+from figures import FLOORS, groups, text
+
 HERE = Path(__file__).parent
 README = HERE.parent / "README.md"
 BEGIN, END = "<!-- figures: python bench/readme.py -->", "<!-- end of figures -->"
 SHOWN = (
-    *("select", "refresh_", "pack", "union_", "count", "update", "straight_through", "apply", "restore_"),
-    *("superpose", "superpose_grad", "alpha_grad"),
+    "step",
+    "select",
+    "refresh_",
+    "pack",
+    "union_",
+    "count",
+    "masked_linear",
+    "layer",
+    "mixed_linear",
+    "mixed_linear_grad",
+    "compressed_linear",
+    "update",
+    "straight_through",
+    "apply",
+    "restore_",
+    "superpose",
+    "superpose_grad",
+    "alpha_grad",
 )
-OURS = ("ours, 30 % frozen", "update, fused", "superpose, counts", "ours")
-FLOOR = "floor: "  # how the name of a row begins that reads, or reads and writes, the same bytes
 
 
 def tables() -> str:
@@ -20,13 +36,7 @@ def tables() -> str:
     parts = []
     for path in sorted((HERE / "results").glob("*.json")):
         found = json.loads(path.read_text())
-        cases: dict[tuple[str, str], dict[str, float]] = {}
-        failed: dict[tuple[str, str], str] = {}
-        for row in found["rows"]:
-            if row["threads"] == 1 and row["bench"] in SHOWN:
-                cases.setdefault((row["bench"], row["case"]), {})[row["name"]] = row["min"]
-                if "torch.compile" in row:
-                    failed[row["bench"], row["case"]] = row["torch.compile"]
+        shown = groups([row for row in found["rows"] if row["threads"] == 1 and row["bench"] in SHOWN])
         versions = sorted({row["versions"]["torch"] for row in found["rows"]})
         commits = sorted({row["commit"] for row in found["rows"]})
         parts.append(
@@ -34,32 +44,27 @@ def tables() -> str:
             "Each rival's time over ours, measured in one run: above 1 ours is faster, in **bold** it is slower. The floor is the time "
             "of reading, or of reading and writing, the same bytes with PyTorch; the column has ours over it.\n"
         )
+        failed = {(row["bench"], row["case"]): row["torch.compile"] for row in found["rows"] if "torch.compile" in row}
         parts.append("| op | case | ours (µs) | ours / floor | rivals: their time / ours |\n|---|---|---|---|---|")
-        for (bench, case), times in sorted(cases.items(), key=lambda item: (SHOWN.index(item[0][0]), item[0][1])):
-            name = next((n for n in (bench, *OURS) if n in times), next(iter(times)))
-            ours = times[name]
-            floors = [f"{_ratio(ours / t)} ({n.removeprefix(FLOOR)})" for n, t in times.items() if n.startswith(FLOOR)]
+        for g in sorted(shown, key=lambda g: (SHOWN.index(g.bench), g.case)):
+            floors = [f"{text(1 / ratio)} ({n.removeprefix('floor: ')})" for n, ratio in g.ratios.items() if n.startswith(FLOORS)]
             rivals = [
-                f"**{n} {_ratio(t / ours)}**" if t < ours and not n.startswith("ours") else f"{n} {_ratio(t / ours)}"
-                for n, t in times.items()
-                if n != name and not n.startswith(FLOOR)
+                f"**{n} {text(ratio)}**" if ratio < 1 and g.is_rival(n) else f"{n} {text(ratio)}"
+                for n, ratio in g.ratios.items()
+                if not n.startswith(FLOORS)
             ]
-            rivals += [f"torch.compile {failed[bench, case]}"] if (bench, case) in failed else []
-            parts.append(f"| `{bench}` | {case} | {ours:,.1f} | {', '.join(floors) or '–'} | {', '.join(rivals)} |")
+            rivals += [f"torch.compile {failed[g.bench, g.case]}"] if (g.bench, g.case) in failed else []
+            parts.append(f"| `{g.bench}` | {g.case} | {g.us:,.1f} | {', '.join(floors) or '–'} | {', '.join(rivals)} |")
         parts.append("")
     return "\n".join(parts)
 
 
-def _ratio(value: float) -> str:
-    return f"{value:.2g}" if value < 10 else f"{value:,.0f}"
-
-
 def main() -> int:
-    text = README.read_text()
-    before, rest = text.split(BEGIN)
+    page = README.read_text()
+    before, rest = page.split(BEGIN)
     new = f"{before}{BEGIN}\n{tables()}\n{END}{rest.split(END)[1]}"
     if "--check" in sys.argv:
-        if new != text:
+        if new != page:
             print("README.md: the figures differ from bench/results; run python bench/readme.py", file=sys.stderr)
             return 1
         return 0

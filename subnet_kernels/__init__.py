@@ -5,13 +5,17 @@ from subnet_kernels.bank import MaskBank
 from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_
 from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
 from subnet_kernels.ops import (
+    Compressed,
     alpha_grad,
     apply,
+    compress,
+    compressed_linear,
     count,
     k_kth,
     k_sort,
     masked_conv,
     masked_linear,
+    mixed_linear,
     overlap,
     pack,
     pack_bank,
@@ -28,6 +32,7 @@ from subnet_kernels.ops import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Compressed",
     "ErdosRenyi",
     "MaskBank",
     "Rule",
@@ -39,6 +44,8 @@ __all__ = [
     "SubnetLinear",
     "alpha_grad",
     "apply",
+    "compress",
+    "compressed_linear",
     "convert",
     "count",
     "dense_state_dict",
@@ -46,6 +53,7 @@ __all__ = [
     "k_sort",
     "masked_conv",
     "masked_linear",
+    "mixed_linear",
     "optim",
     "overlap",
     "pack",

@@ -33,7 +33,7 @@ class MaskBank(BankFiles):
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
         if not self._layers:
             raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
-        if any(layer._active is not None or layer._mix is not None for layer in self.layers()):
+        if any(layer._active is not None or layer._mix is not None or layer._rows is not None for layer in self.layers()):
             raise ValueError(
                 "MaskBank: the model must run its live masks, another bank has a task active: activate(None) there first"
             )
@@ -269,7 +269,7 @@ class MaskBank(BankFiles):
         weights = {} if entry is None and bits is None else self._effective(entry, bits)
         self._hold(name, in_place)
         for key, layer in self._layers.items():
-            layer._mix = None
+            layer._mix = layer._rows = None
             layer._active = weights.get(key)
             if in_place and weights:
                 slot = self._slots.get(key)
@@ -282,12 +282,12 @@ class MaskBank(BankFiles):
     def is_live(self) -> bool:
         """Whether forward goes through the live masks: no task is active and nothing superposed."""
         layer = self.layers()[0]
-        return layer._active is None and layer._mix is None
+        return layer._active is None and layer._mix is None and layer._rows is None
 
     @contextlib.contextmanager
     def as_task(self, name: str | None) -> Iterator[None]:
         """Run the block as a stored task (None: the live one); afterwards the model runs as it did before."""
-        active, held, modes = self.active, self._held, [(layer._active, layer._mix) for layer in self.layers()]
+        active, held, modes = self.active, self._held, [(layer._active, layer._mix, layer._rows) for layer in self.layers()]
         self.activate(name)
         try:
             yield
@@ -295,8 +295,94 @@ class MaskBank(BankFiles):
             with torch.no_grad():
                 self._hold(held)
             self.active = active
-            for layer, (weight, mix) in zip(self.layers(), modes):
-                layer._active, layer._mix = weight, mix
+            for layer, (weight, mix, rows) in zip(self.layers(), modes):
+                layer._active, layer._mix, layer._rows = weight, mix, rows
+
+    @contextlib.contextmanager
+    def rows(self, task_ids: Tensor | Sequence[str]) -> Iterator[None]:
+        """Run the block's forwards of the model with each row of the batch as its own task: the same as activating that task for it.
+
+        task_ids: (B,) int64, places in `masks` (commit order), or B names of entries, combinations included. Every forward in the block
+        takes B rows first, in eval mode, and gives B rows; rows must not influence each other. Linear layers run all rows at once
+        (`mixed_linear`), convolutions and ``per_task`` modules those of a task at a time. Where other task state than the biases of
+        masked layers differs between the tasks, or an entry is a combination, the whole model runs once for each task. Where heads
+        have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for
+        compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
+        """
+        names, ids = self._names_of(task_ids)
+        self._follow()
+        ids = ids.to(self.layers()[0].weight.device)
+        with self.as_task(names[0]):
+            biases = self._biases(names)
+            if len(names) == 1:
+                yield
+            elif biases is None:
+                own, call = self.model.__dict__.get("forward"), self.model.forward
+                self.model.__dict__["forward"] = lambda *args, **kwargs: self._one_by_one(call, names, ids, args, kwargs)
+                try:
+                    yield
+                finally:
+                    del self.model.__dict__["forward"]
+                    if own is not None:
+                        self.model.__dict__["forward"] = own
+            else:
+                masks = torch.tensor([self[name].index for name in names], device=ids.device)[ids]
+                for key, layer in self._layers.items():
+                    layer._active = None
+                    layer._rows = (self._blocks[key], masks, biases[key][ids] if key in biases else None)
+                for key in self._per_task:
+                    current = self.model.get_submodule(key)
+                    heads = [fixed_copy(self[name].modules[key]).to(_like(current)) for name in names]
+                    self.model.set_submodule(key, _HeadOfRows(heads, ids).train(current.training))
+                yield
+
+    def _names_of(self, task_ids: Tensor | Sequence[str]) -> tuple[list[str], Tensor]:
+        """The distinct entries of a batch, and which of them each row is."""
+        if isinstance(task_ids, Tensor):
+            if task_ids.dtype != torch.int64 or task_ids.dim() != 1 or not len(task_ids):
+                raise ValueError(
+                    f"rows: task_ids must be int64 (B,) or names, with B >= 1, got {task_ids.dtype} of {tuple(task_ids.shape)}"
+                )
+            masks = self.masks
+            places, ids = task_ids.unique(return_inverse=True)
+            places = places.tolist()
+            if places[0] < 0 or places[-1] >= len(masks):
+                wrong = places[0] if places[0] < 0 else places[-1]
+                raise ValueError(f"rows: task_ids must be between 0 and {len(masks) - 1}, the masks of the bank, got {wrong}")
+            return [masks[i] for i in places], ids
+        given = list(task_ids)
+        if not given:
+            raise ValueError("rows: task_ids must be int64 (B,) or names, with B >= 1, got none")
+        names = list(dict.fromkeys(given))
+        for name in names:
+            self[name]
+        return names, torch.tensor([names.index(name) for name in given])
+
+    def _biases(self, names: Sequence[str]) -> dict[str, Tensor] | None:
+        """The biases of masked layers that differ between some tasks, {layer name: (tasks, O)}; None where anything else differs."""
+        entries = [self[name] for name in names]
+        if any(entry.index is None for entry in entries):
+            return None
+        biases = {}
+        for key, first in entries[0].state.items():
+            if all(torch.equal(first, entry.state[key]) for entry in entries[1:]):
+                continue
+            layer, _, kind = key.rpartition(".")
+            if layer not in self._layers or kind != "bias":
+                return None
+            like = self._layers[layer].weight
+            biases[layer] = torch.stack([entry.state[key] for entry in entries]).to(like.device, like.dtype)
+        return biases
+
+    def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        """The model's forward on the rows of each task with that task active."""
+        parts = []
+        for i, name in enumerate(names):
+            rows = (ids == i).nonzero()[:, 0]
+            pick = lambda v, rows=rows: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == len(ids) else v  # noqa: E731
+            with self.as_task(name):
+                parts.append((rows, call(*map(pick, args), **{key: pick(v) for key, v in kwargs.items()})))
+        return _join(parts, len(ids))
 
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
@@ -369,7 +455,7 @@ class MaskBank(BankFiles):
             self._hold(head)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
-            layer._active = None
+            layer._active = layer._rows = None
             row = None if alphas.dim() == 1 else i
             layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
         return alphas
@@ -447,7 +533,10 @@ class MaskBank(BankFiles):
     # -------------------------------------------------------------------------------------------------------- exporting
 
     def export(self, name: str) -> nn.Module:
-        """A plain dense module with the task's effective weights baked in, sharing nothing with the model."""
+        """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
+
+        It multiplies by PyTorch's own product, so its outputs agree with the activated model's up to rounding.
+        """
         self._follow()
         entry = self[name]
         dense = copy.deepcopy(self.model)
@@ -539,6 +628,37 @@ class MaskBank(BankFiles):
     def _state(self) -> dict[str, Tensor]:
         tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         return {key: tensors[key] for key in self._state_names}
+
+
+class _HeadOfRows(nn.Module):
+    """A ``per_task`` module of a batch whose rows are of different tasks."""
+
+    def __init__(self, heads: Sequence[nn.Module], ids: Tensor):
+        super().__init__()
+        self.heads, self.ids = nn.ModuleList(heads), ids
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != len(self.ids):
+            raise ValueError(f"rows: a per_task module's input must have {len(self.ids)} rows first, got {tuple(x.shape)}")
+        rows = [(self.ids == i).nonzero()[:, 0] for i in range(len(self.heads))]
+        return _join([(r, head(x[r])) for r, head in zip(rows, self.heads)], len(x))
+
+
+def _join(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
+    """Rows of each part to their places; narrower ones end in -inf."""
+    if any(not isinstance(y, Tensor) for _, y in parts):
+        raise ValueError("rows: the model must give one tensor where it runs once for each task")
+    shapes = {y.shape[1:-1] for _, y in parts}
+    if len(shapes) > 1 or any(len(y) != len(r) or y.dim() != parts[0][1].dim() for r, y in parts):
+        raise ValueError(
+            f"rows: the tasks' results must differ in their last dimension only, got {[tuple(y.shape) for _, y in parts]}"
+        )
+    widest = max(y.shape[-1] for _, y in parts) if parts[0][1].dim() > 1 else 0
+    whole = [
+        F.pad(y, (0, widest - y.shape[-1]), value=-torch.inf) if y.dim() > 1 and y.shape[-1] < widest else y for _, y in parts
+    ]
+    order = torch.cat([r for r, _ in parts])
+    return torch.cat(whole)[order.argsort()]
 
 
 class TaskView(nn.Module):

@@ -48,7 +48,8 @@ def report() -> str:
         path = _library.LOADED.get(library)
         state = f"loaded from {path}" if path else f"off: {_library.MISSING[library]}"
         lines.append(f"{library}: {state}" + (f", instruction set {cpu_isa()}" if path and library == "_C_cpu" else ""))
-    lines += ["", f"{'op':20} {'cpu':10} {'cuda':10}"]
-    lines += [f"{name:20} {tier['cpu']:10} {tier['cuda']:10}" for name, tier in ops().items()]
+    width = max(map(len, ops()))
+    lines += ["", f"{'op':{width}} {'cpu':10} cuda"]
+    lines += [f"{name:{width}} {tier['cpu']:10} {tier['cuda']}" for name, tier in ops().items()]
     lines += ["", "reference: the op's definition in plain PyTorch, exact and slow; no kernel of it is compiled for that device"]
     return "\n".join(lines)

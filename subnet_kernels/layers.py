@@ -22,8 +22,9 @@ from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook, 
 
 from subnet_kernels import ops, reference
 from subnet_kernels.ops._checks import BY, TIES, choice
+from subnet_kernels.ops._library import LOADED
 from subnet_kernels.ops.apply import _restore, straight_through
-from subnet_kernels.ops.masked import SubnetWeight
+from subnet_kernels.ops.masked import EagerMaskedLinear, SubnetWeight, grad_input, grad_weight, product
 from subnet_kernels.ops.select import check_density, k_kth, k_sort
 from subnet_kernels.ops.superpose import superpose_weight
 
@@ -129,6 +130,63 @@ class EagerFusedWeight(torch.autograd.Function):
     backward = FusedWeight.backward
 
 
+class LiveLinear(torch.autograd.Function):
+    """y = x W_eff^T + b of a live layer in one node, for eager mode; the gradients go straight through to weight and scores."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scores, bias, w_eff, bits, frozen, by):
+        ctx.by = by
+        ctx.save_for_backward(x, w_eff, weight, scores, bits, frozen)  # which finds out whether they were written since
+        return product(x, w_eff, None, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_eff, weight, scores, bits, frozen = ctx.saved_tensors
+        need_x, need_weight, need_scores, need_bias, *_ = ctx.needs_input_grad
+        d_weight = d_scores = None
+        if torch.is_grad_enabled():  # the backward is recorded itself
+            effective = LiveWeight.apply(weight, scores, w_eff, bits, frozen, ctx.by)
+            d_x = grad @ effective if need_x else None
+            total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+            d_weight, d_scores = straight_through(total, weight, scores, bits, frozen, ctx.by, need_weight, need_scores)
+        else:
+            d_x = grad_input(grad, w_eff, None) if need_x else None
+            if need_scores:
+                d_weight, d_scores = grad_weight(grad, x, weight, scores, bits, frozen, ctx.by, need_weight)
+            elif need_weight:
+                d_weight = grad_weight(grad, x, None, None, bits, frozen)[0]
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return d_x, d_weight if need_weight else None, d_scores if need_scores else None, d_bias, None, None, None, None
+
+
+class FusedLinear(torch.autograd.Function):
+    """`LiveLinear` whose weight gradient goes on as it is, as in `FusedWeight`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, scores, bias, w_eff):
+        ctx.parameters = weight, scores
+        ctx.save_for_backward(x, w_eff)
+        return product(x, w_eff, None, bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w_eff = ctx.saved_tensors
+        need_x, need_weight, need_scores, need_bias, _ = ctx.needs_input_grad
+        d_x = total = None
+        if torch.is_grad_enabled():
+            if need_x:
+                d_x = grad @ FusedWeight.apply(*ctx.parameters, w_eff)
+            if need_weight or need_scores:
+                total = grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+        else:
+            if need_x:
+                d_x = grad_input(grad, w_eff, None)
+            if need_weight or need_scores:
+                total = grad_weight(grad, x)[0]
+        d_bias = grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
+        return d_x, total if need_weight else None, total if need_scores and not need_weight else None, d_bias, None
+
+
 class SubnetLayer:
     """What masked layers have in common; mixed into a dense layer class that has a ``weight``.
 
@@ -152,6 +210,7 @@ class SubnetLayer:
         self.frozen_values: Tensor | None = None
         self._active: Tensor | None = None  # effective weight of the active task
         self._mix: tuple | None = None  # (bank, alphas, row of alphas, counts, version of alphas) of a superposition
+        self._rows: tuple | None = None  # (bank, task of each row, bias of each row or None) where rows have tasks of their own
         self._trace: list | None = None  # (input, output) of each superposed forward, where somebody wants row gradients
         self._seen: tuple | None = None  # versions of scores and weight that bits and w_eff were made from
         self._adopt()
@@ -241,10 +300,28 @@ class SubnetLayer:
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
         return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The dense layer's product with another weight and, where it has a bias and one is given, another bias."""
         raise AssertionError("a masked layer class defines its product")
 
+    def _product_of_rows(self, x: Tensor) -> Tensor:
+        """Every row through its own task's mask, a product for each task of the batch."""
+        bank, ids, biases = self._rows
+        weight, y = self.weight.detach(), None
+        for task in ids.unique().tolist():
+            rows = (ids == task).nonzero()[:, 0]
+            part = self._product(
+                x[rows], ops.apply(weight, reference.bank_bits(bank, task)), None if biases is None else biases[rows[0]]
+            )
+            y = part.new_empty((len(x), *part.shape[1:])) if y is None else y
+            y = y.index_copy(0, rows, part)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
+        if self._rows is not None:
+            if len(x) != len(self._rows[1]):
+                raise ValueError(f"rows: a layer's input must have {len(self._rows[1])} rows first, got {tuple(x.shape)}")
+            return self._product_of_rows(x) if len(x) else self._product(x, self.weight.detach())
         y = self._product(x, self.effective_weight())
         if self._trace is not None:
             y = y if y.requires_grad else y.requires_grad_()
@@ -284,7 +361,9 @@ class SubnetLayer:
         _LAYERS.add(self)
 
 
-_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _trace".split()
+COMPILED = "_C_cpu" in LOADED  # without it PyTorch's own product is the faster one
+
+_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _rows _trace".split()
 
 
 class SubnetLinear(SubnetLayer, nn.Linear):
@@ -297,13 +376,52 @@ class SubnetLinear(SubnetLayer, nn.Linear):
         self.install(rule or Rule())
         refresh([self])
 
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.linear(x, weight, self.bias)
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self._active is self._mix is self._rows is self._trace is None and self._plainly(x)):
+            return super().forward(x)
+        weight, scores = self._parameters["weight"], self._parameters["scores"]
+        if weight is not self._own[0] or scores is not self._own[1]:
+            return super().forward(x)
+        if self._seen != (scores._version, weight._version):
+            refresh([self])
+        bias = self._parameters["bias"]
+        if not torch.is_grad_enabled():
+            return product(x, self.w_eff, None, bias)
+        if self._fused:
+            return FusedLinear.apply(x, weight, scores, bias, self.w_eff)
+        return LiveLinear.apply(x, weight, scores, bias, self.w_eff, self.bits, self.frozen, self.key)
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        bias = self.bias if bias is None else bias
+        return EagerMaskedLinear.apply(x, weight, None, bias) if self._plainly(x) else F.linear(x, weight, bias)
+
+    def _product_of_rows(self, x: Tensor) -> Tensor:
+        bank, ids, biases = self._rows
+        flat = x.reshape(-1, x.shape[-1])
+        each = len(flat) // len(x)
+        tasks = ids if each == 1 else ids.repeat_interleave(each)
+        y = ops.mixed_linear(flat, self.weight.detach(), bank, tasks, self.bias if biases is None else None)
+        y = y.view(*x.shape[:-1], -1)
+        return y if biases is None else y + biases.view(len(x), *[1] * (x.dim() - 2), -1).to(y.dtype)
+
+    def _plainly(self, x: Tensor) -> bool:
+        """Whether this library's own product serves x: float32 on the CPU in eager mode. Half precision goes to oneDNN."""
+        return (
+            not torch.compiler.is_compiling()
+            and type(x) is Tensor
+            and x.dtype == torch.float32 == self.w_eff.dtype
+            and x.device.type == "cpu"
+            and COMPILED
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+        )
 
 
 class _SubnetConv(SubnetLayer):
-    def _product(self, x: Tensor, weight: Tensor) -> Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._conv_forward(x, weight, self.bias if bias is None else bias)
 
 
 class SubnetConv1d(_SubnetConv, nn.Conv1d):

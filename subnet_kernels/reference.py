@@ -229,12 +229,44 @@ def straight_through(
 # ------------------------------------------------------------------------------------------------------ masked products
 
 
-def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None = None) -> Tensor:
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None = None) -> Tensor:
     """y = x (W where open)^T + bias.
 
-    x: (..., I); weight: (O, I); bits: uint8 (nbytes(O*I),); bias: (O,) or None -> (..., O).
+    x: (..., I); weight: (O, I); bits: uint8 (nbytes(O*I),), or None where weight is the effective one; bias: (O,) or None -> (..., O).
     """
-    return F.linear(x, apply(weight, bits), bias)
+    return F.linear(x, weight if bits is None else apply(weight, bits), bias)
+
+
+def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
+    """dx = G_y (W where open) of `masked_linear`.
+
+    grad_y: (..., O); weight: (O, I); bits: uint8 (nbytes(O*I),) or None -> (..., I).
+    """
+    return grad_y @ (weight if bits is None else apply(weight, bits))
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    scores: Tensor | None = None,
+    bits: Tensor | None = None,
+    frozen: Tensor | None = None,
+    by: str = "magnitude",
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """G = G_y^T x of `masked_linear`, and what follows from it by `straight_through`.
+
+    dW = G, where open and not frozen if bits are given; dS of `scores`, which need weight and bits.
+
+    grad_y: (..., O); x: (..., I); weight, scores: (O, I) or None; bits, frozen: uint8 (nbytes(O*I),) or None -> dW and dS, (O, I) each;
+    what is not asked for comes back with 0 elements.
+    """
+    total = grad_y.reshape(-1, grad_y.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    if bits is None:
+        return total if need_weight else total.new_empty(0), total.new_empty(0)
+    own = total if weight is None else weight
+    return straight_through(total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None)
 
 
 def masked_conv(
@@ -321,6 +353,88 @@ def alpha_grad(x: Tensor, grad_y: Tensor, weight: Tensor, bank: Sequence[Tensor]
     """
     columns = [(grad_y @ apply(weight, block[:, j].reshape(-1)) * x).sum(1) for block in bank for j in range(block.shape[1])]
     return torch.stack(columns, 1) if columns else x.new_zeros((x.shape[0], 0))
+
+
+# ------------------------------------------------------------------------------------------------------------ mixed tasks
+
+
+def bank_bits(bank: Sequence[Tensor], task: int) -> Tensor:
+    """The packed bits of one task of a bank: uint8 (nbytes(N),)."""
+    for block in bank:
+        if task < block.shape[1]:
+            return block[:, task].reshape(-1)
+        task -= block.shape[1]
+    raise IndexError(f"the bank has no task {task} after its last")
+
+
+def _rows_of_tasks(bank: Sequence[Tensor], task_ids: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """(rows, bits) of every task that a batch has."""
+    return [((task_ids == task).nonzero()[:, 0], bank_bits(bank, task)) for task in task_ids.unique().tolist()]
+
+
+def mixed_linear(x: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Every row through its own task's mask: y[b] = (W where M_t(b) is open) x[b] + bias, t = task_ids.
+
+    x: (B, I); weight: (O, I); bank: blocks of K masks; task_ids: int64 (B,), each in 0..K-1; bias: (O,) or None -> (B, O).
+    """
+    y = x.new_empty((x.shape[0], weight.shape[0]))
+    for rows, bits in _rows_of_tasks(bank, task_ids):
+        y[rows] = F.linear(x[rows], apply(weight, bits), bias)
+    return y
+
+
+def mixed_linear_grad_input(grad: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor) -> Tensor:
+    """Gradient of `mixed_linear` to x: dx[b] = g[b] (W where M_t(b) is open).
+
+    grad: (B, O); weight: (O, I) -> (B, I).
+    """
+    out = grad.new_empty((grad.shape[0], weight.shape[1]))
+    for rows, bits in _rows_of_tasks(bank, task_ids):
+        out[rows] = grad[rows] @ apply(weight, bits)
+    return out
+
+
+def mixed_linear_grad_weight(grad: Tensor, x: Tensor, bank: Sequence[Tensor], task_ids: Tensor) -> Tensor:
+    """Gradient of `mixed_linear` to the weight: dW[o, i] = sum of g[b, o] x[b, i] over the rows b whose mask opens it.
+
+    grad: (B, O); x: (B, I) -> (O, I), +0.0 where no mask in the batch is open.
+    """
+    out = grad.new_zeros((grad.shape[1], x.shape[1]))
+    for rows, bits in _rows_of_tasks(bank, task_ids):
+        out += apply(grad[rows].t() @ x[rows], bits)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------- compressed
+
+
+def decompress(values: Tensor, positions: Tensor, offsets: Tensor, inputs: int) -> Tensor:
+    """A compressed weight to its dense form, +0.0 where it is closed.
+
+    values: (count,), the open weights in logical order; offsets: int64 (O + 1,), those of row o are offsets[o] to offsets[o + 1];
+    positions: a bitmap, uint8 (O, ceil(I / 64) * 8), or columns, uint16 or int32 (count,); inputs: I -> (O, I).
+    """
+    outputs = offsets.numel() - 1
+    if positions.dtype == torch.uint8:
+        mask = torch.cat([unpack(row, (1, inputs)) for row in positions]) if outputs else positions.new_zeros((0, inputs)).bool()
+        return values.new_zeros((outputs, inputs)).masked_scatter(mask, values)
+    rows = torch.arange(outputs, device=values.device).repeat_interleave(offsets.diff())
+    dense = values.new_zeros((outputs, inputs))
+    dense[rows, positions.long()] = values
+    return dense
+
+
+def compressed_linear(x: Tensor, values: Tensor, positions: Tensor, offsets: Tensor, bias: Tensor | None = None) -> Tensor:
+    """y = x (W where open)^T + bias, from the open weights alone: an x that only closed weights meet takes no part, whatever it is.
+
+    x: (..., I); values, positions, offsets: as `decompress`; bias: (O,) or None -> (..., O).
+    """
+    inputs = x.shape[-1]
+    open_columns = decompress(torch.ones_like(values), positions, offsets, inputs) != 0
+    weight = decompress(values, positions, offsets, inputs)
+    columns = [row @ x[..., mask].unsqueeze(-1) for row, mask in ((w[m], m) for w, m in zip(weight, open_columns))]
+    y = torch.cat(columns, -1) if columns else x.new_empty((*x.shape[:-1], 0))
+    return y if bias is None else y + bias
 
 
 # ------------------------------------------------------------------------------------------------------------ optimizer

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ import torch
 from test_benchmarks import small_mnist
 
 import subnet_pipelines
-from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig
+from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, cli
 from subnet_pipelines.cli import main
 from subnet_pipelines.config import CONFIGS, Settings, convert, sentences
 
@@ -131,6 +132,10 @@ BAD = {
         ["train", "finetune", "--benchmark", "permuted-mnist", "--data-dir", "absent"],
         "train-images-idx3-ubyte.gz is not in absent/mnist",
     ),
+    "unknown bench": (["bench", "--only", "selct"], "--only 'selct' is no benchmark; did you mean select?"),
+    "bench threads": (["bench", "--threads", "two"], "--threads must be whole numbers, as in 1,2, got 'two'"),
+    "no bench threads": (["bench", "--threads", "0,1"], "--threads must be different numbers from 1 to 1024, got 0,1"),
+    "bench flag": (["bench", "--fast"], "unrecognized arguments: --fast"),
     "demo seed": (["demo", "--seed", "x"], "--seed must be whole numbers"),
 }
 
@@ -215,7 +220,7 @@ def test_sigterm_then_resume(capsys, tmp_path):
     )
     metrics = tmp_path / "run" / "seed-1" / "metrics.jsonl"
     limit = time.monotonic() + 60
-    while not metrics.exists() and time.monotonic() < limit:
+    while not (metrics.exists() and metrics.stat().st_size) and time.monotonic() < limit:  # it trains, and listens for signals
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     err = process.communicate(timeout=60)[1]
@@ -227,6 +232,69 @@ def test_sigterm_then_resume(capsys, tmp_path):
     broken, whole = (json.loads((tmp_path / n / "seed-1" / "result.json").read_text()) for n in ("run", "whole"))
     assert broken["accuracy_matrix"] == whole["accuracy_matrix"]
     assert metrics.read_text() == (tmp_path / "whole" / "seed-1" / "metrics.jsonl").read_text()
+
+
+# ---- benchmarks -----------------------------------------------------------------------------------------------------
+
+TINY = """
+import time
+from measure import measure, record
+def bench_tiny(thread_count):
+    steps = {"ours": lambda: time.sleep(0.002), "fast": lambda: None, "slow": lambda: time.sleep(0.05)}
+    record("tiny_", "sleep", measure(steps, seconds=0, rounds=2))
+    assert thread_count != 2, "a gate"
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    """A source checkout with the house's way to measure and one small benchmark."""
+    source = tmp_path / "checkout"
+    (source / "bench").mkdir(parents=True)
+    for name in ("conftest.py", "figures.py", "measure.py"):
+        shutil.copy(cli.SOURCE / "bench" / name, source / "bench")
+    (source / "bench" / "bench_tiny.py").write_text(TINY)
+    (source / "bench" / "bench_broken.py").write_text("raise RuntimeError")  # not imported where another one is asked for
+    monkeypatch.setattr(cli, "SOURCE", source)
+    return source
+
+
+def test_bench_runs_and_draws(capfd, checkout, tmp_path):
+    code, out, _ = command(capfd, "bench", "--only", "tiny", "--threads", "1", "--out", "drawn")
+    assert code == 0
+    (name,) = [p.name for p in (checkout / "bench" / "results").glob("*.json")]
+    rows = json.loads((checkout / "bench" / "results" / name).read_text())["rows"]
+    times = {row["name"]: row["min"] for row in rows}
+    assert {(row["bench"], row["case"], row["threads"]) for row in rows} == {("tiny_", "sleep", 1)}
+    text = " ".join(out.split())
+    assert f"tiny_, sleep, 1 thread: ours {times['ours']:,.1f} us" in text
+    assert f"{times['slow'] / times['ours']:.0f} x slow /" in text  # no loss; the drawings follow
+    assert "x fast <- LOSS" in text
+    assert str(tmp_path / "drawn" / "tiny.png") in text
+    assert (tmp_path / "drawn" / "tiny.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_tells_by_its_code_that_a_promise_is_missed(capfd, checkout):
+    code, out, _ = command(capfd, "bench", "--only", "tiny", "--threads", "1,2")
+    assert code == 1
+    assert "a gate" in out
+    assert "tiny_, sleep, 2 threads: ours" in out
+    assert (checkout / "bench" / "results" / "tiny.png").exists()
+
+
+def test_bench_needs_a_checkout(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(cli, "SOURCE", tmp_path)
+    code, out, err = command(capsys, "bench")
+    assert (code, out) == (2, "")
+    assert (
+        err == f"subnet-kernels: bench needs a source checkout, whose benchmarks would lie in {tmp_path}/bench; there are none\n"
+    )
+
+
+def test_bench_needs_what_it_measures_with(capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None if name == "pytest" else object())
+    code, _, err = command(capsys, "bench")
+    assert (code, err) == (2, "subnet-kernels: bench needs pytest, which is not installed: pip install pytest\n")
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

@@ -103,6 +103,16 @@ def refresh(transposed=False, *how):
     return scores, weights, [7, 100], packed, w_eff, [torch.zeros(4, dtype=torch.float64) for _ in range(2)], *how
 
 
+def ids(rows, tasks):
+    return torch.randint(0, tasks, (rows,))
+
+
+def compressed(outputs, inputs, form):
+    """Always as many values, so that several can be stacked."""
+    weight = torch.randn(outputs, inputs)
+    return sk.compress(weight, sk.select(weight, outputs * inputs // 3), form)[:3]
+
+
 # For every op several ways to make its arguments: plain, strided as nobody expects, empty, optional arguments given or not.
 INPUTS = {
     "pack": [lambda: (mask(4, 6),), lambda: (mask(30, 40).t(),), lambda: (mask(0),), lambda: (mask(3, 4, 5)[:, ::2],)],
@@ -145,6 +155,20 @@ INPUTS = {
         lambda: (torch.randn(2, 3, 6), torch.randn(4, 6), bits(4, 6), torch.randn(4)),
         lambda: (torch.randn(6), torch.randn(4, 6), bits(4, 6), None),
         lambda: (torch.randn(0, 6), torch.randn(4, 6), bits(4, 6), None),
+        lambda: (torch.randn(3, 6), torch.randn(4, 6), None, torch.randn(4)),
+        lambda: (torch.randn(3, 6).double(), torch.randn(4, 6).double(), bits(4, 6), None),
+    ],
+    "masked_linear_grad_input": [
+        lambda: (torch.randn(3, 4), torch.randn(4, 6), bits(4, 6)),
+        lambda: (torch.randn(2, 4, 3).transpose(1, 2), torch.randn(6, 4).t(), None),
+        lambda: (torch.randn(3, 4).bfloat16(), torch.randn(4, 6).bfloat16(), bits(4, 6)),
+    ],
+    "masked_linear_grad_weight": [
+        lambda: (torch.randn(3, 4), torch.randn(3, 6)),
+        lambda: (torch.randn(4, 3).t(), torch.randn(3, 6), None, None, bits(4, 6)),
+        lambda: (torch.randn(2, 3, 4), torch.randn(2, 3, 6), torch.randn(4, 6), torch.randn(4, 6), bits(4, 6), bits(4, 6), "value"),
+        lambda: (torch.randn(3, 4), torch.randn(3, 6), torch.randn(6, 4).t(), torch.randn(4, 6), bits(4, 6), None, "magnitude", False),
+        lambda: (torch.randn(3, 4).double(), torch.randn(3, 6).double(), None, None, bits(4, 6), bits(4, 6)),
     ],
     "masked_conv": [
         lambda: (torch.randn(2, 3, 9), torch.randn(4, 3, 3), bits(4, 3, 3), None, [1], [0], [1], 1),
@@ -171,6 +195,27 @@ INPUTS = {
         lambda: (torch.randn(5, 6), torch.randn(5, 4), torch.randn(4, 6), bank(3, 4, 6)),
         lambda: (torch.randn(6, 5).t(), torch.randn(4, 5).t(), torch.randn(6, 4).t(), bank(70, 4, 6)),
     ],
+    "mixed_linear": [
+        lambda: (torch.randn(5, 6), torch.randn(4, 6), bank(3, 4, 6), ids(5, 3)),
+        lambda: (torch.randn(6, 70).t(), torch.randn(6, 4).t(), bank(66, 4, 6), ids(140, 2)[::2], torch.randn(4)),
+        lambda: (torch.randn(0, 6), torch.randn(4, 6), bank(3, 4, 6), ids(0, 3), torch.randn(4)),
+    ],
+    "mixed_linear_grad_input": [
+        lambda: (torch.randn(5, 4), torch.randn(4, 6), bank(3, 4, 6), ids(5, 3)),
+        lambda: (torch.randn(4, 70).t(), torch.randn(6, 4).t(), bank(66, 4, 6), ids(140, 2)[::2]),
+    ],
+    "mixed_linear_grad_weight": [
+        lambda: (torch.randn(5, 4), torch.randn(5, 6), bank(3, 4, 6), ids(5, 3)),
+        lambda: (torch.randn(4, 70).t(), torch.randn(6, 70).t(), bank(66, 4, 6), ids(140, 2)[::2]),
+    ],
+    "compressed_linear": [
+        lambda: (torch.randn(5, 6), *compressed(4, 6, "bitmap")),
+        lambda: (torch.randn(6, 5).t(), *compressed(4, 6, "index"), torch.randn(4)),
+        lambda: (torch.randn(2, 3, 70), *compressed(9, 70, "bitmap"), torch.randn(9)),
+        lambda: (torch.randn(0, 6), *compressed(4, 6, "index"), None),
+        lambda: (torch.randn(6), *compressed(4, 6, "index"), None),
+    ],
+    "decompress": [lambda: (*compressed(9, 70, "bitmap"), 70), lambda: (*compressed(9, 70, "index"), 70)],
     "update_sgd_": [lambda: sgd(), lambda: sgd(0.9), lambda: sgd(0.9, True, scale=torch.tensor(8.0), inf=torch.tensor(0.0))],
     "update_rmsprop_": [lambda: rmsprop(), lambda: rmsprop(True, 0.9)],
     "update_adam_": [
@@ -391,7 +436,22 @@ def functions():
     image, kernel, kernel_bits = torch.randn(2, 3, 9), torch.randn(4, 3, 3), bits(4, 3, 3)
     masks = reference.unpack_bank(blocks, (4, 6)).float()
     kept = where_open(torch.ones(4, 6), reference.select([s], [9])[0])
+    rows = torch.tensor([2, 0, 2])
+    own = lambda x, w: torch.stack([torch.where(masks[t] > 0, w, 0.0) @ row for row, t in zip(x, rows.tolist())])  # noqa: E731
+    dense = {form: sk.compress(w, packed, form) for form in ("bitmap", "index")}
     return {
+        "mixed_linear x": (x, lambda x: sk.mixed_linear(x, w, blocks, rows), lambda x: own(x, w)),
+        "mixed_linear w": (w, lambda w: sk.mixed_linear(x, w, blocks, rows), lambda w: own(x, w)),
+        "compressed_linear bitmap": (
+            x,
+            lambda x: sk.compressed_linear(x, dense["bitmap"]),
+            lambda x: F.linear(x, where_open(w, packed)),
+        ),
+        "compressed_linear index": (
+            x,
+            lambda x: sk.compressed_linear(x, dense["index"]),
+            lambda x: F.linear(x, where_open(w, packed)),
+        ),
         "apply": (w, lambda w: sk.apply(w, packed), lambda w: where_open(w, packed)),
         "masked_linear x": (x, lambda x: sk.masked_linear(x, w, packed), lambda x: F.linear(x, where_open(w, packed))),
         "masked_linear w": (w, lambda w: sk.masked_linear(x, w, packed), lambda w: F.linear(x, where_open(w, packed))),
@@ -486,13 +546,16 @@ class Net(torch.nn.Module):
         self.register_buffer("kernel_bits", bits(5, 2, 3, 3))
         self.register_buffer("last_bits", bits(4, 6))
         self.register_buffer("block", bank(3, 6, 8)[0])
+        self.register_buffer("other", bank(2, 6, 4)[0])
+        self.small = sk.compress(torch.randn(5, 6), bits(5, 6), "index")
 
     def forward(self, x):
         x = sk.masked_conv(x, self.kernel, self.kernel_bits, stride=2, padding=1).relu()
         x = sk.subnet_linear(x.flatten(1), self.hidden, self.scores, 60).relu()
         x = F.linear(x, sk.superpose(self.mixed, [self.block], self.alphas)).relu()
         x = sk.masked_linear(x, self.last, self.last_bits, self.bias)
-        return x, F.linear(x, sk.apply(self.last, self.last_bits).t())
+        z = sk.mixed_linear(x, self.last.t(), [self.other], torch.arange(x.shape[0]) % 2)
+        return x, F.linear(x, sk.apply(self.last, self.last_bits).t()), z, sk.compressed_linear(z, self.small)
 
 
 def run(net, forward, x):

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 import subnet_kernels as sk
 from subnet_kernels import layers, reference
 from subnet_kernels.layers import SubnetLayer
+from subnet_kernels.ops.masked import EagerMaskedLinear
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -31,10 +32,14 @@ def net(train_weights=True, **config):
 
 
 class Naive(nn.Module):
-    """The yardstick: it selects at every forward with the reference, and has the straight-through rule by autograd alone."""
+    """The yardstick: it selects at every forward with the reference, and has the straight-through rule by autograd alone.
 
-    def __init__(self, layer):
+    Its product is that of the library, or PyTorch's where the model is compiled, so that training agrees to the bit.
+    """
+
+    def __init__(self, layer, product):
         super().__init__()
+        self.product = product
         self.kind, self.rule, self.k = copy.deepcopy(layer), layer.rule, layer.k
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
         self.scores = nn.Parameter(layer.scores.detach().clone())
@@ -51,12 +56,19 @@ class Naive(nn.Module):
         key = self.scores.abs() if self.rule.key == "magnitude" else self.scores
         weight = self.weight * (self.mask().to(self.weight.dtype) + (key - key.detach()))
         if isinstance(self.kind, nn.Linear):
-            return F.linear(x, weight, self.bias)
+            return self.product(x, weight, self.bias)
         return self.kind._conv_forward(x, weight, self.bias)
 
 
-def naive(model):
-    return nn.Sequential(*(Naive(m) if isinstance(m, SubnetLayer) else copy.deepcopy(m) for m in model))
+def own_product(x, weight, bias):
+    """The product of the compiled library, where a layer would take it."""
+    if x.dtype == torch.float32 and layers.COMPILED and not torch.is_autocast_enabled("cpu"):
+        return EagerMaskedLinear.apply(x, weight, None, bias)
+    return F.linear(x, weight, bias)
+
+
+def naive(model, product=own_product):
+    return nn.Sequential(*(Naive(m, product) if isinstance(m, SubnetLayer) else copy.deepcopy(m) for m in model))
 
 
 def masked(model):
@@ -332,6 +344,35 @@ def test_nan_behind_a_closed_bit_stays_there():
     assert model(torch.randn(3, 8)).isfinite().all()
 
 
+@pytest.mark.parametrize("train_weights", [True, False])
+def test_gradients_of_gradients(monkeypatch, train_weights):
+    """A penalty on gradients learns through the layer's own node as through the effective weight and PyTorch's product."""
+    x, found = torch.randn(5, 8), []
+    for own in (True, False):
+        monkeypatch.setattr(layers, "COMPILED", own)
+        model, inputs = net(train_weights=train_weights), x.clone().requires_grad_()
+        wanted = [p for p in model.parameters() if p.requires_grad]
+        first = torch.autograd.grad(model(inputs).tanh().square().sum(), [inputs, *wanted], create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        found.append([inputs.grad, *(p.grad for p in wanted)])
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_gradients_of_gradients_when_fused():
+    """x's second gradient; what a fused layer leaves for its optimizer stays G."""
+    (layer, *_) = net()
+    sk.optim.SGD(layer.parameters(), fuse_ste=True)
+    x = torch.randn(5, 8)
+    weight = layer.w_eff.clone().requires_grad_()
+    x, twin = x.requires_grad_(), x.detach().clone().requires_grad_()
+    for inputs, run in ((x, layer), (twin, lambda t: F.linear(t, weight, layer.bias.detach()))):
+        (first,) = torch.autograd.grad(run(inputs).tanh().square().sum(), inputs, create_graph=True)
+        first.square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad)
+    torch.testing.assert_close(layer.weight.grad, weight.grad)
+
+
 # -------------------------------------------------------------------------------------------- what people do with a model
 
 
@@ -339,7 +380,7 @@ def test_nan_behind_a_closed_bit_stays_there():
 def test_fullgraph_compile_trains_as_the_twin(backend):
     torch._dynamo.reset()
     model = net()
-    twin = naive(model)
+    twin = naive(model, F.linear)
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (model, twin)]
@@ -378,7 +419,7 @@ def test_export():
     model = net().eval()
     x = torch.randn(3, 8)
     program = torch.export.export(model, (x,))
-    assert torch.equal(program.module()(x), model(x))
+    torch.testing.assert_close(program.module()(x), model(x))
 
 
 def test_checkpointing():

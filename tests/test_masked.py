@@ -1,5 +1,6 @@
 """Masked products: masked_linear, masked_conv, subnet_linear against where-masked PyTorch."""
 
+import contextlib
 import math
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
+from subnet_kernels import info, reference
 
 NAN, INF = math.nan, math.inf
 CONV = (F.conv1d, F.conv2d, F.conv3d)
@@ -42,6 +44,121 @@ def poisoned(weight, mask):
 
 def leaves(*tensors):
     return [t.clone().requires_grad_() for t in tensors]
+
+
+# rows, outputs, inputs: whole tiles and tails of every kernel, sums longer than one block, bits of a row that start within a byte
+PRODUCTS = [
+    (1, 1, 1), (1, 9, 40), (2, 7, 5), (3, 4, 16), (5, 33, 65), (7, 100, 784), (10, 25, 131), (13, 37, 129), (14, 3, 300), (32, 64, 64),
+    (130, 27, 33), (300, 14, 50), (0, 4, 3), (3, 0, 4), (3, 4, 0),
+]  # fmt: skip
+
+
+def near(ours, eager, exact):
+    """At most twice the error that eager PyTorch makes, and a floor of a few roundings of the largest value."""
+    floor = 4 * torch.finfo(ours.dtype).eps * (exact.abs().max() if exact.numel() else 0)
+    return (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + floor if exact.numel() else ours.shape == exact.shape
+
+
+@pytest.mark.parametrize("given", ["bits", "effective"])
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), PRODUCTS)
+class TestProducts:
+    """The compiled float32 products, op by op, on every instruction set; outputs are fresh, so nothing may be left unwritten."""
+
+    @pytest.fixture
+    def case(self, rows, outputs, inputs, given):
+        torch.manual_seed(rows * 1000 + outputs)
+        mask = mask_of((outputs, inputs), 0.3)
+        weight = torch.randn(outputs, inputs)
+        open_weight = where_open(weight, mask)
+        x, grad = torch.randn(rows, inputs), torch.randn(rows, outputs)
+        bits = sk.pack(mask) if given == "bits" else None
+        return x, grad, poisoned(weight, mask) if given == "bits" else open_weight, open_weight, bits
+
+    def test_forward(self, cpu_isa, case):
+        x, _, weight, effective, bits = case
+        bias = torch.randn(len(weight))
+        y = torch.ops.subnet_kernels.masked_linear(x, weight, bits, bias)
+        assert near(y, F.linear(x, effective, bias), F.linear(x.double(), effective.double(), bias.double()))
+        strided = torch.ops.subnet_kernels.masked_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bits, bias)
+        assert torch.equal(strided, y)
+
+    def test_grad_input(self, cpu_isa, case):
+        _, grad, weight, effective, bits = case
+        d_x = torch.ops.subnet_kernels.masked_linear_grad_input(grad, weight, bits)
+        assert near(d_x, grad @ effective, grad.double() @ effective.double())
+
+    def test_grad_weight(self, cpu_isa, case):
+        x, grad, weight, _, bits = case
+        total, nothing = torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x)
+        assert near(total, grad.t() @ x, grad.double().t() @ x.double())
+        assert nothing.numel() == 0
+        if bits is None:
+            return
+        weight, scores, frozen = torch.randn_like(weight), torch.randn_like(weight), sk.pack(mask_of(weight.shape))
+        for by in ("magnitude", "value"):
+            for shut in (None, frozen):
+                expected = reference.straight_through(total, weight, scores, bits, shut, by)
+                both = torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x, weight, scores, bits, shut, by)
+                alone = torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x, weight, scores, bits, shut, by, False)
+                assert all(torch.equal(a, b) for a, b in zip(both, expected))
+                assert alone[0].numel() == 0
+                assert torch.equal(alone[1], expected[1])
+        assert torch.equal(
+            torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x, None, None, bits, frozen)[0],
+            reference.apply(total, bits & ~frozen),
+        )
+
+    def test_instruction_sets_and_threads_agree(self, case):
+        """To the bit: the order of every sum is fixed."""
+        x, grad, weight, _, bits = case
+        found = []
+        with contextlib.ExitStack() as stack:
+            before = info.cpu_isa()
+            stack.callback(info.cpu_isa, before)
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
+            for name in ("portable", "avx2", "avx512"):
+                if info.cpu_isa(name) != name:
+                    continue
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    found.append(
+                        (
+                            torch.ops.subnet_kernels.masked_linear(x, weight, bits),
+                            torch.ops.subnet_kernels.masked_linear_grad_input(grad, weight, bits),
+                            torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x)[0],
+                        )
+                    )
+        for other in found[1:]:
+            assert all(torch.equal(a, b) for a, b in zip(found[0], other))
+
+
+@pytest.mark.parametrize("rows", [1, 10, 40])
+def test_large_products_agree_on_threads(rows):
+    """Large enough that two threads share the work."""
+    x, grad, weight = torch.randn(rows, 784), torch.randn(rows, 600), torch.randn(600, 784)
+    bits, scores = sk.pack(weight > 0), torch.randn(600, 784)
+    found, before = [], torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        found.append(
+            (
+                torch.ops.subnet_kernels.masked_linear(x, weight, bits),
+                torch.ops.subnet_kernels.masked_linear_grad_input(grad, weight, bits),
+                *torch.ops.subnet_kernels.masked_linear_grad_weight(grad, x, weight, scores, bits, None),
+            )
+        )
+    torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+
+
+@pytest.mark.parametrize("rows", [2, 20])
+def test_infinite_inputs_reach_every_output(rows):
+    """As in a dense product: 0 times infinity is NaN, whichever kernel a batch takes."""
+    x, weight = torch.randn(rows, 40), torch.randn(9, 40)
+    x[1, 7] = math.inf
+    y = sk.masked_linear(x, weight, sk.pack(torch.zeros(9, 40, dtype=torch.bool)))
+    assert y[1].isnan().all()
+    assert torch.equal(y[0], torch.zeros(9))
 
 
 class TestValues:

@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "../bank.h"
 #include "../floats.h"
 
 namespace {
@@ -397,32 +398,6 @@ SK_AVX512 static void finish_avx512(const float* weight, const float* mix, const
 }
 
 // ----------------------------------------------------------------------------------------------------------------- ops
-
-struct Block {
-  const uint8_t* data;
-  int64_t k, first;  // tasks in it, and before it
-};
-
-struct Bank {
-  std::vector<Tensor> tensors;  // keeps the memory of the blocks
-  std::vector<Block> blocks;
-  int64_t tasks = 0;
-};
-
-static Bank read_bank(const char* op, const std::vector<Tensor>& tensors, int64_t n) {
-  Bank bank;
-  for (const Tensor& t : tensors) {
-    const Tensor block = dense(t);
-    STD_TORCH_CHECK(block.scalar_type() == ScalarType::Byte && block.dim() == 3 && block.size(0) == tiles(n) &&
-                        block.size(1) <= kBlockTasks && block.size(2) == kTileBytes,
-                    op, ": a block of the bank must be uint8 (", tiles(n), ", at most ", kBlockTasks, ", ", kTileBytes, ") for ",
-                    n, " weights");
-    bank.tensors.push_back(block);
-    bank.blocks.push_back({static_cast<const uint8_t*>(block.const_data_ptr()), block.size(1), bank.tasks});
-    bank.tasks += block.size(1);
-  }
-  return bank;
-}
 
 // The kernels for compute type T.
 template <class T>

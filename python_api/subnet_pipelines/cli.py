@@ -1,14 +1,18 @@
-"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | info."""
+"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | bench | info."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from subnet_pipelines.errors import Refusal
 
+SOURCE = Path(__file__).resolve().parents[2]  # of the checkout, where this is one
 SHARED = ("benchmark", "data_dir", "device", "seeds", "out", "resume", "config", "fidelity", "help")
 
 
@@ -33,12 +37,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
-    parser.add_argument("command", choices=("demo", "train", "info"), help="what to do; each has its own --help")
+    parser.add_argument("command", choices=("demo", "train", "bench", "info"), help="what to do; each has its own --help")
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0
     name = parser.parse_args(argv[:1]).command
-    return {"demo": demo, "train": train, "info": info}[name](argv[1:])
+    return {"demo": demo, "train": train, "bench": bench, "info": info}[name](argv[1:])
 
 
 def info(argv: list[str]) -> int:
@@ -62,6 +66,34 @@ def demo(argv: list[str]) -> int:
     if len(seeds) > 1:
         raise Refusal(f"--seed takes one seed, got {given.seed}")
     return run_demo(seeds[0], Path(given.out))
+
+
+def bench(argv: list[str]) -> int:
+    """Time the kernels beside their rivals here, print and draw the ratios; exit code 1 where a promised one is missed."""
+    parser = Parser("subnet-kernels bench", description=bench.__doc__, allow_abbrev=False)
+    parser.add_argument("--only", metavar="NAME", help="one benchmark, or some: select,step")
+    parser.add_argument("--threads", default="1,2", metavar="1,2", help="threads to measure on (1,2)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the drawings (bench/results)")
+    given = parser.parse_args(argv)
+    folder = SOURCE / "bench"
+    found = {path.stem.removeprefix("bench_"): path for path in sorted(folder.glob("bench_*.py"))}
+    if not found:
+        raise Refusal(f"bench needs a source checkout, whose benchmarks would lie in {folder}; there are none")
+    for module in ("pytest", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise Refusal(f"bench needs {module}, which is not installed: pip install {module}")
+    threads = counts_of(given.threads, "--threads")
+    names = given.only.split(",") if given.only else list(found)
+    for name in names:
+        if name not in found:
+            from subnet_pipelines.config import nearest
+
+            raise Refusal(f"--only {name!r} is no benchmark" + nearest(name, found))
+    out = Path(given.out or folder / "results").absolute()
+    words = ["-s", "--show-capture=no", f"--thread-counts={','.join(map(str, threads))}", f"--figures={out}"]
+    paths = [str(SOURCE), str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    argv = [sys.executable, "-m", "pytest", *words, *(str(found[name]) for name in names)]
+    return subprocess.run(argv, cwd=SOURCE, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
 
 
 def train(argv: list[str]) -> int:
@@ -153,6 +185,17 @@ def seeds_of(text: str, name: str = "--seeds") -> list[int]:
     if len(set(seeds)) < len(seeds) or min(seeds) < 0 or max(seeds) >= 2**31:
         raise Refusal(f"{name} must be different numbers from 0 to 2^31 - 1, got {text}")
     return seeds
+
+
+def counts_of(text: str, name: str) -> list[int]:
+    """The numbers of threads of a flag. Raises Refusal."""
+    try:
+        counts = [int(s) for s in text.split(",")]
+    except ValueError:
+        raise Refusal(f"{name} must be whole numbers, as in 1,2, got {text!r}") from None
+    if len(set(counts)) < len(counts) or min(counts) < 1 or max(counts) > 1024:
+        raise Refusal(f"{name} must be different numbers from 1 to 1024, got {text}")
+    return counts
 
 
 def device_of(word: str) -> Any:

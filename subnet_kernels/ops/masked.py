@@ -21,17 +21,38 @@ def _masked_linear_fake(x, weight, bits, bias=None):
 def _masked_linear_vmap(info, in_dims, x, weight, bits, bias=None):
     x_dim, *rest = in_dims
     if x_dim is not None and all(d is None for d in rest):  # one weight, many inputs: the mapped dimension is a batch dimension
-        return _masked_linear(x.movedim(x_dim, 0), weight, bits, bias), 0
+        return product(x.movedim(x_dim, 0), weight, bits, bias), 0
     pick = lambda value, dim, i: value if dim is None else value.select(dim, i)  # noqa: E731
     arguments = list(zip((x, weight, bits, bias), (*in_dims, None)))
-    return torch.stack([_masked_linear(*(pick(v, d, i) for v, d in arguments)) for i in range(info.batch_size)]), 0
+    return torch.stack([product(*(pick(v, d, i) for v, d in arguments)) for i in range(info.batch_size)]), 0
 
 
-_masked_linear = define(
-    "masked_linear(Tensor x, Tensor weight, Tensor bits, Tensor? bias=None) -> Tensor",
+product = define(
+    "masked_linear(Tensor x, Tensor weight, Tensor? bits, Tensor? bias=None) -> Tensor",
     reference.masked_linear,
     _masked_linear_fake,
     _masked_linear_vmap,
+)
+grad_input = define(
+    "masked_linear_grad_input(Tensor grad_y, Tensor weight, Tensor? bits) -> Tensor",
+    reference.masked_linear_grad_input,
+    lambda grad_y, weight, bits: grad_y.new_empty((*grad_y.shape[:-1], weight.shape[1])),
+)
+
+
+def _grad_weight_fake(grad_y, x, weight=None, scores=None, bits=None, frozen=None, by="magnitude", need_weight=True):
+    shape = (grad_y.shape[-1], x.shape[-1])
+    return (
+        (x if weight is None else weight).new_empty(shape if need_weight else 0),
+        (x if scores is None else scores).new_empty(0 if scores is None else shape),
+    )
+
+
+grad_weight = define(
+    "masked_linear_grad_weight(Tensor grad_y, Tensor x, Tensor? weight=None, Tensor? scores=None, Tensor? bits=None, "
+    'Tensor? frozen=None, str by="magnitude", bool need_weight=True) -> (Tensor, Tensor)',
+    reference.masked_linear_grad_weight,
+    _grad_weight_fake,
 )
 
 
@@ -50,14 +71,18 @@ _masked_conv = define(
 )
 
 
+def _rows(t: Tensor) -> Tensor:
+    return t.reshape(-1, t.shape[-1])
+
+
 class MaskedLinear(torch.autograd.Function):
-    """y = x (W where open)^T + b; dx through the open weights, dW = G where open."""
+    """y = x (W where open)^T + b; dx through the open weights, dW = G where open. Without bits all of W is open."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, bits, bias):
-        return _masked_linear(x, weight, bits, bias)
+        return product(x, weight, bits, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -68,10 +93,25 @@ class MaskedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, bits = ctx.saved_tensors
         need_x, need_weight, _, need_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
-        d_x = grad @ Apply.apply(weight, bits) if need_x else None
-        d_weight = Apply.apply(rows.t() @ x.reshape(-1, x.shape[-1]), bits) if need_weight else None
-        return d_x, d_weight, None, rows.sum(0) if need_bias else None
+        if torch.is_grad_enabled():  # the backward is recorded itself
+            opened = (lambda t: t) if bits is None else (lambda t: Apply.apply(t, bits))
+            d_x = grad @ opened(weight) if need_x else None
+            d_weight = opened(_rows(grad).t() @ _rows(x)) if need_weight else None
+        else:
+            d_x = grad_input(grad, weight, bits) if need_x else None
+            d_weight = grad_weight(grad, x, None, None, bits)[0] if need_weight else None
+        return d_x, d_weight, None, _rows(grad).sum(0) if need_bias else None
+
+
+class EagerMaskedLinear(torch.autograd.Function):
+    """`MaskedLinear` without `setup_context`, which costs 20 us a call in Python and which only func transforms and compile need."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bits, bias):
+        ctx.save_for_backward(x, weight, bits)
+        return product(x, weight, bits, bias)
+
+    backward = MaskedLinear.backward
 
 
 class SubnetWeight(torch.autograd.Function):
@@ -108,7 +148,11 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None =
     x, weight, bias = _autocast(x, weight, bias)
     _check_linear("masked_linear", x, weight, bias)
     check.bits("masked_linear", "bits", bits, weight.numel(), weight)
-    return MaskedLinear.apply(x, weight, bits, bias)
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return MaskedLinear.apply(x, weight, bits, bias)
+    if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
+        return EagerMaskedLinear.apply(x, weight, bits, bias)
+    return product(x, weight, bits, bias)
 
 
 def masked_conv(

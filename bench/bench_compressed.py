@@ -1,0 +1,47 @@
+"""Products with compressed weights against dense ones: PyTorch's, and our own over all weights (mixed_linear with one open mask).
+
+Expected on one thread before any measurement, 4096 x 4096 float32, one row, against the faster dense product: 2 times at density .1
+and 2.5 times at .03 (gates), where the weight does not fit the caches; nothing is promised where it does.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from measure import measure, record, table
+
+import subnet_kernels as sk
+
+
+@pytest.mark.parametrize(("rows", "size", "dtype"), [
+    (1, 4096, torch.float32), (4, 4096, torch.float32), (16, 4096, torch.float32), (1, 4096, torch.bfloat16), (1, 1024, torch.float32),
+])  # fmt: skip
+def bench_compressed_linear(rows, size, dtype, thread_count):
+    weight, x = torch.randn(size, size).to(dtype), torch.randn(rows, size).to(dtype)
+    everything, ids = sk.pack_bank(torch.ones(1, size, size, dtype=torch.bool)), torch.zeros(rows, dtype=torch.int64)
+    calls = {
+        "F.linear": lambda: F.linear(x, weight),
+        "own dense": lambda: sk.mixed_linear(x, weight, everything, ids),
+    }
+    for density in (0.3, 0.1, 0.03):
+        bits = sk.select(torch.rand(size, size), int(density * size * size))
+        exact = F.linear(x.double(), sk.apply(weight, bits).double())
+        for form in ("bitmap", "index"):
+            small = sk.compress(weight, bits, form)
+            y = sk.compressed_linear(x, small)
+            torch.testing.assert_close(y.double(), exact, rtol=1e-2, atol=1e-3 if dtype == torch.float32 else 0.5)
+            calls[f"{form} {density}"] = lambda small=small: sk.compressed_linear(x, small)
+    times = measure(calls, rounds=6)
+    name = str(dtype).split(".")[1]
+    dense = min(times["F.linear"].min, times["own dense"].min)
+    best = {d: min(times[f"{form} {d}"].min for form in ("bitmap", "index")) for d in (0.3, 0.1, 0.03)}
+    print("\n" + table(f"compressed_linear, {rows} row(s), {size} x {size} {name}", times, "index 0.1"))
+    print("  faster dense / faster format: " + ", ".join(f"{dense / t:.1f}x at {d}" for d, t in best.items()))
+    for density in (0.3, 0.1, 0.03):
+        chosen = sk.compress(weight, sk.select(weight, int(density * size * size))).format
+        shown = {"compressed_linear": times[f"{chosen} {density}"]}
+        shown |= {"F.linear": times["F.linear"], "own dense": times["own dense"]}
+        shown |= {form: times[f"{form} {density}"] for form in ("bitmap", "index")}
+        record("compressed_linear", f"B={rows} {size}x{size} {name} density={density}", shown)
+    if thread_count == 1 and rows == 1 and size == 4096 and dtype == torch.float32:
+        assert dense >= 2 * times["index 0.1"].min, "below 2x at .1"
+        assert dense >= 2.5 * times["index 0.03"].min, "below 2.5x at .03"

@@ -1,0 +1,113 @@
+"""The masked linear layer beside the dense one: forward through given bits, and a training step of the layer alone.
+
+Expected on one thread before any measurement: rows of weights against rows of inputs at 85 % of the processor's multiply-adds, and
+masking a row once at the price of a copy; so within 1.15 of a dense product that waits for memory (one row), and as fast as MKL from
+32 rows on. Where PyTorch's dense product already reaches 90 % of the peak, .75 of its time is beyond the hardware.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from baselines import StraightThroughMask, masked_linear_multiply
+from measure import measure, record, table
+from torch import nn
+
+import subnet_kernels as sk
+from subnet_kernels import reference
+
+SIZE, DENSITY = 1024, 0.3
+FORWARD_GATES = {1: 1.15, 32: 1.0}  # of dense F.linear
+ONEDNN_GATES = {32: 1.3, 256: 1.15}
+STEP_GATES = {32: 1.1, 256: 1.05}  # of the dense layer's own forward and backward
+
+
+def onednn(x, weight):
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+
+
+@pytest.mark.parametrize("rows", [1, 10, 32, 256])
+def bench_masked_linear(rows, thread_count):
+    x, weight, mask = torch.randn(rows, SIZE), torch.randn(SIZE, SIZE), torch.rand(SIZE, SIZE) < DENSITY
+    bits, as_float = sk.pack(mask), mask.float()
+    effective = sk.apply(weight, bits)
+    exact = x.double() @ effective.double().t()
+    own = (F.linear(x, effective) - exact).abs().max()
+    for y in (sk.masked_linear(x, weight, bits), sk.masked_linear(x, effective, sk.pack(torch.ones_like(mask)))):
+        assert (y - exact).abs().max() <= 2 * own
+    compiled = torch.compile(masked_linear_multiply)
+    torch.testing.assert_close(compiled(x, weight, as_float), exact.float(), rtol=1e-4, atol=1e-3)
+    product = torch.ops.subnet_kernels.masked_linear.default
+    times = measure(
+        {
+            "masked_linear": lambda: sk.masked_linear(x, weight, bits),
+            "ours, W_eff given": lambda: product(x, effective, None),
+            "dense F.linear": lambda: F.linear(x, weight),
+            "dense oneDNN": lambda: onednn(x, weight),
+            "W * mask, F.linear": lambda: masked_linear_multiply(x, weight, as_float),
+            "torch.compile of it": lambda: compiled(x, weight, as_float),
+        },
+        rounds=6,
+    )
+    print("\n" + table(f"masked_linear, {SIZE} x {SIZE} float32, {rows} rows", times, "masked_linear"))
+    work = rows * SIZE * SIZE / 1e3
+    rates = {name: f"{work / times[name].min:.1f}" for name in ("ours, W_eff given", "dense F.linear", "dense oneDNN")}
+    print(f"  G multiply-adds a second: {rates}")
+    record("masked_linear", f"{SIZE}x{SIZE} B={rows} float32 density={DENSITY}", times)
+    if thread_count == 1:
+        if rows in FORWARD_GATES:
+            assert times["masked_linear"].min <= FORWARD_GATES[rows] * times["dense F.linear"].min
+        if rows in ONEDNN_GATES:
+            assert times["masked_linear"].min <= ONEDNN_GATES[rows] * times["dense oneDNN"].min
+            assert times["ours, W_eff given"].min <= 1.15 * times["dense oneDNN"].min
+
+
+@pytest.mark.parametrize("rows", [10, 32, 256])
+def bench_layer_step(rows, thread_count):
+    """Forward and backward with gradients of x, W and the scores, 30 % of the weights frozen."""
+    dense = nn.Linear(SIZE, SIZE, bias=False)
+    layer = sk.convert(nn.Linear(SIZE, SIZE, bias=False), sk.SubnetConfig(density=DENSITY, train_weights=True))
+    with torch.no_grad():
+        layer.weight.copy_(dense.weight)
+    sk.refresh(layer)
+    frozen = torch.rand(SIZE, SIZE) < 0.3
+    layer.frozen, layer.frozen_values = sk.pack(frozen), layer.weight.detach()[frozen]
+    x, grad = torch.randn(rows, SIZE).requires_grad_(), torch.randn(rows, SIZE)
+    weight, scores = nn.Parameter(layer.weight.detach().clone()), nn.Parameter(layer.scores.detach().clone())
+    mask = reference.unpack(layer.bits, scores.shape).float()
+
+    def clear(*tensors):
+        for t in tensors:
+            t.grad = None
+
+    def ours():
+        clear(x, layer.weight, layer.scores)
+        layer(x).backward(grad)
+
+    def plain():
+        clear(x, dense.weight)
+        dense(x).backward(grad)
+
+    def published():
+        clear(x, weight, scores)
+        F.linear(x, weight * StraightThroughMask.apply(scores.abs(), lambda key: mask)).backward(grad)
+        weight.grad[frozen] = 0
+
+    def eager():
+        clear(x, weight, scores)
+        effective = (weight.detach() * mask).requires_grad_()
+        F.linear(x, effective).backward(grad)
+        weight.grad, scores.grad = effective.grad * live, effective.grad * weight.detach() * scores.detach().sign()
+
+    live = mask * ~frozen
+    ours()
+    d_x, d_weight, d_scores = x.grad.clone(), layer.weight.grad.clone(), layer.scores.grad.clone()
+    for rival in (published, eager):
+        rival()
+        for mine, theirs in ((d_x, x.grad), (d_weight, weight.grad), (d_scores, scores.grad)):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-3)
+    times = measure({"layer": ours, "dense layer": plain, "published (WSN)": published, "eager, by hand": eager}, rounds=6)
+    print("\n" + table(f"forward and backward of a layer, {SIZE} x {SIZE} float32, {rows} rows", times, "layer"))
+    record("layer", f"forward+backward {SIZE}x{SIZE} B={rows} float32 density={DENSITY}", times)
+    if thread_count == 1 and rows in STEP_GATES:
+        ratio = times["layer"].min / times["dense layer"].min
+        assert ratio <= STEP_GATES[rows], f"{ratio:.2f} times the dense layer, at most {STEP_GATES[rows]} allowed"

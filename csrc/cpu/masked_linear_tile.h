@@ -1,0 +1,269 @@
+// The inner loops of the masked products for one instruction set; masked_linear.cpp includes this file once for each, with
+// SK_LEVEL (0 portable, 1 AVX2, 2 AVX-512) and SK_TARGET, its attribute, defined.
+//
+// All arithmetic is on groups of 16 lanes and by fused multiply-adds in a fixed order, so every instruction set gives the same
+// bits.
+
+#if SK_LEVEL == 2
+struct Lanes {
+  __m512 v;
+};
+SK_TARGET SK_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
+SK_TARGET SK_INLINE Lanes all(float x) { return {_mm512_set1_ps(x)}; }
+SK_TARGET SK_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
+SK_TARGET SK_INLINE Lanes load_open(const float* p, uint32_t open) {
+  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(open), p)};
+}
+SK_TARGET SK_INLINE void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.v); }
+SK_TARGET SK_INLINE void store_first(float* p, Lanes x, int64_t n) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(low_bits(n)), x.v);
+}
+SK_TARGET SK_INLINE Lanes add(Lanes x, Lanes y) { return {_mm512_add_ps(x.v, y.v)}; }
+SK_TARGET SK_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
+// Lane j and lane j + 8, then j and j + 4.
+SK_TARGET SK_INLINE __m128 quarter(Lanes x) {
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#elif SK_LEVEL == 1
+struct Lanes {
+  __m256 low, high;
+};
+SK_TARGET SK_INLINE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+SK_TARGET SK_INLINE Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+SK_TARGET SK_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+SK_TARGET SK_INLINE __m256i spread(uint32_t open) {
+  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(open)), bit), bit);
+}
+SK_TARGET SK_INLINE Lanes load_open(const float* p, uint32_t open) {
+  return {_mm256_maskload_ps(p, spread(open)), _mm256_maskload_ps(p + 8, spread(open >> 8))};
+}
+SK_TARGET SK_INLINE void store(float* p, Lanes x) {
+  _mm256_storeu_ps(p, x.low);
+  _mm256_storeu_ps(p + 8, x.high);
+}
+SK_TARGET SK_INLINE void store_first(float* p, Lanes x, int64_t n) {
+  alignas(32) float all[16];
+  store(all, x);
+  for (int64_t i = 0; i < n && i < 16; i++) p[i] = all[i];
+}
+SK_TARGET SK_INLINE Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
+SK_TARGET SK_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
+  return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
+}
+SK_TARGET SK_INLINE __m128 quarter(Lanes x) {
+  const __m256 half = _mm256_add_ps(x.low, x.high);
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+#else
+struct Lanes {
+  float v[16];
+};
+SK_INLINE Lanes all(float x) {
+  Lanes r;
+  for (float& lane : r.v) lane = x;
+  return r;
+}
+SK_INLINE Lanes zero() { return all(0); }
+SK_INLINE Lanes load(const float* p) {
+  Lanes r;
+  std::memcpy(r.v, p, sizeof(r.v));
+  return r;
+}
+SK_INLINE Lanes load_open(const float* p, uint32_t open) {
+  Lanes r;
+  for (int i = 0; i < 16; i++) r.v[i] = open >> i & 1 ? p[i] : 0;
+  return r;
+}
+SK_INLINE void store(float* p, const Lanes& x) { std::memcpy(p, x.v, sizeof(x.v)); }
+SK_INLINE void store_first(float* p, const Lanes& x, int64_t n) {
+  for (int64_t i = 0; i < n && i < 16; i++) p[i] = x.v[i];
+}
+SK_INLINE Lanes add(const Lanes& x, const Lanes& y) {
+  Lanes r;
+  for (int i = 0; i < 16; i++) r.v[i] = x.v[i] + y.v[i];
+  return r;
+}
+SK_INLINE Lanes multiply_add(const Lanes& x, const Lanes& y, const Lanes& z) {
+  Lanes r;
+  for (int i = 0; i < 16; i++) r.v[i] = __builtin_fmaf(x.v[i], y.v[i], z.v[i]);
+  return r;
+}
+#endif
+
+// The sum of the 16 lanes of each of four registers: j and j + 8, j and j + 4, j and j + 2, then the last two.
+#if SK_LEVEL > 0
+SK_TARGET SK_INLINE void sums(const Lanes (&x)[4], float (&out)[4]) {
+  __m128 a = quarter(x[0]), b = quarter(x[1]), c = quarter(x[2]), d = quarter(x[3]);
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
+}
+#else
+SK_INLINE void sums(const Lanes (&x)[4], float (&out)[4]) {
+  for (int r = 0; r < 4; r++) {
+    float s[8];
+    for (int j = 0; j < 8; j++) s[j] = x[r].v[j] + x[r].v[j + 8];
+    for (int j = 0; j < 4; j++) s[j] += s[j + 4];
+    out[r] = (s[0] + s[2]) + (s[1] + s[3]);
+  }
+}
+#endif
+
+// y[b][r] = sum_i x[b][i] w[r][i] (+ bias[r]) for B rows of x and R <= 4 rows of w, closed weights counting as 0: rows against
+// rows. `first` is the number of w's first bit; without bits all weights count.
+template <int R, int B, bool masked>
+SK_TARGET static void rows_by_rows(const float* x, const float* w, const Bits bits, int64_t first, int64_t n, const float* bias,
+                                   float* y, int64_t y_row) {
+  Lanes sum[B][4];
+  for (int b = 0; b < B; b++)
+    for (int r = 0; r < 4; r++) sum[b][r] = zero();
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    Lanes xs[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) xs[b] = load(x + b * n + i);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Lanes ws = masked ? load_open(w + r * n + i, bits.at(first + r * n + i)) : load(w + r * n + i);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) sum[b][r] = multiply_add(ws, xs[b], sum[b][r]);
+    }
+  }
+  if (i < n) {
+    const auto here = static_cast<uint32_t>(low_bits(n - i));
+    Lanes xs[B];
+#pragma GCC unroll 8
+    for (int b = 0; b < B; b++) xs[b] = load_open(x + b * n + i, here);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) {
+      const Lanes ws = load_open(w + r * n + i, masked ? here & bits.at(first + r * n + i) : here);
+#pragma GCC unroll 8
+      for (int b = 0; b < B; b++) sum[b][r] = multiply_add(ws, xs[b], sum[b][r]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int b = 0; b < B; b++) {
+    float total[4];
+    sums(sum[b], total);
+    for (int r = 0; r < R; r++) y[b * y_row + r] = bias ? total[r] + bias[r] : total[r];
+  }
+}
+
+// out[r][l] (+)= sum_k a[k][r] panel[k][l] for R rows and V registers of lanes, of which `lanes` are stored; rows of the panel
+// lie `pitch` apart.
+template <int R, int V>
+SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, int64_t depth, float* out, int64_t out_row,
+                            int64_t lanes, bool more) {
+  Lanes sum[R][V];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) sum[r][v] = zero();
+  for (int64_t k = 0; k < depth; k++, a += kRows, panel += pitch) {
+    Lanes p[V];
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) p[v] = load(panel + 16 * v);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; r++) {
+      const Lanes factor = all(a[r]);
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(factor, p[v], sum[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 2
+    for (int v = 0; v < V; v++) {
+      float* to = out + r * out_row + 16 * v;
+      const int64_t left = lanes - 16 * v;
+      if (left >= 16)
+        store(to, more ? add(load(to), sum[r][v]) : sum[r][v]);
+      else if (left > 0)
+        store_first(to, more ? add(load_open(to, static_cast<uint32_t>(low_bits(left))), sum[r][v]) : sum[r][v], left);
+    }
+}
+
+// rows <= kRows of a times a panel, in tiles that this instruction set has registers for.
+template <int... R>
+SK_TARGET static void outer_rows(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
+                                 int64_t out_row, int64_t lanes, bool more, std::integer_sequence<int, R...>) {
+  using Outer = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool);
+  constexpr int kMost = sizeof...(R);
+  constexpr Outer one[] = {outer<R + 1, 1>...};
+#if SK_LEVEL == 2
+  constexpr Outer two[] = {outer<R + 1, 2>...};
+  (lanes > 16 ? two : one)[rows - 1](a, panel, pitch, depth, out, out_row, lanes, more);
+  static_assert(kMost == kRows);
+#else
+  for (int64_t l = 0; l < lanes; l += 16)
+    for (int r = 0; r < rows; r += kMost)
+      one[std::min(rows - r, kMost) - 1](a + r, panel + l, pitch, depth, out + r * out_row + l, out_row, lanes - l, more);
+#endif
+}
+
+SK_TARGET static void outer_tile(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
+                                 int64_t out_row, int64_t lanes, bool more) {
+  outer_rows(a, panel, pitch, depth, rows, out, out_row, lanes, more,
+             std::make_integer_sequence<int, SK_LEVEL == 2 ? kRows : 6>());
+}
+
+// `lanes` columns of `depth` rows that lie `row` apart, as panels [panel][depth][kPanel]: closed elements and the lanes beyond
+// are 0. Whole rows are read, one after the other: a panel at a time would touch as many pages as there are rows.
+SK_TARGET static void pack_panels(const float* from, int64_t row, const Bits bits, int64_t first, int64_t depth, int64_t lanes,
+                                  float* panels) {
+  for (int64_t k = 0; k < depth; k++, from += row, first += row) {
+    float* to = panels + k * kPanel;
+    for (int64_t l = 0; l < lanes; l += kPanel, to += depth * kPanel) {
+      const uint64_t here = low_bits(lanes - l);
+      const auto open = static_cast<uint32_t>(bits.begin ? here & bits.at(first + l) : here);
+      store(to, load_open(from + l, open));
+      store(to + 16, lanes - l > 16 ? load_open(from + l + 16, open >> 16) : zero());
+    }
+  }
+}
+
+// n weights from bit `first` on, closed ones as 0.
+SK_TARGET static void keep(const float* w, const Bits bits, int64_t first, int64_t n, float* out) {
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+    const uint64_t open = bits.word(first + i);
+#pragma GCC unroll 4
+    for (int j = 0; j < 64; j += 16) store(out + i + j, load_open(w + i + j, static_cast<uint32_t>(open >> j)));
+  }
+  for (; i < n; i += 16) {
+    const auto open = static_cast<uint32_t>(bits.at(first + i) & low_bits(n - i));
+    store_first(out + i, load_open(w + i, open), n - i);
+  }
+}
+
+// Rows [begin, end) of w, against all rows of x; w is masked in the registers where few rows of x share it, else in `buffer`.
+template <bool masked>
+SK_TARGET static void forward(const Product& p, int64_t begin, int64_t end, float* buffer) {
+  constexpr int kW = SK_LEVEL == 2 ? 4 : 2, kX = SK_LEVEL == 2 ? 6 : 3;
+  using Rows = void (*)(const float*, const float*, const Bits, int64_t, int64_t, const float*, float*, int64_t);
+#define SK_ROWS(r) {rows_by_rows<r, 1, masked>, rows_by_rows<r, 2, masked>, rows_by_rows<r, 3, masked> SK_MORE(r)}
+#if SK_LEVEL == 2
+#define SK_MORE(r) , rows_by_rows<r, 4, masked>, rows_by_rows<r, 5, masked>, rows_by_rows<r, 6, masked>
+  static constexpr Rows table[kW][kX] = {SK_ROWS(1), SK_ROWS(2), SK_ROWS(3), SK_ROWS(4)};
+#else
+#define SK_MORE(r)
+  static constexpr Rows table[kW][kX] = {SK_ROWS(1), SK_ROWS(2)};
+#endif
+#undef SK_MORE
+#undef SK_ROWS
+  const int64_t runs = (p.rows + kX - 1) / kX;
+  for (int64_t o = begin; o < end; o += kW) {
+    const auto r = static_cast<int>(std::min<int64_t>(kW, end - o));
+    const float* w = p.w + o * p.in;
+    if (buffer) {
+      keep(w, p.bits, o * p.in, r * p.in, buffer);
+      w = buffer;
+    }
+    for (int64_t t = 0; t < runs; t++) {  // runs of nearly one length: 10 rows are 5 and 5, not 6 and 4
+      const int64_t b = p.rows * t / runs, count = p.rows * (t + 1) / runs - b;
+      table[r - 1][count - 1](p.x + b * p.in, w, p.bits, o * p.in, p.in, p.bias ? p.bias + o : nullptr, p.y + b * p.out + o,
+                              p.out);
+    }
+  }
+}

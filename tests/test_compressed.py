@@ -1,0 +1,204 @@
+"""compress and compressed_linear: the same as the masked layer, from the open weights alone."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.autograd import gradcheck, gradgradcheck
+
+import subnet_kernels as sk
+from subnet_kernels import reference
+from subnet_kernels.ops import compressed
+from subnet_kernels.ops._library import LOADED
+
+OPS = torch.ops.subnet_kernels
+FORMATS = ["bitmap", "index"]
+FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+nan, inf = float("nan"), float("inf")
+
+
+def draw(rows, outputs, inputs, density, dtype=torch.float32):
+    weight, mask = torch.randn(outputs, inputs).to(dtype), torch.rand(outputs, inputs) < density
+    return torch.randn(rows, inputs).to(dtype), weight, mask, torch.randn(outputs).to(dtype)
+
+
+def where_open(mask, weight):
+    return torch.where(mask, weight, torch.zeros((), dtype=weight.dtype))
+
+
+def test_by_hand(cpu_isa):
+    weight, mask = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([[True, False, True], [False, False, False]])
+    x = torch.tensor([1.0, 10.0, 100.0])
+    for form in FORMATS:
+        small = sk.compress(weight, sk.pack(mask), form)
+        assert small.values.tolist() == [1.0, 3.0]
+        assert small.offsets.tolist() == [0, 2, 2]
+        assert (small.shape, small.format) == ((2, 3), form)
+        assert small.dense().tolist() == [[1.0, 0.0, 3.0], [0.0, 0.0, 0.0]]
+        assert sk.compressed_linear(x, small).tolist() == [301.0, 0.0]
+        assert sk.compressed_linear(x, small, torch.tensor([0.5, 2.0])).tolist() == [301.5, 2.0]
+    assert sk.compress(weight, sk.pack(mask), "index").positions.tolist() == [0, 2]
+    assert sk.compress(weight, sk.pack(mask), "bitmap").positions.tolist() == [[5, *[0] * 7], [0] * 8]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("density", [0.0, 0.03, 0.4, 1.0])
+def test_against_the_masked_layer(cpu_isa, density, dtype, form):
+    """Rows around what is taken together; inputs around a piece and a word; error at most twice the masked layer's."""
+    for rows, outputs, inputs in [(1, 1, 1), (2, 9, 63), (3, 8, 64), (4, 7, 65), (5, 3, 784), (16, 5, 100), (19, 33, 15)]:
+        x, weight, mask, bias = draw(rows, outputs, inputs, density, dtype)
+        small = sk.compress(weight, sk.pack(mask), form)
+        assert torch.equal(small.dense(), where_open(mask, weight))
+        y = sk.compressed_linear(x, small, bias)
+        exact = F.linear(x.double(), where_open(mask, weight).double(), bias.double())
+        theirs = F.linear(x, where_open(mask, weight), bias)
+        assert (y.dtype, y.shape) == (dtype, exact.shape)
+        if dtype == torch.float64:  # there the masked layer is itself what is exact
+            torch.testing.assert_close(y, exact, rtol=1e-12, atol=1e-12)
+            continue
+        error = lambda y: (y.double() - exact).pow(2).mean().sqrt()  # noqa: B023, E731
+        assert error(y) <= 2 * error(theirs) + torch.finfo(dtype).eps * exact.abs().max() / 2
+        assert torch.equal(sk.compressed_linear(x, small), sk.compressed_linear(x, small, torch.zeros_like(bias)))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_reference(form):
+    x, weight, mask, bias = draw(4, 9, 70, 0.3, torch.float64)
+    small = sk.compress(weight, sk.pack(mask), form)
+    torch.testing.assert_close(reference.compressed_linear(x, *small[:3], bias), F.linear(x, where_open(mask, weight), bias))
+    assert torch.equal(reference.decompress(*small[:3], 70), where_open(mask, weight))
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference multiplies as PyTorch does")
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_instruction_sets_and_threads_agree(form, dtype):
+    from conftest import switch_isa
+
+    _, weight, mask, bias = draw(1, 400, 517, 0.4, dtype)
+    small = sk.compress(weight, sk.pack(mask), form)
+    before = switch_isa(None)
+    for rows in (1, 4, 17):
+        x, results = torch.randn(rows, 517).to(dtype), []
+        try:
+            for isa in ("portable", "avx2", "avx512"):
+                switch_isa(isa)
+                for count in (1, 2):
+                    torch.set_num_threads(count)
+                    results.append(sk.compressed_linear(x, small, bias))
+        finally:
+            switch_isa(before)
+        assert all(torch.equal(result, results[0]) for result in results[1:])
+
+
+@pytest.mark.parametrize("rows", [1, 3, 20])
+@pytest.mark.parametrize("form", FORMATS)
+def test_only_the_open_take_part(cpu_isa, form, rows):
+    """NaN in closed weights, and in an x that only closed weights meet, does not get out; an open one does."""
+    x, weight, mask, _ = draw(rows, 9, 70, 0.4)
+    mask[:, 5] = False
+    mask[3, 6] = True
+    y = sk.compressed_linear(x, sk.compress(weight, sk.pack(mask), form))
+    small = sk.compress(torch.where(mask, weight, nan), sk.pack(mask), form)
+    x[:, 5] = inf
+    assert torch.equal(sk.compressed_linear(x, small), y)
+    torch.testing.assert_close(reference.compressed_linear(x, *small[:3]), y)
+    x[0, 6] = nan
+    assert sk.compressed_linear(x, small)[0].isnan().tolist() == mask[:, 6].tolist()
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(0, 4, 6), (3, 0, 6), (3, 4, 0)])
+def test_nothing_there(cpu_isa, form, rows, outputs, inputs):
+    x, weight, mask, bias = draw(rows, outputs, inputs, 0.5)
+    small = sk.compress(weight, sk.pack(mask), form)
+    y = sk.compressed_linear(x, small, bias)
+    assert torch.equal(y, F.linear(x, where_open(mask, weight), bias))
+    assert small.dense().shape == (outputs, inputs)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_shapes_and_strides(cpu_isa, form):
+    x, weight, mask, bias = draw(12, 7, 70, 0.3)
+    small = sk.compress(weight.t().contiguous().t(), sk.pack(mask), form)
+    y = sk.compressed_linear(x, small, bias)
+    torch.testing.assert_close(sk.compressed_linear(x[0], small, bias), y[0], rtol=1e-5, atol=1e-5)
+    assert torch.equal(sk.compressed_linear(x.view(3, 4, 70), small, bias), y.view(3, 4, 7))
+    assert torch.equal(sk.compressed_linear(x.t().contiguous().t(), small, torch.stack([bias] * 2, 1)[:, 0]), y)
+
+
+def test_many_inputs(cpu_isa):
+    """Columns that do not fit sixteen bits, and the last that do."""
+    for inputs, dtype in ((1 << 16, torch.uint16), ((1 << 16) + 1, torch.int32)):
+        x, weight, mask, _ = draw(3, 2, inputs, 0.01)
+        mask[:, -1] = True
+        small = sk.compress(weight, sk.pack(mask), "index")
+        assert small.positions.dtype == dtype
+        for rows in (1, 3):
+            torch.testing.assert_close(
+                sk.compressed_linear(x[:rows], small), F.linear(x[:rows], where_open(mask, weight)), rtol=1e-4, atol=1e-4
+            )
+
+
+def test_the_format_follows_the_density():
+    weight = torch.randn(40, 100)
+    for density, form in ((0.01, "index"), (0.2, "index"), (0.3, "bitmap"), (1.0, "bitmap")):
+        bits = sk.select(weight, int(density * 4000))
+        assert sk.compress(weight, bits).format == form
+    assert sk.compress(weight, sk.select(weight, int(compressed.INDEX_BELOW * 4000))).format == "bitmap"
+
+
+def test_a_snapshot():
+    """It does not follow the weight, and shares no memory with it."""
+    weight = torch.randn(4, 6, requires_grad=True)
+    small = sk.compress(weight, sk.pack(torch.ones(4, 6, dtype=torch.bool)))
+    before = small.values.clone()
+    with torch.no_grad():
+        weight.zero_()
+    assert torch.equal(small.values, before)
+    assert not small.values.requires_grad
+    with pytest.raises(AttributeError):
+        small.values = before
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("shape", [(3, 6), (6,), (2, 2, 6), (0, 6)])
+def test_gradients(form, shape):
+    _, weight, mask, bias = draw(1, 4, 6, 0.5, torch.float64)
+    small = sk.compress(weight, sk.pack(mask), form)
+    x, bias = torch.randn(shape, dtype=torch.float64, requires_grad=True), bias.requires_grad_()
+    call = lambda x, b: sk.compressed_linear(x, small, b)  # noqa: E731
+    assert gradcheck(call, (x, bias), check_batched_grad=True)
+    assert gradgradcheck(call, (x, bias))
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_autocast(form):
+    x, weight, mask, bias = draw(3, 5, 70, 0.3)
+    small = sk.compress(weight.bfloat16(), sk.pack(mask), form)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = sk.compressed_linear(x, small, bias)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.linear(x, where_open(mask, weight), bias), rtol=3e-2, atol=0.2)
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_vmap(form):
+    _, weight, mask, _ = draw(1, 5, 70, 0.3)
+    small = sk.compress(weight, sk.pack(mask), form)
+    x = torch.randn(3, 2, 70)
+    torch.testing.assert_close(torch.vmap(lambda x: sk.compressed_linear(x, small))(x), sk.compressed_linear(x, small))
+
+
+@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+def test_dispatched_calls_check_too():
+    x, weight, mask, _ = draw(2, 4, 6, 0.5)
+    values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
+    with pytest.raises(RuntimeError, match="columns must be one for each"):
+        OPS.compressed_linear(x, values, columns[:-1].contiguous(), offsets)
+    with pytest.raises(RuntimeError, match="offsets must go from 0 to"):
+        OPS.compressed_linear(x, values, columns, offsets + 1)
+    with pytest.raises(RuntimeError, match="offsets must grow by at most 6 a row"):
+        OPS.compressed_linear(x, values, columns, offsets.flip(0)[[-1, 0, 0, 0, 0]])
+    with pytest.raises(RuntimeError, match="must be a uint8 bitmap, or uint16 or int32 columns"):
+        OPS.compressed_linear(x, values, columns.long(), offsets)

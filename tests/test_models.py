@@ -1,0 +1,137 @@
+"""The papers' networks: their weight counts, what they compute, and that they convert and learn."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import Golden, assert_near, cases, tolerance
+from torch import nn
+
+import subnet_kernels as sk
+from subnet_pipelines import Refusal
+from subnet_pipelines.models import MODELS, ResNet18
+
+# name -> input, weights of what WSN masks (without the head), width that the head reads
+NETWORKS = {
+    "mlp": ((784,), 88_400, 100),
+    "lenet-300-100": ((784,), 265_200, 100),
+    "fc-1024": ((784,), 784 * 1024 + 1024**2, 1024),
+    "alexnet": ((3, 32, 32), 6_499_328, 2048),
+    "resnet-18": ((3, 32, 32), 1_090_140, 640),
+    "gem-resnet-18": ((3, 32, 32), 1_090_140, 160),
+}
+
+
+def test_every_network_is_here():
+    assert MODELS.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_counts_and_shapes(name):
+    shape, weights, features = NETWORKS[name]
+    net = MODELS[name](7, *shape)
+    assert sum(p.numel() for p in net.body.parameters()) == weights
+    assert {key for key, _ in net.named_parameters() if not key.endswith("weight")} == set()  # no bias, no affine norm
+    assert net.head.weight.shape == (7, features)
+    assert net(torch.randn(3, *shape)).shape == (3, 7)
+    assert MODELS[name]()(torch.randn(2, *shape)).shape[0] == 2  # the papers' inputs are the default
+
+
+def test_gem_resnet_18_counts_its_head():
+    assert sum(p.numel() for p in MODELS["gem-resnet-18"]().parameters()) == 1_090_940
+
+
+def test_grey_images():
+    for name in ("alexnet", "resnet-18"):
+        assert MODELS[name](4, 1, 32, 32)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+
+
+@pytest.mark.parametrize("shape", [(784,), (3, 64, 64), (1, 28, 28)])
+@pytest.mark.parametrize("name", ["alexnet", "resnet-18", "gem-resnet-18"])
+def test_other_images_are_refused(name, shape):
+    got = " x ".join(map(str, shape))
+    with pytest.raises(Refusal, match=f"model {name} reads images of channels x 32 x 32, got inputs of {got}"):
+        MODELS[name](10, *shape)
+
+
+def test_alexnet_as_described():
+    kinds = [type(m) for m in MODELS["alexnet"]().body]
+    conv = [nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.MaxPool2d]
+    linear = [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Dropout]
+    assert kinds == conv * 3 + [nn.Flatten] + linear * 2
+    net = MODELS["alexnet"]()
+    assert [m.p for m in net.modules() if isinstance(m, nn.Dropout)] == [0.2, 0.2, 0.5, 0.5, 0.5]
+    convs = [m for m in net.body if isinstance(m, nn.Conv2d)]
+    assert [(m.out_channels, *m.kernel_size) for m in convs] == [(64, 4, 4), (128, 3, 3), (256, 2, 2)]
+    assert [m.out_features for m in net.body if isinstance(m, nn.Linear)] == [2048, 2048]
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet-18"])
+def test_norm_by_the_batch_in_eval_mode_too(name):
+    net = MODELS[name](10).eval()
+    x = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(net(x)[:2], net(x[:2]))
+    assert not list(net.buffers())
+
+
+@pytest.mark.parametrize("path", cases("supsup_bn_gemresnet18"))
+def test_resnet_18_computes_what_the_authors_compute(path):
+    """Their network of a quarter of the width: two tasks, each three batches in train mode and then one in eval mode."""
+    gold, near = Golden(path), tolerance(path)
+    net = ResNet18(5, width=len(gold["weight:conv1"]), pool=4, running=True)
+    bank = sk.MaskBank(sk.convert(net, sk.SubnetConfig()))
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert (len(bank.layers()), len(norms)) == (len(gold["conv_names"]), len(gold["bn_names"]))
+    with torch.no_grad():
+        for layer, name in zip(bank.layers(), gold["conv_names"]):
+            layer.weight.copy_(gold[f"weight:{name}"].view_as(layer.weight))
+        for task in (0, 1):
+            masks = [gold.mask(f"mask{task}:{name}") for name in gold["conv_names"]]
+            bits = {name: sk.pack(mask) for name, mask in zip(bank.layer_names, masks)}
+            bank.begin()
+            bank.activate(None, bits=bits)
+            net.train()
+            for x, y in zip(gold["x"].roll(-task, 0), gold[f"train_y{task}"]):
+                assert_near(net(x), y, near, f"task {task}, train")
+            for norm, name in zip(norms, gold["bn_names"]):
+                assert_near(norm.running_mean, gold[f"mean{task}:{name}"], near, f"task {task}, mean of {name}")
+                assert_near(norm.running_var, gold[f"var{task}:{name}"], near, f"task {task}, variance of {name}")
+            bank.commit(str(task), bits=bits)
+            bank.activate(str(task))
+            net.eval()
+            assert_near(net(gold["x"][0]), gold[f"eval_y{task}"], near, f"task {task}, eval")
+        bank.activate("0")
+        assert_near(net(gold["x"][0]), gold["eval_y0_again"], near, "task 0 after task 1")
+
+
+@pytest.mark.parametrize("path", cases("supsup_er_GEMResNet18_out5"))
+def test_resnet_18_has_the_authors_layers(path):
+    gold = Golden(path)
+    net = sk.convert(MODELS["gem-resnet-18"](), sk.SubnetConfig(density=sk.ErdosRenyi(4.0)))
+    layers = sk.MaskBank(net).layers()
+    assert [layer.weight.numel() for layer in layers] == gold["params"].tolist()
+    assert [int(sk.count(layer.bits)) for layer in layers] == gold["ones_s4"].tolist()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_converts_and_learns(name):
+    shape, weights, _ = NETWORKS[name]
+    config = sk.SubnetConfig(density=0.1, k_rule="kth", train_weights=True, per_task=["head"])
+    net = sk.convert(MODELS[name](5, *shape), config)
+    bank = sk.MaskBank(net)
+    assert sum(layer.weight.numel() for layer in bank.layers()) == weights
+    x, y = torch.randn(4, *shape), torch.tensor([0, 1, 2, 3])
+    for task in ("a", "b"):
+        bank.begin(scores="init")
+        before = [layer.weight.detach().clone() for layer in bank.layers()]
+        opt = sk.optim.Adam(net.parameters(), 1e-3, fuse_ste=True)
+        F.cross_entropy(net(x), y).backward()
+        opt.step()
+        for layer, old in zip(bank.layers(), before):
+            assert torch.equal(layer.bits, sk.select(layer.scores, layer.k))
+            assert not torch.equal(layer.weight, old)
+            if layer.frozen is not None:
+                frozen = sk.unpack(layer.frozen, old.shape)
+                assert torch.equal(layer.weight[frozen], old[frozen])
+        bank.commit(task)
+    bank.verify()
