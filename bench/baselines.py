@@ -8,6 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+def resnet18() -> list[tuple[int, ...]]:
+    """The shapes of its convolutions."""
+    shapes, before = [(64, 3, 7, 7)], 64
+    for width in (64, 128, 256, 512):
+        shapes += [(width, before, 3, 3)] + [(width, width, 3, 3)] * 3 + ([(width, before, 1, 1)] if width > before else [])
+        before = width
+    return shapes
+
+
 def select_sort(scores: Tensor, density: float) -> Tensor:
     """SupSup and edge-popup: sort |scores|, write 0 through the first indices and 1 through the rest of a clone."""
     return _sort_rule(scores.abs(), density)
@@ -103,6 +112,11 @@ def superpose_grad_product(grad: Tensor, weight: Tensor, masks: Tensor) -> Tenso
 def alpha_grad_loop(x: Tensor, grad_y: Tensor, weight: Tensor, masks: Tensor) -> Tensor:
     """Every row's gradient to every alpha, a masked product a task."""
     return torch.stack([(grad_y @ (weight * mask) * x).sum(1) for mask in masks], 1)
+
+
+def superpose_sum(weight: Tensor, masks: Tensor, alphas: Tensor) -> Tensor:
+    """SupSup's expression without its choice of positive alphas, whose number no compiler knows: what torch.compile is given."""
+    return weight * (alphas.view((-1,) + (1,) * weight.dim()) * masks).sum(0)
 
 
 def masked_linear_multiply(x: Tensor, weight: Tensor, mask: Tensor) -> Tensor:

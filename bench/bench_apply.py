@@ -28,7 +28,7 @@ def bench_apply(n, thread_count):
             "apply": lambda: op(weight, bits),
             "float product": lambda: weight * as_float,
             "where": lambda: torch.where(mask, weight, 0.0),
-            "clone": lambda: weight.clone(),
+            "floor: clone": lambda: weight.clone(),
         },
         seconds=0.5,
     )
@@ -81,7 +81,7 @@ def bench_straight_through(n, dtype, thread_count):
             "straight_through": lambda: straight_through(grad, weight, scores, bits, frozen_bits),
             "published (WSN)": lambda: straight_through_published(grad, weight, scores, as_float, frozen_float),
             "float product": lambda: straight_through_multiply(grad, weight, scores, live),
-            "about the bytes (mul, add)": same_bytes,
+            "floor: about the bytes (mul, add)": same_bytes,
         },
         seconds=0.5,
     )

@@ -10,8 +10,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 RESULTS = Path(__file__).parent / "results"
-OURS = ("ours, 30 % frozen", "ours")
-FLOORS = ("read once", "read the bits once", "same bytes", "about the bytes", "clone")  # they move the bytes and mask nothing
+OURS = ("ours, 30 % frozen", "update, fused", "superpose, counts", "ours")
+FLOORS = (
+    "floor: ",
+    "read once",
+    "read the bits once",
+    "same bytes",
+    "about the bytes",
+    "clone",
+)  # they move the bytes and mask nothing
 # Okabe and Ito's blue, vermilion and grey, which every kind of colour vision tells apart; a loss is hatched too
 WIN, LOSS, ASIDE = "#0072B2", "#D55E00", "#999999"
 

@@ -307,29 +307,39 @@ def unpack_bank(bank: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
     return torch.stack(masks) if masks else torch.zeros((0, *shape), dtype=torch.bool, device=device)
 
 
-def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None, counts: Tensor | None = None) -> Tensor:
+def superpose(weight: Tensor, bank: Sequence[Tensor], alphas: Tensor | None) -> Tensor:
     """W * sum_k alpha_k M_k: SupSup's superposition (Wortsman et al. 2020, eq. 2) and ImpressLearn's combination of masks.
 
-    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, or None for 1/K each; counts: (*shape) int32, the number of
-    masks that open each weight, which saves reading the masks for equal alphas -> (*shape), weight's dtype, contiguous.
-    A weight that no mask opens gives +0.0 whatever it holds.
+    weight: (*shape) float; bank: blocks of K masks; alphas: (K,) float, (R, K) for R superpositions at once, or None for 1/K each
+    -> (*shape), or (R, *shape); weight's dtype, contiguous. A weight that no mask opens gives +0.0 whatever it holds.
     """
-    tasks = sum(block.shape[1] for block in bank)
+    masks = unpack_bank(bank, weight.shape)
     if alphas is None:
-        if counts is None:
-            counts = unpack_bank(bank, weight.shape).sum(0, dtype=torch.int32)
-        mix, opened = counts.to(weight.dtype) / tasks, counts > 0
-    else:
-        masks = unpack_bank(bank, weight.shape)
-        mix, opened = torch.tensordot(alphas.to(weight.dtype), masks.to(weight.dtype), 1), masks.any(0)
-    return torch.where(opened, weight * mix, torch.zeros((), dtype=weight.dtype, device=weight.device)).contiguous()
+        return superpose_counts(weight, masks.sum(0, dtype=torch.int32), len(masks))
+    return _where_open(masks.any(0), weight * torch.tensordot(alphas.to(weight.dtype), masks.to(weight.dtype), 1))
+
+
+def superpose_counts(weight: Tensor, counts: Tensor, tasks: int) -> Tensor:
+    """`superpose` of K masks by 1/K each, from the number of masks that open each weight: no mask is read.
+
+    weight: (*shape) float; counts: (*shape) int32; tasks: K -> (*shape), weight's dtype, contiguous.
+    """
+    return _where_open(counts > 0, weight * (counts.to(weight.dtype) / tasks))
+
+
+def _where_open(opened: Tensor, product: Tensor) -> Tensor:
+    return torch.where(opened, product, torch.zeros((), dtype=product.dtype, device=product.device)).contiguous()
 
 
 def superpose_grad(grad: Tensor, weight: Tensor, bank: Sequence[Tensor]) -> Tensor:
     """Gradient of `superpose` to its alphas: d alpha_k = <G * W, M_k>.
 
-    grad, weight: (*shape) float; bank: blocks of K masks -> (K,), weight's dtype, summed in float64.
+    grad: (*shape) float, or (R, *shape); weight: (*shape) float; bank: blocks of K masks -> (K,), or (R, K); weight's dtype, summed
+    in float64.
     """
+    if grad.dim() == weight.dim() + 1:
+        rows = [superpose_grad(g, weight, bank) for g in grad]
+        return torch.stack(rows) if rows else weight.new_zeros((0, sum(block.shape[1] for block in bank)))
     product = (grad * weight).double()
     zero = torch.zeros((), dtype=torch.float64, device=weight.device)
     sums = [torch.where(mask, product, zero).sum() for mask in unpack_bank(bank, weight.shape)]

@@ -179,12 +179,17 @@ INPUTS = {
     "superpose": [
         lambda: (torch.randn(4, 6), bank(3, 4, 6), torch.randn(3)),
         lambda: (torch.randn(6, 4).t(), bank(70, 4, 6), torch.randn(70)),
+        lambda: (torch.randn(6, 4).t(), bank(3, 4, 6), torch.randn(2, 3)),
         lambda: (torch.randn(4, 6), bank(3, 4, 6), None),
-        lambda: (torch.randn(4, 6), bank(3, 4, 6), None, torch.randint(0, 4, (4, 6), dtype=torch.int32)),
+    ],
+    "superpose_counts": [
+        lambda: (torch.randn(4, 6), torch.randint(0, 4, (4, 6), dtype=torch.int32), 3),
+        lambda: (torch.randn(6, 4).t(), torch.randint(0, 4, (6, 4), dtype=torch.int32).t(), 3),
     ],
     "superpose_grad": [
         lambda: (torch.randn(4, 6), torch.randn(4, 6), bank(3, 4, 6)),
         lambda: (torch.randn(6, 4).t(), torch.randn(4, 6), bank(70, 4, 6)),
+        lambda: (torch.randn(2, 4, 6), torch.randn(4, 6), bank(3, 4, 6)),
     ],
     "alpha_grad": [
         lambda: (torch.randn(5, 6), torch.randn(5, 4), torch.randn(4, 6), bank(3, 4, 6)),
@@ -476,6 +481,16 @@ def functions():
             torch.randn(3),
             lambda a: sk.superpose(w, blocks, a),
             lambda a: w * torch.tensordot(a, masks, 1),
+        ),
+        "superpose rows": (
+            torch.randn(2, 3),
+            lambda a: sk.superpose(w, blocks, a),
+            lambda a: w * torch.tensordot(a, masks, 1),
+        ),
+        "superpose w of rows": (
+            w,
+            lambda w: sk.superpose(w, blocks, torch.tensor([[0.2, 0.5, -1.0], [1.0, 0.0, 2.0]])),
+            lambda w: w * torch.tensordot(torch.tensor([[0.2, 0.5, -1.0], [1.0, 0.0, 2.0]]), masks, 1),
         ),
     }
 

@@ -1,7 +1,10 @@
 """superpose, its gradients and alpha_grad: answers worked by hand; sums whose error is at most twice the reference's own."""
 
+from collections import Counter
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -181,6 +184,128 @@ def test_nothing_open_and_nothing_there(cpu_isa):
     assert OPS.superpose_grad(empty, empty, bank).tolist() == [0.0, 0.0, 0.0]
 
 
+# ---------------------------------------------------------------------------------------------------- sums of one tile
+
+
+def test_products_that_do_not_add_up(cpu_isa):
+    """Infinite, NaN and overflowing products reach the masks that open them and no other, in whatever tile they are."""
+    n = 1400
+    masks = torch.rand(20, n) < 0.5
+    masks[:, [3, 600, 601]] = False
+    masks[1, 3] = masks[2, 600] = masks[3, 601] = True
+    grad, weight = torch.randn(n), torch.randn(n)
+    grad[3], weight[3] = nan, 1.0
+    grad[600], weight[600] = 3e38, 1e10
+    grad[601], weight[601] = -3e38, 1e10
+    bank = reference.pack_bank(masks)
+    result = OPS.superpose_grad(grad, weight, bank)
+    assert result[1].isnan()
+    assert result[2:4].tolist() == [inf, -inf]
+    finite = [0, *range(4, 20)]
+    exact = reference.superpose_grad(grad.double(), weight.double(), bank)
+    assert error(result[finite], exact[finite]) <= 1e-5
+
+
+@pytest.mark.parametrize("spread", [10, 30])
+def test_products_of_every_size(cpu_isa, spread):
+    """Magnitudes from 2 ** -spread to 2 ** spread side by side: no mask loses the small ones because a large one lies in their tile."""
+    n, tasks = 2048, 40
+    grad, weight = torch.randn(n), torch.randn(n) * 2 ** torch.empty(n).uniform_(-spread, spread).round()
+    masks = torch.rand(tasks, n) < 0.3
+    masks[::2] &= (grad * weight).abs() < 1  # every other mask opens small products only
+    bank = reference.pack_bank(masks)
+    exact = reference.superpose_grad(grad.double(), weight.double(), bank)
+    ours, theirs = OPS.superpose_grad(grad, weight, bank), reference.superpose_grad(grad, weight, bank)
+    eager = masks.float() @ (grad * weight)  # what plain PyTorch adds up
+    for some in (slice(0, None, 2), slice(1, None, 2)):
+        bound = max(error(theirs[some], exact[some]), error(eager[some], exact[some]))
+        assert error(ours[some], exact[some]) <= 2 * bound
+
+
+# ---------------------------------------------------------------------------------------------------------- many alphas
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 8, 17])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_of_alphas(cpu_isa, rows, dtype):
+    """Each row gives the bits that it gives alone, forward and backward."""
+    shape, tasks = (23, 31), 70
+    _, bank = random_bank(tasks, shape)
+    weight, alphas, grad = torch.randn(shape).to(dtype), torch.randn(rows, tasks).to(dtype), torch.randn(rows, *shape).to(dtype)
+    weight[0, 0] = nan
+    result, d_alphas = sk.superpose(weight, bank, alphas), OPS.superpose_grad(grad, weight, bank)
+    assert (result.shape, result.dtype, result.is_contiguous()) == ((rows, *shape), dtype, True)
+    assert (d_alphas.shape, d_alphas.dtype) == ((rows, tasks), dtype)
+    assert reference.superpose(weight, bank, alphas).shape == result.shape
+    assert reference.superpose_grad(grad, weight, bank).shape == d_alphas.shape
+    for row in range(rows):
+        torch.testing.assert_close(result[row], sk.superpose(weight, bank, alphas[row]), rtol=0, atol=0, equal_nan=True)
+        alone = OPS.superpose_grad(grad[row], weight, bank)
+        torch.testing.assert_close(d_alphas[row], alone, rtol=0, atol=0, equal_nan=True)
+
+
+def test_strided_rows(cpu_isa):
+    _, bank = random_bank(9, (40,))
+    weight, alphas = torch.randn(40), torch.randn(9, 10)[:, ::2].T
+    assert torch.equal(sk.superpose(weight, bank, alphas), sk.superpose(weight, bank, alphas.contiguous()))
+    grad = torch.randn(40, 3).T
+    assert torch.equal(OPS.superpose_grad(grad, weight, bank), OPS.superpose_grad(grad.contiguous(), weight, bank))
+
+
+def test_rows_on_threads():
+    """The same bits on one thread and two; a bank of several blocks, and more rows than share a reading."""
+    _, bank = random_bank(130, (20_000,))
+    weight, alphas, grad = torch.randn(20_000), torch.randn(11, 130), torch.randn(19, 20_000)
+    results = []
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        results.append((sk.superpose(weight, bank, alphas), OPS.superpose_grad(grad, weight, bank)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+def test_gradients_of_rows_twice():
+    _, bank = random_bank(5, (3, 4), 0.6)
+    weight = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    alphas = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    function = lambda w, a: sk.superpose(w, bank, a)  # noqa: E731
+    assert torch.autograd.gradcheck(function, (weight, alphas))
+    assert torch.autograd.gradgradcheck(function, (weight, alphas))
+
+
+class Calls(TorchDispatchMode):
+    """Counts what is called below all transforms."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6, 2, 5)])
+def test_mapped_alphas_are_one_call(shape):
+    """vmap over alphas, and over their gradient, reads the bits once; over the weight as well, once a weight."""
+    _, bank = random_bank(5, (3, 4), 0.6)
+    weight, alphas = torch.randn(3, 4), torch.randn(shape)
+    with Calls() as calls:
+        result = torch.vmap(lambda a: sk.superpose(weight, bank, a), out_dims=1)(alphas)
+    assert calls.count["subnet_kernels.superpose.default"] == 1
+    rows = torch.stack([sk.superpose(weight, bank, a) for a in alphas], 1)
+    assert torch.equal(result, rows)
+    moved = torch.vmap(lambda a: sk.superpose(weight, bank, a), in_dims=-1)(alphas.movedim(0, -1))
+    assert torch.equal(moved, rows.transpose(0, 1))
+    with Calls() as calls:
+        result = torch.vmap(torch.func.grad(lambda a: sk.superpose(weight, bank, a).pow(2).sum()))(alphas)
+    assert calls.count["subnet_kernels.superpose.default"] == calls.count["subnet_kernels.superpose_grad.default"] == 1
+    for mine, a in zip(result, alphas):
+        torch.testing.assert_close(mine, torch.func.grad(lambda a: sk.superpose(weight, bank, a).pow(2).sum())(a))
+    weights = torch.randn(6, 3, 4)
+    each = torch.vmap(lambda w, a: sk.superpose(w, bank, a))(weights, alphas)
+    assert torch.equal(each, torch.stack([sk.superpose(w, bank, a) for w, a in zip(weights, alphas)]))
+
+
 # ------------------------------------------------------------------------------------------------------------ gradients
 
 
@@ -200,6 +325,24 @@ def test_gradient_of_equal_alphas():
     grad = torch.randn(40)
     (d_weight,) = torch.autograd.grad(sk.superpose(weight, bank), weight, grad)
     torch.testing.assert_close(d_weight, grad * masks.sum(0) / 6)
+
+
+def test_gradient_of_equal_alphas_from_counts():
+    """With counts no mask is read: not for the result, and not for the gradient at the weight, which is differentiable again."""
+    masks, bank = random_bank(6, (40,))
+    counts = masks.sum(0, dtype=torch.int32)
+    other = reference.pack_bank(~masks)
+    weight = torch.randn(40, requires_grad=True)
+    grad = torch.randn(40, requires_grad=True)
+    result = sk.superpose(weight, other, None, counts)
+    assert torch.equal(result, sk.superpose(weight, bank))
+    (d_weight,) = torch.autograd.grad(result, weight, grad, create_graph=True)
+    torch.testing.assert_close(d_weight, grad * counts / 6)
+    (d_grad,) = torch.autograd.grad(d_weight.sum(), grad)
+    torch.testing.assert_close(d_grad, counts / 6)
+    weights = torch.randn(3, 40)
+    each = torch.vmap(lambda w: sk.superpose(w, bank, None, counts))(weights)
+    assert torch.equal(each, torch.stack([sk.superpose(w, bank) for w in weights]))
 
 
 @pytest.mark.parametrize("tasks", [1, 5, 70])
@@ -250,8 +393,10 @@ def test_alpha_grad_of_closed_weights(cpu_isa):
 def test_bad_arguments_get_a_sentence():
     _, bank = random_bank(3, (10,))
     weight = torch.randn(10)
-    with pytest.raises(ValueError, match=r"alphas must have shape \(3,\), one for each task of the bank, got \(4,\)"):
+    with pytest.raises(ValueError, match=r"alphas must have shape \(3,\) or \(R, 3\), one for each task of the bank, got \(4,\)"):
         sk.superpose(weight, bank, torch.ones(4))
+    with pytest.raises(ValueError, match=r"or \(R, 3\), one for each task of the bank, got \(1, 2, 3\)"):
+        sk.superpose(weight, bank, torch.ones(1, 2, 3))
     with pytest.raises(ValueError, match="bank must be a list of blocks"):
         sk.superpose(weight, bank[0])
     with pytest.raises(ValueError, match=r"bank\[0\] must be uint8 of shape \(2, k, 64\)"):
@@ -271,6 +416,10 @@ def test_dispatched_calls_check_too():
         OPS.superpose(torch.randn(10), bank, torch.ones(2))
     with pytest.raises(RuntimeError, match="grad must have the 10 elements of weight, got 9"):
         OPS.superpose_grad(torch.randn(9), torch.randn(10), bank)
+    with pytest.raises(RuntimeError, match="grad must have the 10 elements of weight, got 9"):
+        OPS.superpose_grad(torch.randn(2, 9), torch.randn(10), bank)
+    with pytest.raises(RuntimeError, match="one for each of 3 tasks, got 4"):
+        OPS.superpose(torch.randn(10), bank, torch.ones(2, 2))
 
 
 @pytest.mark.parametrize("name", ["superpose", "superpose_grad", "alpha_grad"])

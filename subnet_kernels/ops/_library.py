@@ -33,7 +33,7 @@ def define(schema: str, reference: Callable, fake: Callable, vmap: Callable | No
     if op._schema.is_mutable:
         LIB.impl(name, _bumping(op), "ADInplaceOrView", with_keyset=True)
     else:
-        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap or _one_by_one(op), lib=LIB)
+        torch.library.register_vmap(f"{NAMESPACE}::{name}", vmap or one_by_one(op), lib=LIB)
     return op
 
 
@@ -53,7 +53,9 @@ def _bumping(op: torch._ops.OpOverload) -> Callable:
     return kernel
 
 
-def _one_by_one(op: torch._ops.OpOverload) -> Callable:
+def one_by_one(op: torch._ops.OpOverload) -> Callable:
+    """The vmap rule that runs an op once for every element of the mapped dimension."""
+
     def pick(value, dim, i: int):
         if isinstance(value, (list, tuple)):
             dims = dim if isinstance(dim, (list, tuple)) else [dim] * len(value)
