@@ -105,6 +105,13 @@ SK_LANES float sum(Lanes v) {
     for (int64_t i = 0; i < half; i++) v.lane[i] += v.lane[i + half];
   return v.lane[0];
 }
+// The sums of four.
+SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
+  for (int i = 0; i < 4; i++) to[i] = sum(v[i]);
+}
+SK_LANES void store_first(float* to, const Lanes& v, int64_t n) {
+  for (int64_t i = 0; i < n && i < kLanes; i++) to[i] = v.lane[i];
+}
 
 }  // namespace portable
 
@@ -177,6 +184,20 @@ SK_AVX2 SK_LANES float sum8(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 SK_AVX2 SK_LANES float sum(const Lanes& v) { return sum8(_mm256_add_ps(v.low, v.high)); }
+SK_AVX2 SK_LANES __m128 quarter(__m256 v) { return _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1)); }
+SK_AVX2 SK_LANES void sums4(__m128 a, __m128 b, __m128 c, __m128 d, float* to) {
+  _MM_TRANSPOSE4_PS(a, b, c, d);
+  _mm_storeu_ps(to, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
+}
+SK_AVX2 SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
+  sums4(quarter(_mm256_add_ps(v[0].low, v[0].high)), quarter(_mm256_add_ps(v[1].low, v[1].high)),
+        quarter(_mm256_add_ps(v[2].low, v[2].high)), quarter(_mm256_add_ps(v[3].low, v[3].high)), to);
+}
+SK_AVX2 SK_LANES void store_first(float* to, const Lanes& v, int64_t n) {
+  alignas(32) float all[kLanes];
+  store(all, v);
+  for (int64_t i = 0; i < n && i < kLanes; i++) to[i] = all[i];
+}
 
 }  // namespace avx2
 
@@ -215,6 +236,14 @@ SK_AVX512 SK_LANES float sum(Lanes v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
+SK_AVX512 SK_LANES __m256 half(Lanes v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
+SK_AVX512 SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
+  avx2::sums4(avx2::quarter(half(v[0])), avx2::quarter(half(v[1])), avx2::quarter(half(v[2])), avx2::quarter(half(v[3])), to);
+}
+SK_AVX512 SK_LANES void store_first(float* to, Lanes v, int64_t n) {
+  _mm512_mask_storeu_ps(to, static_cast<__mmask16>(n >= kLanes ? 0xffff : (1 << n) - 1), v);
 }
 
 }  // namespace avx512

@@ -16,8 +16,7 @@
 #include <vector>
 
 #include "../tensors.h"
-
-#define SK_INLINE static inline __attribute__((always_inline))
+#include "lanes.h"
 
 namespace {
 

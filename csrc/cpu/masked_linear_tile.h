@@ -4,112 +4,6 @@
 // All arithmetic is on groups of 16 lanes and by fused multiply-adds in a fixed order, so every instruction set gives the same
 // bits.
 
-#if SK_LEVEL == 2
-struct Lanes {
-  __m512 v;
-};
-SK_TARGET SK_INLINE Lanes zero() { return {_mm512_setzero_ps()}; }
-SK_TARGET SK_INLINE Lanes all(float x) { return {_mm512_set1_ps(x)}; }
-SK_TARGET SK_INLINE Lanes load(const float* p) { return {_mm512_loadu_ps(p)}; }
-SK_TARGET SK_INLINE Lanes load_open(const float* p, uint32_t open) {
-  return {_mm512_maskz_loadu_ps(static_cast<__mmask16>(open), p)};
-}
-SK_TARGET SK_INLINE void store(float* p, Lanes x) { _mm512_storeu_ps(p, x.v); }
-SK_TARGET SK_INLINE void store_first(float* p, Lanes x, int64_t n) {
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(low_bits(n)), x.v);
-}
-SK_TARGET SK_INLINE Lanes add(Lanes x, Lanes y) { return {_mm512_add_ps(x.v, y.v)}; }
-SK_TARGET SK_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes z) { return {_mm512_fmadd_ps(x.v, y.v, z.v)}; }
-// Lane j and lane j + 8, then j and j + 4.
-SK_TARGET SK_INLINE __m128 quarter(Lanes x) {
-  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#elif SK_LEVEL == 1
-struct Lanes {
-  __m256 low, high;
-};
-SK_TARGET SK_INLINE Lanes zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
-SK_TARGET SK_INLINE Lanes all(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-SK_TARGET SK_INLINE Lanes load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
-SK_TARGET SK_INLINE __m256i spread(uint32_t open) {
-  const __m256i bit = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-  return _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(open)), bit), bit);
-}
-SK_TARGET SK_INLINE Lanes load_open(const float* p, uint32_t open) {
-  return {_mm256_maskload_ps(p, spread(open)), _mm256_maskload_ps(p + 8, spread(open >> 8))};
-}
-SK_TARGET SK_INLINE void store(float* p, Lanes x) {
-  _mm256_storeu_ps(p, x.low);
-  _mm256_storeu_ps(p + 8, x.high);
-}
-SK_TARGET SK_INLINE void store_first(float* p, Lanes x, int64_t n) {
-  alignas(32) float all[16];
-  store(all, x);
-  for (int64_t i = 0; i < n && i < 16; i++) p[i] = all[i];
-}
-SK_TARGET SK_INLINE Lanes add(Lanes x, Lanes y) { return {_mm256_add_ps(x.low, y.low), _mm256_add_ps(x.high, y.high)}; }
-SK_TARGET SK_INLINE Lanes multiply_add(Lanes x, Lanes y, Lanes z) {
-  return {_mm256_fmadd_ps(x.low, y.low, z.low), _mm256_fmadd_ps(x.high, y.high, z.high)};
-}
-SK_TARGET SK_INLINE __m128 quarter(Lanes x) {
-  const __m256 half = _mm256_add_ps(x.low, x.high);
-  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-#else
-struct Lanes {
-  float v[16];
-};
-SK_INLINE Lanes all(float x) {
-  Lanes r;
-  for (float& lane : r.v) lane = x;
-  return r;
-}
-SK_INLINE Lanes zero() { return all(0); }
-SK_INLINE Lanes load(const float* p) {
-  Lanes r;
-  std::memcpy(r.v, p, sizeof(r.v));
-  return r;
-}
-SK_INLINE Lanes load_open(const float* p, uint32_t open) {
-  Lanes r;
-  for (int i = 0; i < 16; i++) r.v[i] = open >> i & 1 ? p[i] : 0;
-  return r;
-}
-SK_INLINE void store(float* p, const Lanes& x) { std::memcpy(p, x.v, sizeof(x.v)); }
-SK_INLINE void store_first(float* p, const Lanes& x, int64_t n) {
-  for (int64_t i = 0; i < n && i < 16; i++) p[i] = x.v[i];
-}
-SK_INLINE Lanes add(const Lanes& x, const Lanes& y) {
-  Lanes r;
-  for (int i = 0; i < 16; i++) r.v[i] = x.v[i] + y.v[i];
-  return r;
-}
-SK_INLINE Lanes multiply_add(const Lanes& x, const Lanes& y, const Lanes& z) {
-  Lanes r;
-  for (int i = 0; i < 16; i++) r.v[i] = __builtin_fmaf(x.v[i], y.v[i], z.v[i]);
-  return r;
-}
-#endif
-
-// The sum of the 16 lanes of each of four registers: j and j + 8, j and j + 4, j and j + 2, then the last two.
-#if SK_LEVEL > 0
-SK_TARGET SK_INLINE void sums(const Lanes (&x)[4], float (&out)[4]) {
-  __m128 a = quarter(x[0]), b = quarter(x[1]), c = quarter(x[2]), d = quarter(x[3]);
-  _MM_TRANSPOSE4_PS(a, b, c, d);
-  _mm_storeu_ps(out, _mm_add_ps(_mm_add_ps(a, c), _mm_add_ps(b, d)));
-}
-#else
-SK_INLINE void sums(const Lanes (&x)[4], float (&out)[4]) {
-  for (int r = 0; r < 4; r++) {
-    float s[8];
-    for (int j = 0; j < 8; j++) s[j] = x[r].v[j] + x[r].v[j + 8];
-    for (int j = 0; j < 4; j++) s[j] += s[j + 4];
-    out[r] = (s[0] + s[2]) + (s[1] + s[3]);
-  }
-}
-#endif
-
 // y[b][r] = sum_i x[b][i] w[r][i] (+ bias[r]) for B rows of x and R <= 4 rows of w, closed weights counting as 0: rows against
 // rows. `first` is the number of w's first bit; without bits all weights count.
 template <int R, int B, bool masked>
@@ -127,11 +21,11 @@ SK_TARGET static void rows_by_rows(const float* x, const float* w, const Bits bi
     for (int r = 0; r < R; r++) {
       const Lanes ws = masked ? load_open(w + r * n + i, bits.at(first + r * n + i)) : load(w + r * n + i);
 #pragma GCC unroll 8
-      for (int b = 0; b < B; b++) sum[b][r] = multiply_add(ws, xs[b], sum[b][r]);
+      for (int b = 0; b < B; b++) sum[b][r] = fma(ws, xs[b], sum[b][r]);
     }
   }
   if (i < n) {
-    const auto here = static_cast<uint32_t>(low_bits(n - i));
+    const auto here = static_cast<uint16_t>(low_bits(n - i));
     Lanes xs[B];
 #pragma GCC unroll 8
     for (int b = 0; b < B; b++) xs[b] = load_open(x + b * n + i, here);
@@ -139,7 +33,7 @@ SK_TARGET static void rows_by_rows(const float* x, const float* w, const Bits bi
     for (int r = 0; r < R; r++) {
       const Lanes ws = load_open(w + r * n + i, masked ? here & bits.at(first + r * n + i) : here);
 #pragma GCC unroll 8
-      for (int b = 0; b < B; b++) sum[b][r] = multiply_add(ws, xs[b], sum[b][r]);
+      for (int b = 0; b < B; b++) sum[b][r] = fma(ws, xs[b], sum[b][r]);
     }
   }
 #pragma GCC unroll 8
@@ -166,9 +60,9 @@ SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, i
     for (int v = 0; v < V; v++) p[v] = load(panel + 16 * v);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const Lanes factor = all(a[r]);
+      const Lanes factor = same(a[r]);
 #pragma GCC unroll 2
-      for (int v = 0; v < V; v++) sum[r][v] = multiply_add(factor, p[v], sum[r][v]);
+      for (int v = 0; v < V; v++) sum[r][v] = fma(factor, p[v], sum[r][v]);
     }
   }
 #pragma GCC unroll 12
