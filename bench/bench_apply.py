@@ -58,6 +58,7 @@ def bench_restore(n, thread_count):
 
 @pytest.mark.parametrize("n", SIZES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@torch.no_grad()  # as in an ordinary backward
 def bench_straight_through(n, dtype, thread_count):
     grad, weight, scores = (torch.randn(n).to(dtype) for _ in range(3))
     mask, frozen = torch.rand(n) < DENSITY, torch.rand(n) < DENSITY

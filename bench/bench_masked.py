@@ -89,7 +89,7 @@ def bench_layer_step(rows, thread_count):
 
     def published():
         clear(x, weight, scores)
-        F.linear(x, weight * StraightThroughMask.apply(scores.abs(), lambda key: mask)).backward(grad)
+        F.linear(x, weight * StraightThroughMask.apply(scores.abs(), lambda key: mask.detach())).backward(grad)
         weight.grad[frozen] = 0
 
     def eager():
@@ -111,3 +111,30 @@ def bench_layer_step(rows, thread_count):
     if thread_count == 1 and rows in STEP_GATES:
         ratio = times["layer"].min / times["dense layer"].min
         assert ratio <= STEP_GATES[rows], f"{ratio:.2f} times the dense layer, at most {STEP_GATES[rows]} allowed"
+
+
+@pytest.mark.parametrize("rows", [32, 256])
+def bench_layer_autocast(rows, thread_count):
+    """The forward of a layer under bfloat16 autocast, which goes to oneDNN, beside the dense layer there and both in float32."""
+    layer = sk.convert(nn.Linear(SIZE, SIZE, bias=False), sk.SubnetConfig(density=DENSITY))
+    dense, x = nn.Linear(SIZE, SIZE, bias=False), torch.randn(rows, SIZE)
+
+    def half(module):
+        with torch.autocast("cpu", torch.bfloat16):
+            return module(x)
+
+    exact = x.double() @ layer.w_eff.double().t()
+    own = (F.linear(x.bfloat16(), layer.w_eff.bfloat16()) - exact).abs().max()
+    assert (half(layer) - exact).abs().max() <= 2 * own
+    with torch.no_grad():
+        times = measure(
+            {
+                "layer, autocast": lambda: half(layer),
+                "dense layer, autocast": lambda: half(dense),
+                "layer, float32": lambda: layer(x),
+                "dense layer, float32": lambda: dense(x),
+            },
+            rounds=6,
+        )
+    print("\n" + table(f"bfloat16 autocast forward of a layer, {SIZE} x {SIZE}, {rows} rows", times, "layer, autocast"))
+    record("layer", f"forward autocast bfloat16 {SIZE}x{SIZE} B={rows}", times)

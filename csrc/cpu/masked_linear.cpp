@@ -22,6 +22,7 @@ namespace {
 
 constexpr int kRows = 12;              // rows of an outer product
 constexpr int kPanel = 32;             // columns of one
+constexpr int kAhead = 4;              // rows that are asked for before they are packed
 constexpr int kWide = 4 * kPanel;      // columns of a weight that are packed at once
 constexpr int64_t kDepth = 128;        // terms of a partial sum: a panel of them is half of a first-level cache
 constexpr int64_t kDirect = kRows;     // rows of a gradient up to which an unmasked weight is used where it lies

@@ -108,6 +108,8 @@ SK_TARGET static void pack_panels(const float* from, int64_t row, const Bits bit
                                   float* panels) {
   for (int64_t k = 0; k < depth; k++, from += row, first += row) {
     float* to = panels + k * kPanel;
+    if (k + kAhead < depth)  // rows are further apart than the processor looks ahead by itself
+      for (int64_t l = 0; l < lanes; l += 16) __builtin_prefetch(from + kAhead * row + l);
     for (int64_t l = 0; l < lanes; l += kPanel, to += depth * kPanel) {
       const uint64_t here = low_bits(lanes - l);
       const auto open = static_cast<uint32_t>(bits.begin ? here & bits.at(first + l) : here);
