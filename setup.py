@@ -28,6 +28,8 @@ CPU_FLAGS = [
     "-fno-math-errno",  # so that loops with a square root are vectorised
     "-Wall",
     "-Wextra",
+    "-Wno-uninitialized",  # GCC 12 says it of its own AVX-512 header, hundreds of times
+    "-Wno-maybe-uninitialized",
     "-Werror=return-type",
     *STABLE_ABI,
 ]

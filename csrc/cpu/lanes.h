@@ -86,6 +86,19 @@ SK_LANES Lanes add(const Lanes& a, const Lanes& b) {
   for (int64_t i = 0; i < kLanes; i++) v.lane[i] = a.lane[i] + b.lane[i];
   return v;
 }
+SK_LANES Lanes mul(const Lanes& a, const Lanes& b) {
+  Lanes v;
+  for (int64_t i = 0; i < kLanes; i++) v.lane[i] = a.lane[i] * b.lane[i];
+  return v;
+}
+// 1, -1, or 0 of 0 and of NaN
+SK_LANES Lanes sign(const Lanes& a) {
+  Lanes v;
+  for (int64_t i = 0; i < kLanes; i++) v.lane[i] = (a.lane[i] > 0 ? 1.0f : 0.0f) - (a.lane[i] < 0 ? 1.0f : 0.0f);
+  return v;
+}
+// Past the caches, to the start of a line.
+SK_LANES void stream(float* to, const Lanes& v) { store(to, v); }
 // a * b + c, rounded once
 SK_LANES Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
   Lanes v;
@@ -170,6 +183,15 @@ SK_AVX2 SK_LANES Lanes gather(const float* from, const Column* at) {
 SK_AVX2 SK_LANES Lanes add(const Lanes& a, const Lanes& b) {
   return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }
+SK_AVX2 SK_LANES Lanes mul(const Lanes& a, const Lanes& b) {
+  return {_mm256_mul_ps(a.low, b.low), _mm256_mul_ps(a.high, b.high)};
+}
+SK_AVX2 SK_LANES __m256 sign8(__m256 a) {
+  const __m256 with_sign = _mm256_or_ps(_mm256_and_ps(a, _mm256_set1_ps(-0.0f)), _mm256_set1_ps(1));
+  return _mm256_and_ps(with_sign, _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_OQ));
+}
+SK_AVX2 SK_LANES Lanes sign(const Lanes& a) { return {sign8(a.low), sign8(a.high)}; }
+SK_AVX2 SK_LANES void stream(float* to, const Lanes& v) { _mm256_stream_ps(to, v.low), _mm256_stream_ps(to + 8, v.high); }
 SK_AVX2 SK_LANES Lanes fma(const Lanes& a, const Lanes& b, const Lanes& c) {
   return {_mm256_fmadd_ps(a.low, b.low, c.low), _mm256_fmadd_ps(a.high, b.high, c.high)};
 }
@@ -229,6 +251,13 @@ SK_AVX512 SK_LANES Lanes gather(const float* from, const Column* at) {
   return _mm512_insertf32x8(_mm512_castps256_ps512(v.low), v.high, 1);
 }
 SK_AVX512 SK_LANES Lanes add(Lanes a, Lanes b) { return _mm512_add_ps(a, b); }
+SK_AVX512 SK_LANES Lanes mul(Lanes a, Lanes b) { return _mm512_mul_ps(a, b); }
+SK_AVX512 SK_LANES Lanes sign(Lanes a) {
+  const __mmask16 has_sign = _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_OQ);
+  const __m512i one = _mm512_castps_si512(_mm512_set1_ps(1)), minus = _mm512_castps_si512(_mm512_set1_ps(-0.0f));
+  return _mm512_castsi512_ps(_mm512_maskz_ternarylogic_epi32(has_sign, _mm512_castps_si512(a), minus, one, 0xea));
+}
+SK_AVX512 SK_LANES void stream(float* to, Lanes v) { _mm512_stream_ps(to, v); }
 SK_AVX512 SK_LANES Lanes fma(Lanes a, Lanes b, Lanes c) { return _mm512_fmadd_ps(a, b, c); }
 SK_AVX512 SK_LANES Lanes fma_open(Lanes a, Lanes b, Lanes c, uint16_t open) { return _mm512_mask3_fmadd_ps(a, b, c, open); }
 SK_AVX512 SK_LANES float sum(Lanes v) {

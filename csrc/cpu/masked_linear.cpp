@@ -28,6 +28,7 @@ constexpr int64_t kDepth = 128;        // terms of a partial sum: a panel of the
 constexpr int64_t kDirect = kRows;     // rows of a gradient up to which an unmasked weight is used where it lies
 constexpr int64_t kFew = 12;           // rows of x up to which masking in the registers costs less than masking once
 constexpr int64_t kGroup = 2 * kRows;  // rows of a weight gradient that end on a whole byte of bits
+constexpr int64_t kPast = 1 << 18;     // weights from which their gradients are written past the caches
 constexpr int64_t kWork = 1 << 18;     // multiply-adds below which a thread costs more than it saves
 
 // Packed bits that may be read from any bit on, never beyond their end; begin is null where everything is open.
@@ -57,6 +58,13 @@ struct Product {
   Bits bits;
   float* y;
   int64_t rows, in, out;
+};
+
+// Where the gradients of weight and scores go, and what they are made from; d_weight is null where it is not wanted.
+struct Gradients {
+  const float *weight, *scores;
+  float *d_weight, *d_scores;
+  bool magnitude;
 };
 
 using OuterTile = void (*)(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
@@ -261,14 +269,18 @@ std::tuple<Tensor, Tensor> masked_linear_grad_weight(const Tensor& grad_, const 
     pack_panels(from + k * in, in, {}, 0, depth, in, packed.p + k * panels * kPanel);
   }
   const auto outer = for_isa<std::remove_pointer_t<OuterTile>>(portable::outer_tile, avx2::outer_tile, avx512::outer_tile);
-  const ScoreGradKernel score_grad = score_grad_kernel();
+  const auto straight_through =
+      for_isa(portable::straight_through_rows, avx2::straight_through_rows, avx512::straight_through_rows);
   const ApplyKernel apply = apply_kernel(4);
+  const Gradients to = {weight ? floats(*weight) : nullptr, scores ? floats(*scores) : nullptr, to_weight, to_scores,
+                        by == "magnitude"};
+  const bool past = n >= kPast && (kGroup * in) % kLanes == 0;
   parallel((out + kGroup - 1) / kGroup, std::max<int64_t>(1, kWork / (std::max<int64_t>(1, rows) * in * kGroup)),
            [&](int64_t begin, int64_t end) {
-             const Buffer own(need_weight ? 0 : kGroup * in), live(bits ? kGroup * in / 32 + 16 : 0);
+             const Buffer own(scores ? kGroup * in + kLanes : 0), live(bits ? kGroup * in / 32 + 16 : 0);
              for (int64_t o = begin * kGroup; o < std::min(out, end * kGroup); o += kGroup) {
                const int64_t group = std::min(kGroup, out - o), first = o * in, count = group * in;
-               float* sums = need_weight ? to_weight + first : own.p;
+               float* sums = scores ? own.p : to_weight + first;
                if (rows == 0) std::fill(sums, sums + count, 0.0f);
                for (int64_t k = 0; k < rows; k += kDepth) {
                  const int64_t depth = std::min(kDepth, rows - k);
@@ -278,16 +290,17 @@ std::tuple<Tensor, Tensor> masked_linear_grad_weight(const Tensor& grad_, const 
                            static_cast<int>(std::min<int64_t>(kRows, group - r)), sums + r * in + l * kPanel, in,
                            std::min<int64_t>(kPanel, in - l * kPanel), k > 0);
                }
-               if (scores)
-                 score_grad(sums, floats(*weight) + first, floats(*scores) + first, to_scores + first, count, by == "magnitude");
-               if (!need_weight || !bits) continue;
+               if (!bits) continue;
                auto* here = reinterpret_cast<uint8_t*>(live.p);  // a copy, because whole words are read from it
                const int64_t bytes = (count + 7) / 8;
                for (int64_t i = 0; i < bytes; i++) {
                  const int64_t at = first / 8 + i;
                  here[i] = shut.begin ? open.begin[at] & ~shut.begin[at] : open.begin[at];
                }
-               apply(reinterpret_cast<const uint8_t*>(sums), here, reinterpret_cast<uint8_t*>(sums), count);
+               if (scores)
+                 straight_through(sums, to, here, first, count, past);
+               else
+                 apply(reinterpret_cast<const uint8_t*>(sums), here, reinterpret_cast<uint8_t*>(sums), count);
              }
            });
   return {d_weight, d_scores};

@@ -163,3 +163,30 @@ SK_TARGET static void forward(const Product& p, int64_t begin, int64_t end, floa
     }
   }
 }
+
+// From G of n weights dS = G * W (* the score's sign), and where wanted dW = G where open; in one pass, because both are larger
+// than the caches, which is also why whole lines may go past them.
+SK_TARGET static void straight_through_rows(const float* sums, const Gradients& to, const uint8_t* open, int64_t first, int64_t n,
+                                            bool past) {
+  const float *weight = to.weight + first, *scores = to.scores + first;
+  float *d_scores = to.d_scores + first, *d_weight = to.d_weight ? to.d_weight + first : nullptr;
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const auto here = static_cast<uint16_t>(low_bits(std::min<int64_t>(kLanes, n - i)));
+    const Lanes g = load(sums + i);  // whose buffer has whole lines
+    Lanes d = mul(g, load_open(weight + i, here));
+    if (to.magnitude) d = mul(d, sign(load_open(scores + i, here)));
+    uint16_t live;
+    std::memcpy(&live, open + i / 8, 2);
+    const Lanes kept = where(live, g);
+    if (here != 0xffff) {
+      store_first(d_scores + i, d, n - i);
+      if (d_weight) store_first(d_weight + i, kept, n - i);
+    } else if (past) {
+      stream(d_scores + i, d);
+      if (d_weight) stream(d_weight + i, kept);
+    } else {
+      store(d_scores + i, d);
+      if (d_weight) store(d_weight + i, kept);
+    }
+  }
+}
