@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,18 +70,10 @@ def run(
         return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every, stop).go()
 
 
-@contextlib.contextmanager
-def settled() -> Iterator[None]:
-    """Within it the garbage collector leaves alone what was there before.
-
-    A full collection over PyTorch's modules takes .2 s, and there is one every few thousand steps.
-    """
+def settle() -> None:
+    """Keep the garbage collector from what is there now: a full collection over PyTorch's modules takes .2 s, every few thousand steps."""
     gc.collect()
     gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 class Run:
@@ -108,7 +100,8 @@ class Run:
 
     def go(self) -> Result:
         """The whole stream."""
-        with contextlib.closing(self.folder), self.show, settled():
+        with contextlib.closing(self.folder), self.show, contextlib.ExitStack() as stack:
+            stack.callback(gc.unfreeze)
             self.go_on()
             self.save()
         result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.matrix)
@@ -145,6 +138,7 @@ class Run:
         if self.plateau is not None and self.waiting.get("left") is not None:
             self.plateau.left = self.waiting["left"]
         self.waiting = {}
+        settle()  # after the optimizer, whose first one imports the most
         while self.cursor.part < len(parts):
             self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
