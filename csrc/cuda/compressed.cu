@@ -61,6 +61,7 @@ __device__ __forceinline__ void keep_shared_in_register(T*& pointer) {
   asm("" : "+r"(at));
   pointer = static_cast<T*>(__cvta_shared_to_generic(at));
 }
+__device__ __forceinline__ void prefetch(const void* at) { asm volatile("prefetch.global.L2 [%0];" ::"l"(at)); }
 // 1 << bit, and 0 for -1.
 __device__ __forceinline__ unsigned one_bit(int bit) {
   unsigned result;
@@ -70,6 +71,7 @@ __device__ __forceinline__ unsigned one_bit(int bit) {
 #else
 template <class T>
 void keep_in_register(T&) {}
+void prefetch(const void*) {}
 template <class T>
 void keep_shared_in_register(T*&) {}
 unsigned one_bit(int bit) { return bit < 0 ? 0 : 1u << bit; }
@@ -212,6 +214,11 @@ struct BitmapPart {
     values = static_cast<const T*>(c.values) + row.begin;
     keep_in_register(values);
     length = row.length;
+    // Which values are its own shows only when the bits are counted; all parts together ask for the row's.
+    constexpr int kLine = 128 / sizeof(T);
+    for (int i = (part * kWarpSize + static_cast<int>(threadIdx.x) % kWarpSize) * kLine; i < length;
+         i += parts * kWarpSize * kLine)
+      prefetch(values + i);
     if (segment > 0) used = c.ones_before(bits, min(segment * kWarpSize, c.row_words));
   }
 
@@ -350,7 +357,9 @@ struct IndexPart {
 
 // -------------------------------------------------------------------------------------------------------------- products
 
-constexpr int kThreads = 512, kWarps = kThreads / kWarpSize;
+// A block for eight rows of x has a multiprocessor to itself, because filling its shared memory is what takes long.
+template <int Rows>
+constexpr int kThreads = Rows > 4 ? 1024 : 512;
 
 // Column: what columns are stored as, or void for a bitmap.
 template <class T, class Column, int Rows>
@@ -360,10 +369,11 @@ using StagedFor = Staged<T, Rows, std::is_void_v<Column>>;
 
 // y[b][o] for Rows rows of the batch at a time (blockIdx.y) and kWarps / parts rows of the weight (blockIdx.x), in a fixed order.
 template <class T, class Column, int Rows, bool InShared>
-__global__ void __launch_bounds__(kThreads, InShared ? 2 : 1)
+__global__ void __launch_bounds__(kThreads<Rows>, InShared&& Rows <= 4 ? 2 : 1)
     linear_kernel(const __grid_constant__ Compressed c, const T* x, const T* bias, T* y, int64_t batch, int parts, int units) {
   using W = Wide<T>;
   using Part = PartOf<T, Column, Rows>;
+  constexpr int kWarps = kThreads<Rows> / kWarpSize;
   __shared__ W partial[kWarps][Rows];
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize, part = warp % parts;
   const int64_t first = int64_t{blockIdx.x} * (kWarps / parts), stride = int64_t{gridDim.x} * (kWarps / parts);
@@ -459,24 +469,25 @@ struct Product {
 
 template <class T, class Column, int Rows, bool InShared>
 void launch_linear(const Place& place, const Product& p) {
-  const int64_t chunks = ceil_div(p.batch, Rows), warps = int64_t{place.processors()} * 2 * kWarps;
+  constexpr int kWarps = kThreads<Rows> / kWarpSize, kBlocks = 1024 / kThreads<Rows>;  // of a multiprocessor
+  const int64_t chunks = ceil_div(p.batch, Rows), blocks = int64_t{place.processors()} * kBlocks, warps = blocks * kWarps;
   // Where rows are few, several warps share one, each with a segment of it at least.
   int parts = 1;
-  while (parts < kWarps && p.c.outputs * chunks * parts * 2 <= warps && p.c.inputs >= kSegment * parts * 2) parts *= 2;
-  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.c.outputs, kWarps / parts), place.processors() * 2)),
+  while (parts < 16 && p.c.outputs * chunks * parts * 2 <= warps && p.c.inputs >= kSegment * parts * 2) parts *= 2;
+  const dim3 grid(static_cast<unsigned>(std::min<int64_t>(ceil_div(p.c.outputs, kWarps / parts), blocks)),
                   static_cast<unsigned>(std::min<int64_t>(chunks, 65535)));
   using X = StagedFor<T, Column, Rows>;
-  place.launch(linear_kernel<T, Column, Rows, InShared>, grid, kThreads, InShared ? X::bytes(p.c.inputs) : 0, p.c,
+  place.launch(linear_kernel<T, Column, Rows, InShared>, grid, kThreads<Rows>, InShared ? X::bytes(p.c.inputs) : 0, p.c,
                static_cast<const T*>(p.x), static_cast<const T*>(p.bias), static_cast<T*>(p.y), p.batch, parts,
                InShared ? X::units(p.c.inputs) : 0);
 }
 
-// As many rows of x at a time as there are and as leave room for two blocks; one that fills the shared memory if need be.
+// As many rows of x at a time as there are and as shared memory holds, with room for two blocks where they are not eight.
 template <class T, class Column>
 void linear_of(const Place& place, const Product& p) {
   const size_t most = place.shared_memory() - 2048;
   if constexpr (sizeof(T) == 2)
-    if (p.batch > 4 && StagedFor<T, Column, 8>::bytes(p.c.inputs) <= most / 2) return launch_linear<T, Column, 8, true>(place, p);
+    if (p.batch > 4 && StagedFor<T, Column, 8>::bytes(p.c.inputs) <= most) return launch_linear<T, Column, 8, true>(place, p);
   if constexpr (sizeof(T) <= 4) {
     if (p.batch > 2 && StagedFor<T, Column, 4>::bytes(p.c.inputs) <= most / 2) return launch_linear<T, Column, 4, true>(place, p);
     if (p.batch > 1 && StagedFor<T, Column, 2>::bytes(p.c.inputs) <= most / 2) return launch_linear<T, Column, 2, true>(place, p);
