@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from device import DEVICE, cpu_only, generator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -93,12 +94,12 @@ def assert_invariant(model):
 
 def train(model, optimizers, steps=5, accumulate=1, run=None, after=None, shape=(6, 8)):
     run = run or model
-    generator = torch.Generator().manual_seed(3)
+    chance = generator(3)
     for _ in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
         for _ in range(accumulate):
-            x = torch.randn(*shape, generator=generator)
+            x = torch.randn(*shape, generator=chance)
             run(x).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -539,7 +540,7 @@ def test_to_empty_and_back_from_meta():
     assert model[0].bits.is_meta
     assert model[0].scores.is_meta
     model(torch.empty(2, 8, device="meta"))
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     source = net()
     model.load_state_dict(source.state_dict())
     assert_invariant(model)
@@ -558,7 +559,7 @@ def test_autocast():
 
     def under(m):
         def run(x):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y = m(x)
             assert y.dtype == torch.bfloat16
             return y.float()
@@ -783,6 +784,7 @@ if __name__ == "__main__":
 """
 
 
+@cpu_only
 def test_data_parallel_has_the_bits_of_one_process(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
