@@ -813,7 +813,7 @@ def test_round_trip(saved, restore):
     assert bank.names == ["task 0", "task 1", "task 2", "mix"]
     assert same(outputs(model, bank), logits)
     assert bank["mix"].over == ("task 0", "task 1", "task 2")
-    assert torch.equal(bank["mix"].tensors["prototype"], torch.arange(6.0).view(2, 3))
+    assert torch.equal(bank["mix"].tensors["prototype"].cpu(), torch.arange(6.0, device="cpu").view(2, 3))
     assert bank["mix"].facts == {"accuracy": 91.5, "labels": ["a", "b"]}
     bank.verify()
     bank.begin(scores="init", per_task={"fc": 3})
