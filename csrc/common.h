@@ -1,4 +1,4 @@
-// Shared by the CPU ops: argument checks that end in a sentence, the instruction set in use, and the threading rule.
+// Shared by the ops: argument checks that end in a sentence, and, for the CPU, the instruction set in use and the threading rule.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -37,4 +37,14 @@ inline void check_bits(const char* op, const Tensor& bits, int64_t n) {
 
 inline void check_lengths(const char* op, size_t expected, size_t got, const char* what) {
   STD_TORCH_CHECK(expected == got, op, ": expected ", expected, " ", what, ", got ", got);
+}
+
+// The tensor itself where it is contiguous, else a contiguous copy.
+inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+
+// The dtype of a tensor as the C interface counts them: also of those that ScalarType of this header set does not know.
+inline int32_t dtype_code(const Tensor& t) {
+  int32_t code;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
+  return code;
 }

@@ -4,16 +4,6 @@
 
 #include "common.h"
 
-// The tensor itself where it is contiguous, else a contiguous copy.
-inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-// The dtype of a tensor as the C interface counts them: also of those that ScalarType of this header set does not know.
-inline int32_t dtype_code(const Tensor& t) {
-  int32_t code;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
-  return code;
-}
-
 // An uninitialised contiguous CPU tensor; this direct call costs a fraction of a dispatched one.
 inline Tensor new_dense(const int64_t* sizes, int64_t dim, int32_t dtype) {
   constexpr int64_t kMaxDim = 64;

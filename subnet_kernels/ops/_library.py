@@ -5,6 +5,7 @@ Schemas live in Python, so a pure-Python install works; the compiled libraries a
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -75,12 +76,12 @@ def one_by_one(op: torch._ops.OpOverload) -> Callable:
 
 def load(library: str) -> None:
     """Load a compiled library that lies beside the package, or note in `MISSING` why it is not in use."""
-    if library == "_C_cuda" and torch.version.cuda is None:
-        MISSING[library] = f"torch {torch.__version__} is a build without CUDA"
-        return
     files = sorted(Path(__file__).resolve().parent.parent.glob(f"{library}*.so"))
+    if library == "_C_cpu" and (other := os.environ.get("SUBNET_KERNELS_CPU_LIBRARY")):
+        files = [Path(other)]  # the CUDA kernels compiled for the processor, under test
     if not files:
-        MISSING[library] = "it was not compiled: install with a C++ compiler and SUBNET_KERNELS_BUILD=auto (README, Install)"
+        how = {"_C_cpu": "a C++ compiler and SUBNET_KERNELS_BUILD=auto", "_C_cuda": "nvcc and SUBNET_KERNELS_BUILD=cuda"}[library]
+        MISSING[library] = f"it was not compiled: install with {how} (README, Two commands)"
         return
     try:
         torch.ops.load_library(files[0])
