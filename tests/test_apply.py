@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from device import compiled_only, cpu_only, no_sync
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 from subnet_kernels.ops.apply import straight_through
 
 SIZES = [0, 1, 7, 63, 64, 65, 511, 512, 513, 1021]  # around a byte, a word and a tile; a prime
@@ -156,6 +156,7 @@ def test_restore_many_layers(cpu_isa):
             assert torch.equal(w.reshape(-1)[m], v[m])
 
 
+@no_sync
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_refuses_a_wrong_number_of_values(cpu_isa, given):
     """Neither read beyond the values nor half written: the layer before the wrong one is left alone too."""
@@ -257,6 +258,7 @@ def test_straight_through_any_strides(cpu_isa):
         same(ours, theirs)
 
 
+@cpu_only
 def test_threads_agree(cpu_isa):
     n = 200_003
     grad, weight, scores, bits, frozen = torch.randn(n), torch.randn(n), torch.randn(n), random_bits(n), random_bits(n)
@@ -281,7 +283,7 @@ def test_bad_arguments_get_a_sentence():
         sk.restore_([weight], [bits], [weight.double()])
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     ops, bits, x = torch.ops.subnet_kernels, random_bits(10), torch.randn(10)
     with pytest.raises(RuntimeError, match="64 bytes for 10 weights, got 128"):

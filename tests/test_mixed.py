@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, ON_CPU, compiled_only, cpu_only
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 
 OPS = torch.ops.subnet_kernels
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -104,7 +104,8 @@ def test_against_the_reference(cpu_isa, shape, dtype):
     )
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference multiplies as PyTorch does")
+@cpu_only
+@compiled_only
 def test_instruction_sets_and_threads_agree():
     """The same bits on every instruction set and number of threads, where no task has a product of its own."""
     from conftest import switch_isa
@@ -131,7 +132,11 @@ def test_a_row_does_not_depend_on_the_others(cpu_isa):
     order = torch.randperm(50)
     assert torch.equal(sk.mixed_linear(x[order], weight, bank, ids[order], bias), y[order])
     for row in (0, 17, 49):
-        assert torch.equal(sk.mixed_linear(x[row : row + 1], weight, bank, ids[row : row + 1], bias), y[row : row + 1])
+        alone = sk.mixed_linear(x[row : row + 1], weight, bank, ids[row : row + 1], bias)
+        if ON_CPU:
+            assert torch.equal(alone, y[row : row + 1])
+        else:  # how many rows there are may choose the order of a sum
+            torch.testing.assert_close(alone, y[row : row + 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [8, 140])  # 140: the task has a product of its own
@@ -208,7 +213,7 @@ def test_gradients_are_those_of_the_rows(cpu_isa):
 def test_autocast():
     masks, bank, ids, x, weight, bias = draw(6, 70, 9, 3)
     x.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = sk.mixed_linear(x, weight, bank, ids, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), own(x, weight, masks, ids, bias), rtol=3e-2, atol=0.2)
@@ -226,11 +231,12 @@ def test_vmap_over_models_and_rows():
     torch.testing.assert_close(result, torch.stack([own(b, weight, masks, t) for b, t in zip(batches, tasks)]))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     _, bank, ids, x, weight, _ = draw(5, 6, 4, 3)
-    with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
-        OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
+    if ON_CPU:  # values are not looked at where that would wait for the device
+        with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
+            OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
     with pytest.raises(RuntimeError, match="one id for each of 5 rows, got 4"):
         OPS.mixed_linear(x, weight, bank, ids[:4])
     with pytest.raises(RuntimeError, match="for 24 weights"):
