@@ -84,10 +84,22 @@ def cuda(library: Path | None = None) -> Path:
     """The CUDA library, and the table of what its kernels take."""
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
-        raise SystemExit("csrc/build.py: nvcc is needed to build the CUDA library, and there is none on PATH nor in /usr/local/cuda")
+        raise SystemExit(
+            "csrc/build.py: nvcc is needed to build the CUDA library, and there is none on PATH nor in /usr/local/cuda"
+        )
     targets = os.environ.get("SUBNET_KERNELS_CUDA_ARCHS", "80;90;100").split(";")
     torch = torch_folder()
-    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-lineinfo",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v",
+    ]
     flags += ["-DUSE_CUDA", *STABLE_ABI, "-isystem", f"{torch}/include"]
     flags += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     folder = ROOT / "build" / "cuda"

@@ -80,7 +80,8 @@ def load(library: str) -> None:
     if library == "_C_cpu" and (other := os.environ.get("SUBNET_KERNELS_CPU_LIBRARY")):
         files = [Path(other)]  # the CUDA kernels compiled for the processor, under test
     if not files:
-        MISSING[library] = "it was not compiled: install with a C++ compiler and SUBNET_KERNELS_BUILD=auto (README, Install)"
+        how = {"_C_cpu": "a C++ compiler and SUBNET_KERNELS_BUILD=auto", "_C_cuda": "nvcc and SUBNET_KERNELS_BUILD=cuda"}[library]
+        MISSING[library] = f"it was not compiled: install with {how} (README, Two commands)"
         return
     try:
         torch.ops.load_library(files[0])
