@@ -14,6 +14,8 @@ from subnet_kernels.ops._library import LOADED, MISSING
 DEVICE = os.environ.get("SUBNET_TEST_DEVICE", "cpu")
 ON_CPU = DEVICE == "cpu"
 LIBRARY = "_C_cpu" if ON_CPU else "_C_cuda"  # the compiled ops of this device
+# The CUDA kernels, compiled for the processor, in place of the CPU library (test_emulated.py).
+EMULATED = "_C_cpu" in LOADED and LOADED["_C_cpu"].name.startswith("_C_emulated")
 
 cpu_only = pytest.mark.skipif(not ON_CPU, reason=f"about threads or instruction sets of the CPU, and this run is on {DEVICE}")
 no_sync = pytest.mark.skipif(not ON_CPU, reason=f"needs a look at values on the host, for which no op waits on {DEVICE}")

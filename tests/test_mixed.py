@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, ON_CPU, compiled_only, cpu_only
+from device import DEVICE, EMULATED, ON_CPU, compiled_only, cpu_only
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -55,9 +55,9 @@ def assert_as_good(result, theirs, exact):
     assert error(result) <= 2 * error(theirs) + torch.finfo(result.dtype).eps * largest / 2
 
 
-def all_three(x, weight, bank, ids, bias, grad):
+def all_three(x, weight, bank, ids, bias, grad, forward=sk.mixed_linear):
     return (
-        sk.mixed_linear(x, weight, bank, ids, bias),
+        forward(x, weight, bank, ids, bias),
         OPS.mixed_linear_grad_input(grad, weight, bank, ids),
         OPS.mixed_linear_grad_weight(grad, x, bank, ids),
     )
@@ -234,7 +234,7 @@ def test_vmap_over_models_and_rows():
 @compiled_only
 def test_dispatched_calls_check_too():
     _, bank, ids, x, weight, _ = draw(5, 6, 4, 3)
-    if ON_CPU:  # values are not looked at where that would wait for the device
+    if ON_CPU and not EMULATED:  # values are not looked at where that would wait for the device
         with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
             OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
     with pytest.raises(RuntimeError, match="one id for each of 5 rows, got 4"):
@@ -243,3 +243,48 @@ def test_dispatched_calls_check_too():
         OPS.mixed_linear(x, weight, sk.pack_bank(torch.rand(3, 600) < 0.5), ids)
     with pytest.raises(RuntimeError, match="x and weight must have one dtype"):
         OPS.mixed_linear(x, weight.double(), bank, ids)
+
+
+@pytest.mark.skipif(not EMULATED, reason="the CPU ops raise: test_dispatched_calls_check_too")
+@pytest.mark.parametrize("rows", [7, 300])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_ids_that_are_no_task_on_a_gpu(rows, dtype):
+    """Their rows are NaN, the others are as without them, and they take no part in dW."""
+    _, bank, ids, x, weight, bias = draw(rows, 70, 9, 5, dtype)
+    grad = torch.randn(rows, 9).to(dtype)
+    wrong = torch.arange(rows) % 3 == 1
+    ids[wrong] = torch.tensor([5, -1, 2**40, -(2**63), 2**63 - 1]).repeat(rows)[: int(wrong.sum())]
+    y, d_x, d_weight = all_three(x, weight, bank, ids, bias, grad, OPS.mixed_linear)
+    right = all_three(x[~wrong], weight, bank, ids[~wrong], bias, grad[~wrong])
+    assert y[wrong].isnan().all()
+    assert d_x[wrong].isnan().all()
+    for result, expected in zip((y[~wrong], d_x[~wrong], d_weight), right):
+        assert torch.equal(result, expected)
+    none = all_three(x, weight, bank, torch.full_like(ids, 5), bias, grad, OPS.mixed_linear)
+    assert all(t.isnan().all() for t in none[:2])
+    assert torch.equal(none[2], torch.zeros_like(weight))
+
+
+# Rows up to 256 are sorted by comparing each with each, more of them digit by digit in pieces of 1,024.
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 1024, 1025, 3000])
+@pytest.mark.parametrize("pattern", ["equal", "distinct", "sorted", "reversed", "random", "two"])
+def test_rows_in_any_order(rows, pattern):
+    """Ids of one, two and three digits; a bank of many blocks."""
+    tasks = 300 if rows < 3000 else 2100
+    masks = torch.rand(tasks, 3, 5) < 0.5
+    bank = sk.pack_bank(masks)
+    ids = {
+        "equal": lambda: torch.full((rows,), tasks - 1),
+        "distinct": lambda: torch.randperm(max(rows, tasks))[:rows] % tasks,
+        "sorted": lambda: torch.arange(rows) * tasks // rows,
+        "reversed": lambda: tasks - 1 - torch.arange(rows) * tasks // rows,
+        "random": lambda: torch.randint(0, tasks, (rows,)),
+        "two": lambda: torch.arange(rows) % 2 * (tasks - 1),
+    }[pattern]()
+    x, weight, grad = torch.randn(rows, 5), torch.randn(3, 5), torch.randn(rows, 3)
+    y, d_x, d_weight = all_three(x, weight, bank, ids, None, grad)
+    effective = where_open(masks, weight)[ids]
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", effective, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_x, torch.einsum("boi,bo->bi", effective, grad), rtol=1e-4, atol=1e-5)
+    exact = torch.einsum("bo,bi,boi->oi", grad.double(), x.double(), masks[ids].double())
+    torch.testing.assert_close(d_weight.double(), exact, rtol=1e-4, atol=1e-3)
