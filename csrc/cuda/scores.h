@@ -1,8 +1,8 @@
 // What `select` and `threshold` share: scores as keys, 1,024 of them at a time, their bits, and the weights behind the bits.
 //
-// The key of a score is an unsigned integer that orders as the specification says. By magnitude it is the magnitude's bits, by value
-// those above or below infinity's: -0.0 and +0.0 share a key, and every NaN has the one after infinity's, the largest. Scores of 16
-// bits are the upper halves of 32, so their keys are whole multiples of 65,536.
+// The key of a score is an unsigned integer that orders as the specification says. By magnitude it is the magnitude's bits, by
+// value those above or below infinity's: -0.0 and +0.0 share a key, and every NaN has the one after infinity's, the largest.
+// Scores of 16 bits are the upper halves of 32, so their keys are whole multiples of 65,536.
 #pragma once
 #include "device.h"
 
@@ -10,38 +10,31 @@ constexpr int kStrip = 1024;                            // scores that a warp ta
 constexpr int kStripThreads = 256;                      // of a block that works in strips
 constexpr int kStripWarps = kStripThreads / kWarpSize;  // strips of its tile
 
-constexpr int64_t strips(int64_t n) { return ceil_div(n, kStrip); }
+__host__ __device__ constexpr int64_t strips(int64_t n) { return (n + kStrip - 1) / kStrip; }
+__host__ __device__ constexpr int64_t mask_words(int64_t n) { return (n + kTile - 1) / kTile * (kTile / 32); }
 
 // --------------------------------------------------------------------------------------------------------------------- keys
 
 // S: the unsigned integer that a score is read as.
 template <class S>
 using Key = std::conditional_t<sizeof(S) == 8, uint64_t, uint32_t>;
-template <class S>
-constexpr int kUnit = sizeof(S) == 2 ? 16 : 0;  // log2 of the step from one key to the next
-
-template <class S>
-__host__ __device__ constexpr Key<S> widened(S raw) {
-  return static_cast<Key<S>>(static_cast<Key<S>>(raw) << kUnit<S>);
-}
+// log2 of the step from one key to the next, for scores of that many bytes.
+__host__ __device__ constexpr int key_unit(int size) { return size == 2 ? 16 : 0; }
 
 // The key of NaN; inf is infinity's bits, widened.
-template <class S, bool Value>
-__host__ __device__ constexpr Key<S> nan_key(Key<S> inf) {
-  return (Value ? 2 * inf : inf) + (Key<S>{1} << kUnit<S>);
+template <class K>
+__host__ __device__ constexpr K nan_key(K inf, int size, bool value) {
+  return (value ? 2 * inf : inf) + (K{1} << key_unit(size));
 }
 
 // The key of a widened score.
-template <class S, bool Value>
-__host__ __device__ __forceinline__ Key<S> key_of(Key<S> raw, Key<S> inf) {
-  using K = Key<S>;
-  constexpr int kSign = 8 * sizeof(K) - 1;
+template <class K>
+__host__ __device__ __forceinline__ K key_of(K raw, K inf, K nan, bool value) {
   K key = raw & (~K{0} >> 1);
-  if constexpr (Value) {  // a negative NaN ends up below 0, that is, above everything
-    const K sign = K{0} - (raw >> kSign);
+  if (value) {  // a negative NaN ends up below 0, that is, above everything
+    const K sign = K{0} - (raw >> (8 * sizeof(K) - 1));
     key = (key ^ sign) - sign + inf;
   }
-  const K nan = nan_key<S, Value>(inf);
   return key < nan ? key : nan;
 }
 
@@ -58,8 +51,8 @@ __device__ __forceinline__ void with_scores(int size, bool value, const F& f) {
 
 // ------------------------------------------------------------------------------------------------------------------- strips
 //
-// A lane reads 16 bytes of a strip at a time, E scores, next to the lanes beside it: a row. It has 32 / E rows, and bit r * E + e of
-// what it holds is about score e of its piece of row r.
+// A lane reads 16 bytes of a strip at a time, E scores, next to the lanes beside it: a row. It has 32 / E rows, and bit r * E + e
+// of what it holds is about score e of its piece of row r.
 
 template <class S>
 constexpr int kEach = 16 / sizeof(S);  // E
@@ -71,6 +64,21 @@ template <int E>
 __device__ __forceinline__ int64_t piece_start(int64_t strip, int row) {
   return strip * kStrip + row * (kWarpSize * E) + lane_of_thread() * E;
 }
+
+// 16 bytes in one instruction: of an aggregate that is loaded or stored in the language's way the compiler may make several.
+#ifndef SUBNET_KERNELS_EMULATED
+__device__ __forceinline__ uint4 load_16(const void* at) {
+  uint4 x;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(at));
+  return x;
+}
+__device__ __forceinline__ void store_16(void* at, uint4 x) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+#else
+inline uint4 load_16(const void* at) { return *static_cast<const uint4*>(at); }
+inline void store_16(void* at, uint4 x) { *static_cast<uint4*>(at) = x; }
+#endif
 
 // The widened score e of 16 bytes.
 template <class S>
@@ -106,30 +114,38 @@ __device__ __forceinline__ uint4 partial_piece(const S* scores, int64_t first, i
 struct Sides {
   unsigned above, reached;
 };
+template <class K>
+struct Ends {
+  K low, high;
+};
 
-template <class S, bool Value>
-__device__ __forceinline__ Sides read_strip(const S* scores, int64_t strip, int64_t n, Key<S> inf, Key<S> low, Key<S> high) {
-  constexpr int E = kEach<S>, kRows = 32 / E, kBatch = kRows < 8 ? kRows : 8;  // loads in flight: more would cost registers
+// `ends` gives the Ends; it is asked after the first loads are on their way, so that it may wait for memory too.
+template <class S, bool Value, class F>
+__device__ __forceinline__ Sides read_strip(const S* scores, int64_t strip, int64_t n, Key<S> inf, const F& ends) {
+  constexpr int E = kEach<S>, kRows = 32 / E, kBatch = sizeof(S) == 4 ? 8 : 4;  // loads in flight: as many as registers allow
+  const Key<S> nan = nan_key(inf, sizeof(S), Value);
   const bool full = (strip + 1) * kStrip <= n;
   Sides sides = {0, 0};
+  Ends<Key<S>> end = {};
 #pragma unroll
   for (int batch = 0; batch < kRows; batch += kBatch) {
     uint4 x[kBatch];
     if (full) {
 #pragma unroll
-      for (int r = 0; r < kBatch; r++) x[r] = *reinterpret_cast<const uint4*>(scores + piece_start<E>(strip, batch + r));
+      for (int r = 0; r < kBatch; r++) x[r] = load_16(scores + piece_start<E>(strip, batch + r));
     } else {
 #pragma unroll
       for (int r = 0; r < kBatch; r++) x[r] = partial_piece(scores, piece_start<E>(strip, batch + r), n);
     }
+    if (batch == 0) end = ends();
 #pragma unroll
     for (int r = 0; r < kBatch; r++)
 #pragma unroll
       for (int e = 0; e < E; e++) {
-        const Key<S> key = key_of<S, Value>(score_in<S>(x[r], e), inf);
+        const Key<S> key = key_of(score_in<S>(x[r], e), inf, nan, Value);
         const unsigned bit = 1u << ((batch + r) * E + e);
-        if (key >= high) sides.above |= bit;
-        if (key >= low) sides.reached |= bit;
+        if (key >= end.high) sides.above |= bit;
+        if (key >= end.low) sides.reached |= bit;
       }
   }
   if (!full) {
@@ -168,7 +184,7 @@ template <int E>
 __device__ __forceinline__ void store_strip(uint32_t* bits, int64_t strip, int64_t n, unsigned open) {
   const unsigned word = word_of_strip<E>(open);
   const int64_t at = strip * kWarpSize + lane_of_thread();
-  if (at < mask_bytes(n) / 4) bits[at] = word;
+  if (at < mask_words(n)) bits[at] = word;
 }
 
 // ------------------------------------------------------------------------------------------------------ weights behind bits
@@ -184,34 +200,54 @@ __device__ __forceinline__ unsigned open_word(unsigned bits, int w) {
     return (bits >> 2 * w & 1u) * 0xffffu | (bits >> (2 * w + 1) & 1u) * 0xffff0000u;
 }
 
+// 4 words, or fewer, of weights or of what is kept of them.
+template <int Words>
+__device__ __forceinline__ uint4 load_words(const void* at) {
+  if constexpr (Words == 4) return load_16(at);
+  if constexpr (Words == 2) {
+    const uint2 x = *static_cast<const uint2*>(at);
+    return make_uint4(x.x, x.y, 0, 0);
+  }
+  return make_uint4(*static_cast<const unsigned*>(at), 0, 0, 0);
+}
+template <int Words>
+__device__ __forceinline__ void store_words(void* at, uint4 x) {
+  if constexpr (Words == 4)
+    store_16(at, x);
+  else if constexpr (Words == 2)
+    *static_cast<uint2*>(at) = make_uint2(x.x, x.y);
+  else
+    *static_cast<unsigned*>(at) = x.x;
+}
+
 // w_eff = weight where open, +0 elsewhere, for the lane's scores of a strip; never a product.
 template <int E, class W>
 __device__ __forceinline__ void keep_strip(const W* weight, W* w_eff, int64_t strip, int64_t n, unsigned open) {
-  constexpr int kRows = 32 / E, kWords = E * sizeof(W) / 4;  // of a piece
-  const bool full = (strip + 1) * kStrip <= n;
-#pragma unroll 4
-  for (int r = 0; r < kRows; r++) {
-    const int64_t first = piece_start<E>(strip, r);
-    const unsigned bits = open >> r * E;
-    if (full) {
-      if constexpr (kWords >= 4) {
+  if ((strip + 1) * kStrip > n) {
+#pragma unroll 1
+    for (int b = 0; b < 32; b++) {
+      const int64_t i = piece_start<E>(strip, b / E) + b % E;
+      if (i < n) w_eff[i] = open >> b & 1u ? weight[i] : W{0};
+    }
+    return;
+  }
+  constexpr int kWords = E * sizeof(W) / 4, kPart = kWords < 4 ? kWords : 4, kParts = kWords / kPart;  // of a piece
+  constexpr int kBatch = 4;                                                                            // loads in flight
 #pragma unroll
-        for (int p = 0; p < kWords / 4; p++) {
-          uint4 x = reinterpret_cast<const uint4*>(weight + first)[p];
-          x.x &= open_word<W>(bits, 4 * p), x.y &= open_word<W>(bits, 4 * p + 1);
-          x.z &= open_word<W>(bits, 4 * p + 2), x.w &= open_word<W>(bits, 4 * p + 3);
-          reinterpret_cast<uint4*>(w_eff + first)[p] = x;
-        }
-      } else if constexpr (kWords == 2) {
-        uint2 x = *reinterpret_cast<const uint2*>(weight + first);
-        x.x &= open_word<W>(bits, 0), x.y &= open_word<W>(bits, 1);
-        *reinterpret_cast<uint2*>(w_eff + first) = x;
-      } else {
-        *reinterpret_cast<unsigned*>(w_eff + first) = *reinterpret_cast<const unsigned*>(weight + first) & open_word<W>(bits, 0);
-      }
-    } else {
-      for (int e = 0; e < E; e++)
-        if (first + e < n) w_eff[first + e] = bits >> e & 1u ? weight[first + e] : W{0};
+  for (int batch = 0; batch < 32 / E * kParts; batch += kBatch) {
+    uint4 x[kBatch];
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) {
+      const int row = (batch + j) / kParts, part = (batch + j) % kParts;
+      x[j] = load_words<kPart>(reinterpret_cast<const unsigned*>(weight + piece_start<E>(strip, row)) + part * kPart);
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; j++) {
+      const int row = (batch + j) / kParts, part = (batch + j) % kParts;
+      const unsigned bits = open >> row * E;
+      x[j].x &= open_word<W>(bits, 4 * part), x[j].y &= open_word<W>(bits, 4 * part + 1);
+      x[j].z &= open_word<W>(bits, 4 * part + 2), x[j].w &= open_word<W>(bits, 4 * part + 3);
+      store_words<kPart>(reinterpret_cast<unsigned*>(w_eff + piece_start<E>(strip, row)) + part * kPart, x[j]);
     }
   }
 }
@@ -260,8 +296,8 @@ struct Table {
   }
 };
 
-// f(table, first) for tables of all layers in turn, each as small as holds its layers: what a launch carries costs time. `tiles` says
-// how many of a layer's tiles take part; f may still complete the layers of its table.
+// f(table, first) for tables of all layers in turn, each as small as holds its layers: what a launch carries costs time. `tiles`
+// says how many of a layer's tiles take part; f may still complete the layers of its table.
 template <class L, class Tiles, class F>
 void with_tables(std::vector<L>& layers, const Tiles& tiles, const F& f) {
   constexpr size_t kFew = 32, kMost = 128;

@@ -1,5 +1,5 @@
-// Scores against a fixed value to bits, for many layers in one launch: `threshold`, and `refresh_threshold_`, which also writes the
-// effective weight. Open is what lies between the value and infinity in the order of keys, so NaN is closed.
+// Scores against a fixed value to bits, for many layers in one launch: `threshold`, and `refresh_threshold_`, which also writes
+// the effective weight. Open is what lies between the value and infinity in the order of keys, so NaN is closed.
 #include <cstring>
 
 #include "scores.h"
@@ -13,13 +13,14 @@ struct Open : Layer {
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4) threshold_kernel(const __grid_constant__ T table) {
   const Open& layer = table.of_tile(blockIdx.x);
-  const int64_t strip = (blockIdx.x - layer.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
+  const int64_t strip = (int64_t{blockIdx.x} - layer.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
   if (strip >= strips(layer.n)) return;
   with_scores(layer.size, true, [&](auto raw, auto) {
     using S = decltype(raw);
-    const Key<S> inf = static_cast<Key<S>>(layer.inf), nan = nan_key<S, true>(inf);
-    const Sides sides = read_strip<S, true>(static_cast<const S*>(layer.scores), strip, layer.n, inf, static_cast<Key<S>>(layer.low),
-                                            nan);
+    using K = Key<S>;
+    const K inf = static_cast<K>(layer.inf);
+    const Ends<K> ends = {static_cast<K>(layer.low), nan_key(inf, sizeof(S), true)};
+    const Sides sides = read_strip<S, true>(static_cast<const S*>(layer.scores), strip, layer.n, inf, [&] { return ends; });
     const unsigned open = sides.reached & ~sides.above;
     store_strip<kEach<S>>(layer.bits, strip, layer.n, open);
     keep_strip<kEach<S>>(layer, strip, open);
@@ -35,38 +36,38 @@ void run(const Place& place, std::vector<Open>& layers) {
       });
 }
 
-template <class S>
-uint64_t least_open(S raw, uint64_t inf, bool inclusive) {
-  const Key<S> key = key_of<S, true>(widened(raw), static_cast<Key<S>>(inf)), nan = nan_key<S, true>(static_cast<Key<S>>(inf));
-  return inclusive || key == nan ? key : key + (Key<S>{1} << kUnit<S>);
+template <class K>
+uint64_t least_open(K raw, const Layer& layer, bool inclusive) {
+  const K inf = static_cast<K>(layer.inf), nan = nan_key(inf, layer.size, true), key = key_of(raw, inf, nan, true);
+  return inclusive || key == nan ? key : key + (K{1} << key_unit(layer.size));
 }
 
 // PyTorch rounds the value to the scores' dtype by way of float; nothing is above NaN.
-uint64_t least_open(const Tensor& scores, uint64_t inf, double value, bool inclusive) {
+uint64_t least_open(const Tensor& scores, const Layer& layer, double value, bool inclusive) {
   const auto single = static_cast<float>(value);
   const bool nan = value != value;
   switch (scores.scalar_type()) {
     case ScalarType::Double: {
       uint64_t raw;
       std::memcpy(&raw, &value, 8);
-      return least_open(raw, inf, inclusive);
+      return least_open(raw, layer, inclusive);
     }
     case ScalarType::Float: {
       uint32_t raw;
       std::memcpy(&raw, &single, 4);
-      return least_open(raw, inf, inclusive);
+      return least_open(raw, layer, inclusive);
     }
     case ScalarType::Half:
-      return least_open(nan ? uint16_t{0x7fff} : Half(single).x, inf, inclusive);
+      return least_open(uint32_t{nan ? uint16_t{0x7fff} : Half(single).x} << 16, layer, inclusive);
     default:
-      return least_open(nan ? uint16_t{0x7fff} : BFloat16(single).x, inf, inclusive);
+      return least_open(uint32_t{nan ? uint16_t{0x7fff} : BFloat16(single).x} << 16, layer, inclusive);
   }
 }
 
 Open open_layer(Arguments& arguments, const Tensor& scores, double value, bool inclusive) {
   Open layer = {};
   arguments.take_scores(layer, scores);
-  layer.low = least_open(scores, layer.inf, value, inclusive);
+  layer.low = least_open(scores, layer, value, inclusive);
   return layer;
 }
 
