@@ -245,7 +245,7 @@ def test_dispatched_calls_check_too():
         OPS.mixed_linear(x, weight.double(), bank, ids)
 
 
-@pytest.mark.skipif(not EMULATED, reason="the CPU ops raise: test_dispatched_calls_check_too")
+@pytest.mark.skipif(ON_CPU and not EMULATED, reason="the CPU ops raise: test_dispatched_calls_check_too")
 @pytest.mark.parametrize("rows", [7, 300])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_ids_that_are_no_task_on_a_gpu(rows, dtype):
