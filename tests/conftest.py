@@ -1,13 +1,22 @@
-"""Fixtures of all tests: the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
+"""Fixtures of all tests: the device, the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
 
 import pytest
 import torch
+from device import DEVICE, ON_CPU
 
 from subnet_kernels.info import cpu_isa as switch
 from subnet_kernels.ops._library import LOADED, MISSING
 
 torch.set_num_threads(1)  # the tests' tensors are small: a second thread costs more than it does; threads have tests of their own
-ISAS = ("portable", "avx2", "avx512")
+ISAS = ("portable", "avx2", "avx512") if ON_CPU else (DEVICE,)
+
+if not ON_CPU:
+    if DEVICE == "cuda" and not torch.cuda.is_available():
+        pytest.exit("SUBNET_TEST_DEVICE is cuda, and PyTorch finds no CUDA device here", returncode=4)
+    torch.set_default_device(DEVICE)
+    # what is compared to the bit, or to float32's rounding, must be computed the same way twice and in float32
+    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cudnn.deterministic = True
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +36,13 @@ def switch_isa(request: str | None) -> str | None:
 
 @pytest.fixture(params=ISAS)
 def cpu_isa(request):
-    """The test runs once for each instruction set that the compiled CPU ops have and this processor has too; its name."""
+    """The test runs once for each instruction set that the compiled CPU ops have and this processor has too; its name.
+
+    On another device it runs once, and the name is the device's.
+    """
+    if not ON_CPU:
+        yield DEVICE
+        return
     if "_C_cpu" not in LOADED:
         pytest.skip(f"no compiled CPU ops: {MISSING['_C_cpu']}")
     before = switch_isa(None)

@@ -4,18 +4,16 @@ import itertools
 
 import pytest
 import torch
+from device import compiled_only, cpu_only, cuda_kernels, no_sync
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 from subnet_kernels.ops.apply import straight_through
 
 SIZES = [0, 1, 7, 63, 64, 65, 511, 512, 513, 1021]  # around a byte, a word and a tile; a prime
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 DTYPES = [*FLOATS, torch.uint8, torch.bool, torch.int16, torch.int32, torch.int64, torch.complex64, torch.complex128]
 nan, inf = float("nan"), float("inf")
-# The CUDA kernels, on a GPU or emulated: they do not wait to look at what tensors hold.
-CUDA_KERNELS = torch.get_default_device().type == "cuda" or "emulated" in str(LOADED.get("_C_cpu"))
 
 
 def random_bits(n, density=0.3):
@@ -193,7 +191,7 @@ def test_restore_a_large_one(cpu_isa):
     assert torch.equal(weight, torch.where(mask, kept, 0))
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU kernels count first and raise")
+@cuda_kernels
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_leaves_alone_what_has_a_wrong_number_of_values(given):
     """Where counting would wait for the device: neither read beyond the values nor half written; the others are restored."""
@@ -203,7 +201,7 @@ def test_restore_leaves_alone_what_has_a_wrong_number_of_values(given):
     assert [w.tolist() for w in weights] == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
 
 
-@pytest.mark.skipif(CUDA_KERNELS, reason="counting would wait for the device")
+@no_sync
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_refuses_a_wrong_number_of_values(cpu_isa, given):
     """Neither read beyond the values nor half written: the layer before the wrong one is left alone too."""
@@ -319,6 +317,7 @@ def test_straight_through_from_anywhere(cpu_isa, dtype):
                 same(ours, theirs)
 
 
+@cpu_only
 def test_threads_agree(cpu_isa):
     n = 200_003
     grad, weight, scores, bits, frozen = torch.randn(n), torch.randn(n), torch.randn(n), random_bits(n), random_bits(n)
@@ -343,7 +342,7 @@ def test_bad_arguments_get_a_sentence():
         sk.restore_([weight], [bits], [weight.double()])
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     ops, bits, x = torch.ops.subnet_kernels, random_bits(10), torch.randn(10)
     with pytest.raises(RuntimeError, match="64 bytes for 10 weights, got 128"):

@@ -3,19 +3,17 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, compiled_only, cpu_only, cuda_kernels, no_sync
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 from subnet_kernels.ops import compressed
-from subnet_kernels.ops._library import LOADED
 
 OPS = torch.ops.subnet_kernels
 FORMATS = ["bitmap", "index"]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 nan, inf = float("nan"), float("inf")
-# The CUDA kernels, on a GPU or emulated: they do not wait to look at what tensors hold.
-CUDA_KERNELS = torch.get_default_device().type == "cuda" or "emulated" in str(LOADED.get("_C_cpu"))
 
 
 def draw(rows, outputs, inputs, density, dtype=torch.float32):
@@ -71,7 +69,8 @@ def test_reference(form):
     assert torch.equal(reference.decompress(*small[:3], 70), where_open(mask, weight))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference multiplies as PyTorch does")
+@cpu_only
+@compiled_only
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_instruction_sets_and_threads_agree(form, dtype):
@@ -142,7 +141,7 @@ def test_many_inputs(cpu_isa):
             )
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="of the CUDA kernels' branches")
+@cuda_kernels
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
@@ -207,7 +206,7 @@ def test_gradients(form, shape):
 def test_autocast(form):
     x, weight, mask, bias = draw(3, 5, 70, 0.3)
     small = sk.compress(weight.bfloat16(), sk.pack(mask), form)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = sk.compressed_linear(x, small, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), F.linear(x, where_open(mask, weight), bias), rtol=3e-2, atol=0.2)
@@ -221,7 +220,7 @@ def test_vmap(form):
     torch.testing.assert_close(torch.vmap(lambda x: sk.compressed_linear(x, small))(x), sk.compressed_linear(x, small))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     x, weight, mask, _ = draw(2, 4, 6, 0.5)
     values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
@@ -231,7 +230,8 @@ def test_dispatched_calls_check_too():
         OPS.compressed_linear(x, values, columns.long(), offsets)
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED or CUDA_KERNELS, reason="offsets are looked at by the CPU kernels alone")
+@compiled_only
+@no_sync
 def test_dispatched_calls_check_offsets():
     x, weight, mask, _ = draw(2, 4, 6, 0.5)
     values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
@@ -241,7 +241,7 @@ def test_dispatched_calls_check_offsets():
         OPS.compressed_linear(x, values, columns, offsets.flip(0)[[-1, 0, 0, 0, 0]])
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU kernels look at the offsets and raise")
+@cuda_kernels
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_contents_are_not_trusted(dtype, form):

@@ -1,10 +1,10 @@
 // What a kernel needs of the machine that it runs on, for two machines.
 //
-// Compiled by nvcc this is CUDA. Compiled by a C++ compiler with SUBNET_KERNELS_EMULATED, the same kernels run on the processor: every
-// CUDA thread is a fibre, a barrier or a warp's exchange switches to the next one, and fibres are taken in an order drawn anew for
-// every block, so that a missing barrier shows. That library takes the place of the CPU kernels under test (tests/test_emulated.py):
-// the algorithms are proven, ties, tails and all, before there is a GPU. Blocks run one after the other, so a kernel may not wait for
-// another block; counting finished blocks is fine.
+// Compiled by nvcc this is CUDA. Compiled by a C++ compiler with SUBNET_KERNELS_EMULATED, the same kernels run on the processor:
+// every CUDA thread is a fibre, a barrier or a warp's exchange switches to the next one, and fibres are taken in an order drawn
+// anew for every block, so that a missing barrier shows. That library takes the place of the CPU kernels under test
+// (tests/test_emulated.py): the algorithms are proven, ties, tails and all, before there is a GPU. Blocks run one after the
+// other, so a kernel may not wait for another block; counting finished blocks is fine.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -15,8 +15,8 @@
 #define SK_KEY CUDA
 using Stream = cudaStream_t;
 // The block's dynamic shared memory, as an array of T; one declaration a kernel.
-#define SK_DYNAMIC_SHARED(T, name)                              \
-  extern __shared__ __align__(16) unsigned char sk_dynamic[];  \
+#define SK_DYNAMIC_SHARED(T, name)                            \
+  extern __shared__ __align__(16) unsigned char sk_dynamic[]; \
   T* name = reinterpret_cast<T*>(sk_dynamic)
 
 #else
@@ -32,6 +32,7 @@ using Stream = cudaStream_t;
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
