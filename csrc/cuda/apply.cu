@@ -339,26 +339,33 @@ __device__ __forceinline__ bool is_live(const Straight& s, int64_t i) {
 
 constexpr int kStraightUnits = 2;  // 16-byte pieces of a thread
 
+// One of them, as what is loaded and as what it is.
+template <class T>
+union Piece {
+  uint4 raw;
+  T v[16 / sizeof(T)];
+  __device__ Piece() : raw{} {}
+};
+
 // All of one dtype and aligned.
 template <class T>
 __global__ void __launch_bounds__(kThreads) straight_through_kernel(const __grid_constant__ Straight s) {
   constexpr int kEach = 16 / sizeof(T);
-  using Piece = Pack<T, kEach>;
   const auto *grad = static_cast<const T*>(s.grad), *weight = static_cast<const T*>(s.weight),
              *scores = static_cast<const T*>(s.scores);
   auto *d_weight = static_cast<T*>(s.d_weight), *d_scores = static_cast<T*>(s.d_scores);
   const int64_t whole = s.n / kEach, first = int64_t{blockIdx.x} * (kThreads * kStraightUnits) + threadIdx.x;
-  uint4 g[kStraightUnits], w[kStraightUnits], k[kStraightUnits];
+  Piece<T> g[kStraightUnits], w[kStraightUnits], k[kStraightUnits];
   unsigned live[kStraightUnits];
 #pragma unroll
   for (int i = 0; i < kStraightUnits; i++) {
     const int64_t unit = first + i * kThreads;
-    g[i] = w[i] = k[i] = make_uint4(0, 0, 0, 0), live[i] = 0;
+    live[i] = 0;
     if (unit >= whole) continue;
-    g[i] = reinterpret_cast<const uint4*>(grad)[unit];
+    g[i].raw = reinterpret_cast<const uint4*>(grad)[unit];
     if (d_scores) {
-      w[i] = reinterpret_cast<const uint4*>(weight)[unit];
-      if (s.magnitude) k[i] = reinterpret_cast<const uint4*>(scores)[unit];
+      w[i].raw = reinterpret_cast<const uint4*>(weight)[unit];
+      if (s.magnitude) k[i].raw = reinterpret_cast<const uint4*>(scores)[unit];
     }
     if (d_weight) {
       live[i] = unit_bits<kEach>(s.bits, unit);
@@ -369,14 +376,12 @@ __global__ void __launch_bounds__(kThreads) straight_through_kernel(const __grid
   for (int i = 0; i < kStraightUnits; i++) {
     const int64_t unit = first + i * kThreads;
     if (unit >= whole) continue;
-    if (d_weight) reinterpret_cast<uint4*>(d_weight)[unit] = keep_open<sizeof(T)>(g[i], live[i]);
+    if (d_weight) reinterpret_cast<uint4*>(d_weight)[unit] = keep_open<sizeof(T)>(g[i].raw, live[i]);
     if (d_scores) {
-      const Piece &of_grad = reinterpret_cast<const Piece&>(g[i]), &of_weight = reinterpret_cast<const Piece&>(w[i]),
-                  &of_scores = reinterpret_cast<const Piece&>(k[i]);
-      Piece out;
+      Piece<T> out;
 #pragma unroll
-      for (int j = 0; j < kEach; j++) out.v[j] = score_grad(of_grad.v[j], of_weight.v[j], of_scores.v[j], s.magnitude);
-      reinterpret_cast<Piece*>(d_scores)[unit] = out;
+      for (int j = 0; j < kEach; j++) out.v[j] = score_grad(g[i].v[j], w[i].v[j], k[i].v[j], s.magnitude);
+      reinterpret_cast<uint4*>(d_scores)[unit] = out.raw;
     }
   }
   const int64_t rest = whole * kEach + threadIdx.x;

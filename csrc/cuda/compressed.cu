@@ -81,8 +81,12 @@ unsigned one_bit(int bit) { return bit < 0 ? 0 : 1u << bit; }
 template <class T>
 __device__ __forceinline__ T load_global(const T* at) {
   using Raw = std::conditional_t<sizeof(T) == 2, unsigned short, std::conditional_t<sizeof(T) == 4, float, double>>;
-  const Raw raw = __ldg(reinterpret_cast<const Raw*>(at));
-  return reinterpret_cast<const T&>(raw);
+  union Value {
+    Raw raw;
+    T value;
+    __device__ Value(Raw x) : raw(x) {}
+  };
+  return Value(__ldg(reinterpret_cast<const Raw*>(at))).value;
 }
 
 // The sum over the lanes up to this one.
@@ -299,9 +303,15 @@ struct IndexPart {
   int unit, end_unit;  // those of the lane's part that are whole
   int rest;            // values of the row from this one on are in the unit that the end of all values cuts off
   unsigned none;       // the column with zeros, for columns that are not there
-  // The units as the words that they are: elements would be unpacked before there is time for it.
-  Pack<unsigned, kEach * sizeof(T) / 4> value[kUnits];
-  Pack<unsigned, kEach * sizeof(Column) / 4> column[kUnits];
+  // The units, loaded as the words that they are: elements would be unpacked before there is time for it.
+  template <class E>
+  union Unit {
+    Pack<unsigned, kEach * sizeof(E) / 4> raw;
+    E v[kEach];
+    __device__ Unit() : raw{} {}
+  };
+  Unit<T> value[kUnits];
+  Unit<Column> column[kUnits];
 
   __device__ IndexPart(const Compressed& c, int64_t o, int part, int parts) : none(static_cast<unsigned>(c.inputs)) {
     keep_in_register(none);
@@ -323,10 +333,8 @@ struct IndexPart {
 #pragma unroll
     for (int k = 0; k < kUnits; k++) {
       const int at = unit + k * kWarpSize;
-      if (at < end_unit)
-        value[k] = reinterpret_cast<const std::remove_reference_t<decltype(value[k])>&>(values[int64_t{at} * kEach]);
-      if (at < end_unit)
-        column[k] = reinterpret_cast<const std::remove_reference_t<decltype(column[k])>&>(columns[int64_t{at} * kEach]);
+      if (at < end_unit) value[k].raw = reinterpret_cast<const decltype(Unit<T>::raw)&>(values[int64_t{at} * kEach]);
+      if (at < end_unit) column[k].raw = reinterpret_cast<const decltype(Unit<Column>::raw)&>(columns[int64_t{at} * kEach]);
     }
   }
 
@@ -346,8 +354,7 @@ struct IndexPart {
         const int first = at < end_unit ? at * kEach - lead : -kEach;
 #pragma unroll
         for (int j = 0; j < kEach; j++)
-          if (static_cast<unsigned>(first + j) < static_cast<unsigned>(length))
-            add(sum, x, reinterpret_cast<const T*>(&value[k])[j], reinterpret_cast<const Column*>(&column[k])[j]);
+          if (static_cast<unsigned>(first + j) < static_cast<unsigned>(length)) add(sum, x, value[k].v[j], column[k].v[j]);
       }
     }
     const int i = rest + static_cast<int>(threadIdx.x) % kWarpSize;
