@@ -345,10 +345,12 @@ def room():
     torch.cuda.empty_cache()
 
 
+huge = pytest.mark.xdist_group("huge")  # one after another: each takes gigabytes
 HUGE = 2**31 + 1543  # elements
 PART = 1 << 28
 
 
+@huge
 def test_counts_beyond_32_bits(room):
     n = 2**32 + 512 * 3
     bits = torch.full((n // 8,), 255, dtype=torch.uint8)
@@ -360,6 +362,7 @@ def test_counts_beyond_32_bits(room):
     assert owned[-64:].eq(255).all()
 
 
+@huge
 def test_pack_and_unpack_beyond_32_bits(room):
     mask = torch.zeros(HUGE, dtype=torch.bool)
     places = torch.tensor([0, 7, 2**31 - 1, 2**31, 2**31 + 600, HUGE - 1])
@@ -370,6 +373,7 @@ def test_pack_and_unpack_beyond_32_bits(room):
     assert torch.equal(sk.unpack(bits, (HUGE,)), mask)
 
 
+@huge
 def test_apply_beyond_32_bits(room):
     weight = torch.empty(HUGE, dtype=torch.uint8).random_(1, 255)
     bits = torch.empty(reference.nbytes(HUGE), dtype=torch.uint8).random_(0, 256)
@@ -380,6 +384,7 @@ def test_apply_beyond_32_bits(room):
         assert torch.equal(result[begin:end], torch.where(mask, weight[begin:end], 0)), begin
 
 
+@huge
 @pytest.mark.parametrize("ties", ["last", "first"])
 def test_select_beyond_32_bits(room, ties):
     """Sixteen-bit scores tie at the cut by the million: exactly k, the right ones, and the ties of the right end."""
