@@ -33,8 +33,23 @@ def flush() -> None:
     read.amax()
 
 
-def capture(call: Callable[[], object], pool: object = None) -> torch.cuda.CUDAGraph | None:
+def waits(call: Callable[[], object]) -> bool:
+    """Whether a call makes the host wait for the device, found by making it once; to try to capture one would harm the allocator."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except RuntimeError:
+        return True
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    return False
+
+
+def capture(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUDAGraph | None:
     """A graph of one call, or None where it cannot be captured. Graphs of one pool share the memory of what they allocate."""
+    if waits(call):
+        return None
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles, and sizes workspaces
@@ -53,6 +68,8 @@ def capture(call: Callable[[], object], pool: object = None) -> torch.cuda.CUDAG
             finally:
                 graph.capture_end()
     except Exception:  # whatever a capture refuses; the call is then timed as it is
+        with contextlib.suppress(RuntimeError):  # a capture that broke off left the pool open
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
         return None
