@@ -1,5 +1,7 @@
 """Fixtures of all tests: the device, the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
 
+import os
+
 import pytest
 import torch
 from device import DEVICE, ON_CPU
@@ -19,6 +21,20 @@ if not ON_CPU:
     torch.backends.cudnn.deterministic = True
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group: tests that pytest-xdist gives to one worker")
+
+
+def _end_a_worker_without_a_device():
+    """After an illegal access a process has no device any more: under pytest-xdist it ends, and another one goes on with the rest."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        if "PYTEST_XDIST_WORKER" in os.environ:
+            os._exit(70)
+        raise
+
+
 @pytest.fixture(autouse=True)
 def _same_chance():
     """Every test starts from one seed and leaves torch's number of threads as it found it."""
@@ -27,6 +43,8 @@ def _same_chance():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    if DEVICE == "cuda":
+        _end_a_worker_without_a_device()
 
 
 def switch_isa(request: str | None) -> str | None:
