@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, EMULATED, ON_CPU, compiled_only, cpu_only
+from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -234,7 +234,7 @@ def test_vmap_over_models_and_rows():
 @compiled_only
 def test_dispatched_calls_check_too():
     _, bank, ids, x, weight, _ = draw(5, 6, 4, 3)
-    if ON_CPU and not EMULATED:  # values are not looked at where that would wait for the device
+    if not CUDA_KERNELS:  # values are not looked at where that would wait for the device
         with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
             OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
     with pytest.raises(RuntimeError, match="one id for each of 5 rows, got 4"):
@@ -245,7 +245,7 @@ def test_dispatched_calls_check_too():
         OPS.mixed_linear(x, weight.double(), bank, ids)
 
 
-@pytest.mark.skipif(ON_CPU and not EMULATED, reason="the CPU ops raise: test_dispatched_calls_check_too")
+@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU ops raise: test_dispatched_calls_check_too")
 @pytest.mark.parametrize("rows", [7, 300])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_ids_that_are_no_task_on_a_gpu(rows, dtype):
