@@ -201,10 +201,10 @@ __global__ void __launch_bounds__(kThreads) plain_grad_weight_kernel(const T* gr
 // A block holds 16,384 weights in its registers, as floats, and lets the rows of the batch pass by: weights are read once for all
 // rows, and bits once for every row. A thread has 16 weights that are multiplied and added, for each of 4 outputs.
 //
-// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate; 12 R2P
-// to make predicates of its 64 bits, or 64 LOP3 at half rate where the compiler finds no better; 4 + 4 loads of x and bits from
-// shared memory and some 20 instructions to add up and to loop: 1.6 instructions a weight, or 2.4. An H100 issues 29 T a second:
-// 60 or 90 us. The bytes of 64 tasks (134 MB) and of W take 50 us, in parallel.
+// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate; 28
+// instructions, 8 of them R2P, to make predicates of its 64 bits; 8 loads of x and bits from shared memory and some 35
+// instructions to add up and to loop: 2.1 a weight. An H100 issues 29 T a second: 76 us. The bytes of 64 tasks (134 MB) and of W
+// take 50 us, in parallel.
 
 constexpr int kBatch = 8;    // slots between two barriers
 constexpr int kRun = 16;     // weights in a row that a thread has for each of its outputs
@@ -234,6 +234,16 @@ struct Stage {
   Slot slot[2][kBatch];                              // these and the next
   int special[2][kBatch];                            // whether any x is not finite
 
+  __device__ void load(int s, const Tile<Transposed>& tile, unsigned (&own)[kOwn], float (&values)[kRun]) const {
+#pragma unroll
+    for (int r = 0; r < kOwn; r++)
+      own[r] = reinterpret_cast<const uint16_t*>(bits)[(s * Tile<Transposed>::kOutputs + tile.output(r)) * kLanes + tile.lane];
+#pragma unroll
+    for (int j = 0; j < kRun / 4; j++) {
+      const float4 four = x[s][j][tile.lane];
+      values[4 * j] = four.x, values[4 * j + 1] = four.y, values[4 * j + 2] = four.z, values[4 * j + 3] = four.w;
+    }
+  }
   // The slots [first, end) of the next batch, some of which may not be there.
   __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
     const int i = threadIdx.x;
@@ -279,31 +289,34 @@ template <bool Transposed>
 __device__ void stage_bits(Stage<Transposed>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
   constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
   constexpr int kAcross = kPieces * kThreads / kBatch / kRows;  // pieces of a row of W
-  uint4 piece[kPieces];
-#pragma unroll
-  for (int k = 0; k < kPieces; k++) {
-    const int item = threadIdx.x + k * kThreads;
+  const auto load = [&](int item, auto whole) {
     const Slot slot = stage.slot[half][item / (kRows * kAcross)];
-    const int64_t row = o + item / kAcross % kRows, first = i + item % kAcross * kPiece;
-    piece[k] = uint4{};
-    if (slot.bits == nullptr || row >= outputs || first >= inputs) continue;
-    const int64_t weight = row * inputs + first;
-    if (inputs % kPiece == 0)
-      piece[k] = *reinterpret_cast<const uint4*>(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
+    const int64_t row = o + item / kAcross % kRows, first = i + item % kAcross * kPiece, weight = row * inputs + first;
+    if (slot.bits == nullptr || row >= outputs || first >= inputs) return uint4{};
+    if constexpr (decltype(whole)::value)
+      return *reinterpret_cast<const uint4*>(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
     else
-      piece[k] = load_piece(slot, weight, min(inputs - first, int64_t{kPiece}));
-  }
-#pragma unroll
-  for (int k = 0; k < kPieces; k++) {
-    const int item = threadIdx.x + k * kThreads;
+      return load_piece(slot, weight, min(inputs - first, int64_t{kPiece}));
+  };
+  const auto put = [&](int item, const uint4& piece) {
     if constexpr (!Transposed) {
-      stage.bits[item] = piece[k];
+      stage.bits[item] = piece;
     } else {
-      const unsigned words[] = {piece[k].x, piece[k].y, piece[k].z, piece[k].w};
+      const unsigned words[] = {piece.x, piece.y, piece.z, piece.w};
       auto* to = reinterpret_cast<unsigned*>(stage.bits) + item / kRows * kRows * 4 + item % kRows / kWarpSize;
 #pragma unroll
       for (int c = 0; c < 4; c++) to[(c * kWarpSize + threadIdx.x % kWarpSize) * 4] = transpose_bits(words[c]);
     }
+  };
+  if (inputs % kPiece == 0) {  // all loads in flight at a time
+    uint4 piece[kPieces];
+#pragma unroll
+    for (int k = 0; k < kPieces; k++) piece[k] = load(threadIdx.x + k * kThreads, std::true_type{});
+#pragma unroll
+    for (int k = 0; k < kPieces; k++) put(threadIdx.x + k * kThreads, piece[k]);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < kPieces; k++) put(threadIdx.x + k * kThreads, load(threadIdx.x + k * kThreads, std::false_type{}));
   }
 }
 
@@ -342,22 +355,22 @@ __device__ void stage_rows(Stage<Transposed>& stage, int half, const T* rows, in
 }
 
 // The sums of a thread's 16 weights for each of its 4 outputs. A closed weight that meets a finite x adds nothing and is passed
-// over; with Select it adds zero times x, which an infinite x makes NaN.
+// over; with Select it adds zero times x, which an infinite x makes NaN. Output by output, so that R2P can make predicates of 7
+// bits at a time; in two sums, so that an FFMA need not wait for the one before.
 template <bool Select>
-__device__ void multiply(const float (&w)[kOwn][kRun], const float4 (&x)[kRun / 4], const unsigned (&bits)[kOwn],
-                         float (&sum)[kOwn]) {
+__device__ void multiply(const float (&w)[kOwn][kRun], const float (&x)[kRun], const unsigned (&bits)[kOwn], float (&sum)[kOwn]) {
 #pragma unroll
-  for (int j = 0; j < kRun; j++) {
-    const float4 four = x[j / 4];
-    const float value = j % 4 == 0 ? four.x : j % 4 == 1 ? four.y : j % 4 == 2 ? four.z : four.w;
+  for (int r = 0; r < kOwn; r++) {
+    float part[2] = {};
 #pragma unroll
-    for (int r = 0; r < kOwn; r++) {
-      const bool open = bits[r] >> j & 1;
+    for (int j = 0; j < kRun; j++) {
+      const bool open = bits[r] & 1u << j;
       if constexpr (Select)
-        sum[r] = multiply_add(open ? w[r][j] : 0.0f, value, sum[r]);
+        part[j % 2] = multiply_add(open ? w[r][j] : 0.0f, x[j], part[j % 2]);
       else if (open)
-        sum[r] = multiply_add(w[r][j], value, sum[r]);
+        part[j % 2] = multiply_add(w[r][j], x[j], part[j % 2]);
     }
+    sum[r] = part[0] + part[1];
   }
 }
 
@@ -409,13 +422,8 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
     const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
     for (int s = 0; s < here; s++) {
       unsigned bits[kOwn];
-      float4 x[kRun / 4];
-      float sum[kOwn] = {};
-#pragma unroll
-      for (int r = 0; r < kOwn; r++)
-        bits[r] = reinterpret_cast<const uint16_t*>(stage.bits)[(s * Tile::kOutputs + tile.output(r)) * Tile::kLanes + tile.lane];
-#pragma unroll
-      for (int j = 0; j < kRun / 4; j++) x[j] = stage.x[s][j][tile.lane];
+      float x[kRun], sum[kOwn];
+      stage.load(s, tile, bits, x);
       if (stage.special[half][s])
         multiply<true>(w, x, bits, sum);
       else
@@ -474,18 +482,13 @@ __global__ void __launch_bounds__(kThreads, 2)
       const float4 four = grads[s][tile.warp];
       const float g[kOwn] = {four.x, four.y, four.z, four.w};
       unsigned bits[kOwn];
+      float values[kRun];
+      stage.load(s, tile, bits, values);
 #pragma unroll
-      for (int r = 0; r < kOwn; r++)
-        bits[r] = reinterpret_cast<const uint16_t*>(stage.bits)[(s * Tile::kOutputs + tile.output(r)) * Tile::kLanes + tile.lane];
+      for (int r = 0; r < kOwn; r++) {
 #pragma unroll
-      for (int j = 0; j < kRun / 4; j++) {
-        const float4 values = stage.x[s][j][tile.lane];
-        const float value[] = {values.x, values.y, values.z, values.w};
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-#pragma unroll
-          for (int r = 0; r < kOwn; r++)
-            if (bits[r] >> (4 * j + k) & 1) sum[r][4 * j + k] = multiply_add(g[r], value[k], sum[r][4 * j + k]);
+        for (int j = 0; j < kRun; j++)
+          if (bits[r] & 1u << j) sum[r][j] = multiply_add(g[r], values[j], sum[r][j]);
       }
     }
     stage.next(slots, first + kBatch, count, half ^ 1);
@@ -563,7 +566,7 @@ void product(const Call& call, const Tensor* bias_, const Tensor& out_) {
       place.launch(plain_forward_kernel<T>, blocks_for(call.count * width * kWarpSize), kThreads, 0, rows, weight, bias,
                    call.slots(), call.count, call.outputs, call.inputs, out);
   } else {
-    constexpr int64_t kMostBytes = 64 << 20, kMostSlots = 32768;
+    constexpr int64_t kMostBytes = 64 << 20, kMostSlots = 8192;
     const int64_t across = ceil_div(width, Tile::kOutputs), lengths = ceil_div(length, Tile::kLength);
     const int64_t most = std::clamp<int64_t>(kMostBytes / std::max<int64_t>(1, lengths * width * 4), kBatch, kMostSlots);
     const int64_t part = std::min(call.count, most / kBatch * kBatch);
