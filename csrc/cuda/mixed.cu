@@ -223,6 +223,17 @@ struct Tile {
 
   int lane = threadIdx.x % kLanes, group = threadIdx.x % kWarpSize / kLanes, warp = threadIdx.x / kWarpSize;
   __device__ int output(int own) const { return (warp * kOwn + own) * kGroups + group; }
+  // The sum of output n, of which each 4 threads that share it have left a part; from a part on that keeps warps off each other's
+  // banks.
+  static __device__ float sum_parts(const float* sums, int n) {
+    constexpr int kParts = kLanes / kOwn;
+    const int warp = n / (kGroups * kOwn);
+    const float* const mine = sums + warp * kWarpSize + n % kGroups * kLanes + n / kGroups % kOwn;
+    float sum = 0;
+#pragma unroll
+    for (int p = 0; p < kParts; p++) sum += mine[(p + warp) % kParts * kOwn];
+    return sum;
+  }
 };
 
 // Of the slots in work.
@@ -324,7 +335,8 @@ __device__ void stage_bits(Stage<Transposed>& stage, int half, int64_t o, int64_
 template <class T>
 __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRun]) {
   constexpr int kEach = 16 / sizeof(T);
-  if (vectors && n >= kRun) {
+  const int here = static_cast<int>(min(n, int64_t{kRun}));
+  if (vectors && here == kRun) {
 #pragma unroll
     for (int j = 0; j < kRun; j += kEach) {
       const auto pack = *reinterpret_cast<const Pack<T, kEach>*>(from + j);
@@ -333,7 +345,7 @@ __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRu
     }
   } else {
 #pragma unroll
-    for (int j = 0; j < kRun; j++) to[j] = j < n ? static_cast<float>(from[j]) : 0.0f;
+    for (int j = 0; j < kRun; j++) to[j] = j < here ? static_cast<float>(from[j]) : 0.0f;
   }
 }
 
@@ -374,16 +386,12 @@ __device__ void multiply(const float (&w)[kOwn][kRun], const float (&x)[kRun], c
   }
 }
 
-// Adds up 4 sums over the lanes that share 4 outputs, in a fixed order: lane l < 4 gets that of output l.
-template <int Lanes>
+// Adds up the 4 sums of 4 lanes: lane l gets that of output l % 4.
 __device__ float sum_lanes(const float (&sum)[kOwn], int lane) {
   const bool odd = lane & 1, upper = lane & 2;
   const float a = (odd ? sum[1] : sum[0]) + __shfl_xor_sync(kAllLanes, odd ? sum[0] : sum[1], 1);
   const float b = (odd ? sum[3] : sum[2]) + __shfl_xor_sync(kAllLanes, odd ? sum[2] : sum[3], 1);
-  float total = (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, 2);
-#pragma unroll
-  for (int offset = 4; offset < Lanes; offset *= 2) total += __shfl_xor_sync(kAllLanes, total, offset);
-  return total;
+  return (upper ? b : a) + __shfl_xor_sync(kAllLanes, upper ? a : b, 2);
 }
 
 // y, or Transposed dx, before it is summed over blockIdx.y: partial (lengths, slots, all outputs of the sum). A block takes
@@ -393,7 +401,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
                                                               int64_t each, int64_t outputs, int64_t inputs, float* partial) {
   using Tile = Tile<Transposed>;
   __shared__ Stage<Transposed> stage;
-  __shared__ float sums[kBatch][Tile::kOutputs];
+  __shared__ float sums[kBatch][kThreads];
   const Tile tile;
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
@@ -428,14 +436,14 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
         multiply<true>(w, x, bits, sum);
       else
         multiply<false>(w, x, bits, sum);
-      const float total = sum_lanes<Tile::kLanes>(sum, tile.lane);
-      if (tile.lane < kOwn) sums[s][tile.output(tile.lane)] = total;
+      sums[s][threadIdx.x] = sum_lanes(sum, tile.lane);
     }
     stage.next(slots, first + kBatch, end, half ^ 1);
     __syncthreads();
+#pragma unroll 1
     for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
       const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
-      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = sums[s][n];
+      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = Tile::sum_parts(sums[s], n);
     }
   }
 }
