@@ -331,6 +331,25 @@ __device__ void stage_bits(Stage<Transposed>& stage, int half, int64_t o, int64_
   }
 }
 
+__device__ void prefetch(const void* at) {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+  (void)at;
+}
+
+// Brings the bits that stage_bits will load near, while the slots before them are in work.
+template <bool Transposed>
+__device__ void ask_for_bits(const Stage<Transposed>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
+  constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
+#pragma unroll 1
+  for (int item = threadIdx.x; item < kBatch * kRows; item += kThreads) {
+    const Slot slot = stage.slot[half][item / kRows];
+    const int64_t row = o + item % kRows, weight = row * inputs + i;
+    if (slot.bits != nullptr && row < outputs) prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
+  }
+}
+
 // 16 elements as floats, of which n are there.
 template <class T>
 __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRun]) {
@@ -349,21 +368,27 @@ __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRu
   }
 }
 
-// What the slots have in the columns of `rows` (B, width) from `first` on.
+// What the slots have in the columns of `rows` (B, width) from `first` on, and the bits of the tile of W whose first weight is
+// (o, i): loads of both are in flight at a time.
 template <class T, bool Transposed>
-__device__ void stage_rows(Stage<Transposed>& stage, int half, const T* rows, int64_t first, int64_t width) {
+__device__ void fill(Stage<Transposed>& stage, int half, const T* rows, int64_t first, int64_t width, int64_t o, int64_t i,
+                     int64_t outputs, int64_t inputs) {
   constexpr int kLanes = Tile<Transposed>::kLanes;
   const int slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  if (slot >= kBatch) return;
-  const int64_t at = first + lane * kRun;
   float x[kRun];
-  load_run(rows + stage.slot[half][slot].row * width + at, width - at, width % 8 == 0, x);
-  bool special = false;
+  if (slot < kBatch) {
+    const int64_t at = first + lane * kRun;
+    load_run(rows + stage.slot[half][slot].row * width + at, width - at, width % 8 == 0, x);
+  }
+  stage_bits(stage, half, o, i, outputs, inputs);
+  if (slot < kBatch) {
+    bool special = false;
 #pragma unroll
-  for (int j = 0; j < kRun; j++) special |= (__float_as_uint(x[j]) & 0x7f800000u) == 0x7f800000u;
-  if (special) stage.special[half][slot] = 1;
+    for (int j = 0; j < kRun; j++) special |= (__float_as_uint(x[j]) & 0x7f800000u) == 0x7f800000u;
+    if (special) stage.special[half][slot] = 1;
 #pragma unroll
-  for (int j = 0; j < kRun / 4; j++) stage.x[slot][j][lane] = make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+    for (int j = 0; j < kRun / 4; j++) stage.x[slot][j][lane] = make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+  }
 }
 
 // The sums of a thread's 16 weights for each of its 4 outputs. A closed weight that meets a finite x adds nothing and is passed
@@ -405,6 +430,7 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
   const Tile tile;
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
+  const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
   const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
   stage.next(slots, begin, end, 0);
 
@@ -424,9 +450,10 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
 
   int half = 0;
   for (int64_t first = begin; first < end; first += kBatch, half ^= 1) {
-    stage_bits(stage, half, Transposed ? along : out, Transposed ? out : along, outputs, inputs);
-    stage_rows(stage, half, rows, along, length);
+    fill(stage, half, rows, along, length, o, i, outputs, inputs);
+    stage.next(slots, first + kBatch, end, half ^ 1);
     __syncthreads();
+    ask_for_bits(stage, half ^ 1, o, i, outputs, inputs);
     const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
     for (int s = 0; s < here; s++) {
       unsigned bits[kOwn];
@@ -438,7 +465,6 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
         multiply<false>(w, x, bits, sum);
       sums[s][threadIdx.x] = sum_lanes(sum, tile.lane);
     }
-    stage.next(slots, first + kBatch, end, half ^ 1);
     __syncthreads();
 #pragma unroll 1
     for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
@@ -476,15 +502,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   int half = 0;
   for (int64_t first = 0; first < count; first += kBatch, half ^= 1) {
-    stage_bits(stage, half, out, along, outputs, inputs);
-    stage_rows(stage, half, x, along, inputs);
+    fill(stage, half, x, along, inputs, out, along, outputs, inputs);
     {
       const int s = threadIdx.x / Tile::kOutputs, n = threadIdx.x % Tile::kOutputs;
       static_assert(kBatch * Tile::kOutputs == kThreads);
       reinterpret_cast<float*>(grads[s])[n] =
           out + n < outputs ? static_cast<float>(grad[stage.slot[half][s].row * outputs + out + n]) : 0.0f;
     }
+    stage.next(slots, first + kBatch, count, half ^ 1);
     __syncthreads();
+    ask_for_bits(stage, half ^ 1, out, along, outputs, inputs);
     const int here = static_cast<int>(min(count - first, int64_t{kBatch}));
     for (int s = 0; s < here; s++) {
       const float4 four = grads[s][tile.warp];
@@ -499,7 +526,6 @@ __global__ void __launch_bounds__(kThreads, 2)
           if (bits[r] & 1u << j) sum[r][j] = multiply_add(g[r], values[j], sum[r][j]);
       }
     }
-    stage.next(slots, first + kBatch, count, half ^ 1);
     __syncthreads();
   }
 
