@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #define SK_KEY CUDA
+#define SK_NOINLINE __noinline__
 using Stream = cudaStream_t;
 // The block's dynamic shared memory, as an array of T; one declaration a kernel.
 #define SK_DYNAMIC_SHARED(T, name)                              \
@@ -32,6 +33,7 @@ using Stream = cudaStream_t;
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define SK_NOINLINE __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
