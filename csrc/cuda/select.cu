@@ -32,6 +32,10 @@ constexpr int kMostSegments = 128;
 
 enum class Ties : int { last, first, all };
 
+// A layer is scanned in the first round, again where the window of that one missed, and, for ties="all" only, once more where the
+// second round has found the key whose ties are to be opened wherever they are.
+constexpr int kFirst = 0, kAgain = 1, kTies = 2;
+
 struct Job : Layer {
   double* hint;  // null for `select`
   int64_t k;
@@ -60,14 +64,15 @@ struct Coordinate {
   bool first;       // ties="first"
   uint64_t places;  // of a key
 
-  __device__ Coordinate(const Job& job, int size_, bool value_)  // both the job's: constants where the caller knows them
+  // size_ and value_ are the job's: constants where the caller knows them.
+  __device__ Coordinate(const Job& job, int round, int size_, bool value_)
       : scores(job.scores),
         n(job.n),
         inf(static_cast<K>(job.inf)),
         size(size_),
         value(value_),
         first(job.ties == Ties::first),
-        places(sizeof(K) < 8 && job.ties != Ties::all ? strips(job.n) : 1) {}
+        places(sizeof(K) < 8 && (job.ties != Ties::all || round != kFirst) ? strips(job.n) : 1) {}
 
   __device__ K key(int64_t i) const {
     K raw;
@@ -95,20 +100,22 @@ struct Coordinate {
 
 // Calls f with the coordinate of the job's scores; what it does not know when it is compiled it asks for at every score.
 template <class F>
-__device__ void with_coordinate(const Job& job, const F& f) {
+__device__ void with_coordinate(const Job& job, int round, const F& f) {
   if (job.size == 8)
-    f(Coordinate<uint64_t>(job, 8, job.value));
+    f(Coordinate<uint64_t>(job, round, 8, job.value));
   else
-    f(Coordinate<uint32_t>(job, job.size, job.value));
+    f(Coordinate<uint32_t>(job, round, job.size, job.value));
 }
 
-// What the launches tell each other of a layer, one for each of the two attempts.
+// What the launches tell each other of a layer, one for the first round and one for the second.
 struct Segment {
   unsigned long long counts;  // above the window in the upper half, within it in the lower
   unsigned long long unused[3];
 };
 
-enum class Guess : int { none, ends, window, one_key };  // ends: k is 0 or n; one_key: ties="all", and the window one key
+// What the window of an attempt is: none to scan; k is 0 or n, which needs no proof; the key found in the second round, for the
+// third; a window; a window of one key with ties="all", which needs no list.
+enum class Guess : int { none, ends, ties, window, one_key };
 
 struct Attempt {
   Guess guess;
@@ -209,7 +216,7 @@ __device__ void learn(const Job& job, const C& c, uint64_t coordinate, double wi
   if (makes_sense(hint)) next = max(4 * fabs(now - hint[0]) * places, missed ? 0 : .75 * hint[1] * places);
   next = min(max(next, half(min(1. / 8192 + 32 / n, 1. / 16))), half(1. / 16));
   hint[0] = now;
-  hint[1] = max(next, 1.) / places;
+  hint[1] = max(next, c.places == 1 ? .5 : 1.) / places;  // .5: a window of one key is worth having
   hint[2] = within;
   hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
 }
@@ -282,7 +289,7 @@ __device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess g
     guess = Guess::ends;
     attempt.low_key = attempt.high_key = 0;
     attempt.low_place = 0, attempt.high_place = -1;
-  } else if (job.ties == Ties::all && low == high) {
+  } else if (job.ties == Ties::all && c.places == 1 && low == high) {
     guess = Guess::one_key;
   }
   attempt.guess = guess;
@@ -347,7 +354,7 @@ __global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T
   __shared__ Ranking ranking;
   if (blockIdx.x == 0 && threadIdx.x == 0) *missed = 0;
   const Job& job = table.layer[blockIdx.x];
-  with_coordinate(job, [&](const auto& c) {
+  with_coordinate(job, kFirst, [&](const auto& c) {
     if (job.large < 0) return select_in_block(job, c, 0, ranking);
     Attempt* const own = attempts + 2 * job.large;
     if (threadIdx.x == 0) own[1].guess = Guess::none;
@@ -396,10 +403,10 @@ int64_t candidate_bytes(const Job& job) {
 // ------------------------------------------------------------------------------------------------------------------- scan
 
 template <class S, bool Value>
-__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int64_t strip) {
+__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip) {
   using K = Key<S>;
   constexpr int E = kEach<S>, kUnit = key_unit(sizeof(S));
-  const Coordinate<K> c(job, sizeof(S), Value);
+  const Coordinate<K> c(job, round, sizeof(S), Value);
   const int lane = lane_of_thread();
   // Within a strip the window is one of keys alone: an end's own key counts where the strip is past its place.
   const auto ends = [&]() -> Ends<K> {
@@ -415,7 +422,7 @@ __device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int
   int scan = own;
   unsigned long long base = 0;
   const int segment = static_cast<int>(strip) & (job.segments - 1);
-  if (guess != Guess::ends) {
+  if (guess >= Guess::window) {
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, scan, step);
@@ -445,15 +452,17 @@ __device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int
 
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int again) {
-  if (again && *missed == 0) return;
+    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int round) {
+  if (round != kFirst && *missed == 0) return;
   for (unsigned tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
     const Job& job = table.of_tile(tile);
-    Attempt& attempt = attempts[2 * job.large + again];
+    Attempt& attempt = attempts[2 * job.large + (round == kAgain)];
     const int64_t strip = (tile - job.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
-    if (strip >= strips(job.n) || (again && attempt.guess == Guess::none)) continue;
+    if (strip >= strips(job.n)) continue;
+    if (round == kAgain && attempt.guess == Guess::none) continue;
+    if (round == kTies && attempt.guess != Guess::ties) continue;
     with_scores(job.size, job.value,
-                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, strip); });
+                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, strip); });
   }
 }
 
@@ -480,8 +489,8 @@ struct Totals {
 
 // Selects among the candidates that are listed of the bin, and learns. All threads of a block.
 template <class C>
-__device__ void settle_bin(const Job& job, const C& c, const Attempt& attempt, const Totals& totals, int again,
-                           Ranking& ranking) {
+__device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const Totals& totals, int round, Ranking& ranking) {
+  const Attempt& attempt = attempts[round];
   const Candidates<typename C::K> candidates(job);
   const int64_t listed = candidates.room();  // where the bin's begin
   const int64_t count = totals.count;
@@ -493,6 +502,16 @@ __device__ void settle_bin(const Job& job, const C& c, const Attempt& attempt, c
     return true;
   });
   const uint64_t key = found.low;
+  const double span = static_cast<double>(attempt.high - attempt.low) + 1;
+  if (job.ties == Ties::all && c.places > 1) {
+    if (threadIdx.x != 0) return;
+    Attempt& third = attempts[kFirst];
+    third.guess = Guess::ties;
+    third.low_key = third.high_key = key;
+    third.low_place = 0, third.high_place = -1;
+    const C keys(job, kFirst, c.size, c.value);  // the next call's windows are of keys
+    return learn(job, keys, key, static_cast<double>(totals.within), span / static_cast<double>(c.places), round);
+  }
   // Of a bin within one key the count is the number of its ties; of others the ranking has counted them.
   uint64_t cut = 0;
   if (job.ties != Ties::all && found.need < found.count) {
@@ -512,25 +531,24 @@ __device__ void settle_bin(const Job& job, const C& c, const Attempt& attempt, c
   }
   if (threadIdx.x == 0) {
     const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-    learn(job, c, key * c.places + place, static_cast<double>(totals.within), static_cast<double>(attempt.high - attempt.low) + 1,
-          again);
+    learn(job, c, key * c.places + place, static_cast<double>(totals.within), span, round);
   }
 }
 
 // What comes next for a layer whose window has missed. Out of line: it is rare, and would take registers from what is not.
-__device__ SK_NOINLINE void after_miss(const Job& job, Attempt* attempts, int again, unsigned* missed, uint64_t* sample,
+__device__ SK_NOINLINE void after_miss(const Job& job, Attempt* attempts, int round, unsigned* missed, uint64_t* sample,
                                        Ranking& ranking) {
-  with_coordinate(job, [&](const auto& c) {
-    if (again) return select_in_block(job, c, 2, ranking);
+  with_coordinate(job, kAgain, [&](const auto& c) {
+    if (round == kAgain) return select_in_block(job, c, 2, ranking);
     if (threadIdx.x == 0) *missed = 1;
     guess_by_sample(attempts[1], job, c, 1, sample, ranking);
   });
 }
 
 template <class C>
-__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int again, int segment, unsigned* missed,
+__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int round, int segment, unsigned* missed,
                                uint64_t* sample, Ranking& ranking, Totals& totals) {
-  Attempt& attempt = attempts[again];
+  Attempt& attempt = attempts[round];
   const int thread = threadIdx.x;
   if (thread < kWarpSize) {
     long long above = 0, within = 0;
@@ -547,12 +565,12 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
   __syncthreads();
   const bool one_key = attempt.guess == Guess::one_key;
   if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
-    if (segment == 0) after_miss(job, attempts, again, missed, sample, ranking);
+    if (segment == 0) after_miss(job, attempts, round, missed, sample, ranking);
     return;
   }
   const int64_t need = job.k - totals.above;
   if (one_key) {
-    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, again);
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, round);
     return;
   }
   // The bin that holds the k-th largest. Bins are listed in descending order, two a thread, as a ranking's are.
@@ -585,7 +603,7 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
   __syncthreads();
   if (!totals.last) return;
   __threadfence();
-  settle_bin(job, c, attempt, totals, again, ranking);
+  settle_bin(job, c, attempts, totals, round, ranking);
 }
 
 // The job of a segment: the last one that begins at it or before.
@@ -601,16 +619,16 @@ __device__ const Job& job_of_segment(const T& table, int segment) {
 
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int again) {
+    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int round) {
   SK_DYNAMIC_SHARED(uint64_t, sample);
   __shared__ Ranking ranking;
   __shared__ Totals totals;
-  if (again && *missed == 0) return;
+  if (round != kFirst && *missed == 0) return;
   const Job& job = job_of_segment(table, static_cast<int>(blockIdx.x));
   Attempt* const own = attempts + 2 * job.large;
-  if (own[again].guess < Guess::window) return;
-  with_coordinate(job, [&](const auto& c) {
-    settle_segment(job, c, own, again, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals);
+  if (own[round].guess < Guess::window) return;
+  with_coordinate(job, round, [&](const auto& c) {
+    settle_segment(job, c, own, round, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals);
   });
 }
 
@@ -651,10 +669,13 @@ void run(const Place& place, std::vector<Job>& jobs) {
     }
     const size_t sampled = large ? kSample * sizeof(uint64_t) : 0;
     place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(table.layers)), kBlock, sampled, table, attempts, missed);
-    for (int again = 0; again < 2; again++) {
-      const int64_t blocks = again ? std::min<int64_t>(table.tiles, place.processors() * 8) : table.tiles;
-      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, again);
-      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, again);
+    const bool all = table.layer[0].ties == Ties::all;
+    for (const int round : {kFirst, kAgain, kTies}) {
+      if (round == kTies && !all) break;
+      const int64_t blocks = round == kFirst ? table.tiles : std::min<int64_t>(table.tiles, place.processors() * 8);
+      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, round);
+      if (round == kTies) break;
+      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, round);
     }
   });
 }
