@@ -76,19 +76,56 @@ __device__ __forceinline__ void store_one(void* to, ScalarType dtype, int64_t at
   by_dtype(dtype, [&](auto zero) { static_cast<decltype(zero)*>(to)[at] = narrow<decltype(zero)>(value); });
 }
 
-// For each nibble of a word the offset of the entry of that number, a byte each: even nibbles in one word, odd ones in the other.
+// ----------------------------------------------------------------------------------------------------------------------- tables
+
+// Four entries of a table of sixteen.
+template <class Entry>
+struct alignas(16) Quarter {
+  Entry entry[4];
+};
+
+// The table of the sums of four numbers, of each row by itself: bit i of an entry's number says whether the i-th is in the sum.
+// The order in which a warp's threads write quarters keeps them off each other's banks.
+template <class W, int Rows, class P>
+__device__ __forceinline__ void tabulate(const P (&p)[Rows][4], Quarter<Pack<W, Rows>>* table) {
+  const P none = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int high = (i + threadIdx.x / 2) % 4;
+    Quarter<Pack<W, Rows>> quarter;
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      const P upper = (high & 1 ? p[r][2] : none) + (high & 2 ? p[r][3] : none);
+      quarter.entry[0].v[r] = static_cast<W>(upper);
+      quarter.entry[1].v[r] = static_cast<W>(p[r][0] + upper);
+      quarter.entry[2].v[r] = static_cast<W>(p[r][1] + upper);
+      quarter.entry[3].v[r] = static_cast<W>((p[r][0] + p[r][1]) + upper);
+    }
+    table[high] = quarter;
+  }
+}
+
+// Where the nibbles of a word point to in a table. Their entries' offsets lie in bytes, those of even nibbles in one word and of
+// odd ones in another, each with the lowest byte of the table's own offset: one operation makes a whole offset of such a byte.
 template <class Entry>
 struct Codes {
   static constexpr int kShift = sizeof(Entry) == 4 ? 2 : 3;
   static constexpr uint32_t kMask = 0x0f0f0f0fu << kShift;
-  uint32_t even, odd;
-  __device__ __forceinline__ explicit Codes(uint32_t word) : even(word << kShift & kMask), odd(word >> (4 - kShift) & kMask) {}
-  // The entry that a nibble chooses of a table.
-  __device__ __forceinline__ Entry pick(const Entry* table, int nibble) const {
-    const uint32_t offset = __byte_perm(nibble % 2 ? odd : even, 0, 0x4440 | nibble / 2);
-    return *reinterpret_cast<const Entry*>(reinterpret_cast<const char*>(table) + offset);
+  uint32_t even, odd, offset;
+  // offset: of the table in bytes, a multiple of its size
+  __device__ __forceinline__ Codes(uint32_t word, uint32_t offset_) : offset(offset_) {
+    const uint32_t low = (offset & 0xff) * 0x01010101u;
+    even = (word << kShift & kMask) | low;
+    odd = (word >> (4 - kShift) & kMask) | low;
+  }
+  // The entry that a nibble chooses in the table, or in that so many tables further on.
+  __device__ __forceinline__ Entry pick(const Entry* tables, int nibble, int further = 0) const {
+    const uint32_t at = __byte_perm(nibble % 2 ? odd : even, offset, 0x7650 | nibble / 2);
+    return *reinterpret_cast<const Entry*>(reinterpret_cast<const char*>(tables + further * 16) + at);
   }
 };
+
+// ------------------------------------------------------------------------------------------------------------------------- host
 
 ScalarType floating(const Place& place, const char* name, const Tensor& t) {
   with_float(place.op(), name, t.scalar_type(), [](auto) {});
@@ -118,13 +155,9 @@ struct Mix {
   int32_t row_chunks, log_slices;
 };
 
-template <class Entry>
-struct alignas(16) Quarter {
-  Entry entry[4];
-};
-
 template <class W, int Rows, class Table>
-__global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2) superpose_kernel(const __grid_constant__ Table bank, const Mix a) {
+__global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
+    superpose_kernel(const __grid_constant__ Table bank, const Mix a) {
   using Entry = Pack<W, Rows>;
   SK_DYNAMIC_SHARED(W, memory);  // kTeams * kTile: first the tables, then the sums of every team
   __shared__ uint32_t opened_words[kTeams][kTeam];
@@ -142,32 +175,26 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2) su
   for (int first = 0; first < bank.blocks; first += kBlocks) {
     const int blocks = min(kBlocks, bank.blocks - first);
     __syncthreads();
-    for (int item = threadIdx.x; item < blocks * kGroups * 4; item += kMixThreads) {  // a quarter of a table
-      const int group = item / 4, high = item % 4, task = group % kGroups * 4;
+    for (int group = threadIdx.x; group < blocks * kGroups; group += kMixThreads) {
       const BankBlock& block = bank.block[first + group / kGroups];
-      if (task >= block.tasks) continue;
-      Quarter<Entry> quarter;
+      const int task = group % kGroups * 4;
+      W alphas[Rows][4];
 #pragma unroll
       for (int r = 0; r < Rows; r++) {
-        W alpha[4];
+        const int left = row + r < a.rows ? block.tasks - task : 0;
+        if (a.alphas.data) {
+          load<4>(a.alphas, (row + r) * bank.tasks + block.first + task, left, alphas[r]);
+          if (a.alphas.dtype != a.weight.dtype) {  // as the reference, which has alphas in the dtype of weight
 #pragma unroll
-        for (int t = 0; t < 4; t++) {
-          const bool there = task + t < block.tasks && row + r < a.rows;
-          const int64_t at = (row + r) * bank.tasks + block.first + task + t;
-          alpha[t] = !there ? W{} : a.alphas.data ? load_one<W>(a.alphas, at) : W{1};
-        }
-        if (a.alphas.data && a.alphas.dtype != a.weight.dtype) {  // as the reference, which has alphas in the dtype of weight
+            for (int t = 0; t < 4; t++)
+              alphas[r][t] = by_dtype(a.weight.dtype, [&](auto zero) { return widen<W>(narrow<decltype(zero)>(alphas[r][t])); });
+          }
+        } else {
 #pragma unroll
-          for (int t = 0; t < 4; t++)
-            alpha[t] = by_dtype(a.weight.dtype, [&](auto zero) { return widen<W>(narrow<decltype(zero)>(alpha[t])); });
+          for (int t = 0; t < 4; t++) alphas[r][t] = t < left ? 1 : 0;
         }
-        const W upper = (high & 1 ? alpha[2] : W{}) + (high & 2 ? alpha[3] : W{});
-        quarter.entry[0].v[r] = upper;
-        quarter.entry[1].v[r] = alpha[0] + upper;
-        quarter.entry[2].v[r] = alpha[1] + upper;
-        quarter.entry[3].v[r] = (alpha[0] + alpha[1]) + upper;
       }
-      reinterpret_cast<Quarter<Entry>*>(tables)[item] = quarter;
+      tabulate<W>(alphas, reinterpret_cast<Quarter<Entry>*>(tables) + group * 4);
     }
     __syncthreads();
     if (tile * kTile >= a.n) continue;
@@ -179,22 +206,31 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2) su
       const int block = round >> log_each, place = round & ((1 << log_each) - 1);
       return block * kGroups + ((slice - block) & (slices - 1)) + (place << a.log_slices);
     };
-    const auto fetch = [&](int round, uint32_t* words) {  // false where there is no such group
-      const int group = group_of(round), task = group % kGroups * 4;
+    const auto fetch = [&](int round, uint32_t* words) {  // how many tasks are left from the group on
       const BankBlock& block = bank.block[first + (round >> log_each)];
-      const auto* lines = reinterpret_cast<const uint32_t*>(block.data + (tile * block.tasks + task) * kTileBytes) + word;
+      const int left = block.tasks - group_of(round) % kGroups * 4;
+      if (left <= 0) return 0;
+      const uint8_t* lines =
+          block.data + static_cast<uint64_t>(static_cast<uint32_t>(tile)) * (block.tasks * uint32_t{kTileBytes});
+      const auto* from = reinterpret_cast<const uint32_t*>(lines + ((block.tasks - left) * kTeam + word) * 4);
+      // A task that is not there is read as the last one, and left out below: the address is made but once.
 #pragma unroll
-      for (int t = 0; t < 4; t++) words[t] = task + t < block.tasks ? __ldg(lines + t * kTeam) : 0;
-      return task < block.tasks;
+      for (int t = 0; t < 4; t++) words[t] = __ldg(from + min(t, left - 1) * kTeam);
+      return left;
     };
     uint32_t next[4];
-    bool is_next = fetch(0, next);
+    int left_next = fetch(0, next);
     for (int round = 0; round < rounds; round++) {
-      const uint32_t w[4] = {next[0], next[1], next[2], next[3]};
-      const bool is = is_next;
-      const Entry* table = tables + group_of(round) * 16;
-      if (round + 1 < rounds) is_next = fetch(round + 1, next);
-      if (!is) continue;
+      uint32_t w[4] = {next[0], next[1], next[2], next[3]};
+      const int left = left_next;
+      const auto table = static_cast<uint32_t>(group_of(round) * (16 * sizeof(Entry)));
+      if (round + 1 < rounds) left_next = fetch(round + 1, next);
+      if (left <= 0) continue;
+      if (left < 4) {
+#pragma unroll
+        for (int t = 1; t < 4; t++)
+          if (t >= left) w[t] = 0;
+      }
       opened |= w[0] | w[1] | w[2] | w[3];
       // Pairs of bits of two tasks, for even and odd weights; then codes: nibble j of codes[i] is that of weight 4 j + i.
       constexpr uint32_t kOne = 0x55555555u, kTwo = 0x33333333u;
@@ -204,10 +240,10 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2) su
                                  (low_even >> 2 & kTwo) | (high_even & ~kTwo), (low_odd >> 2 & kTwo) | (high_odd & ~kTwo)};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const Codes<Entry> code(codes[i]);
+        const Codes<Entry> code(codes[i], table);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          const Entry entry = code.pick(table, j);
+          const Entry entry = code.pick(tables, j);
 #pragma unroll
           for (int r = 0; r < Rows; r++) sum[r][4 * j + i] += entry.v[r];
         }
@@ -228,31 +264,44 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2) su
     opened_words[team][word] = opened;
     __syncthreads();
     if (row + r >= a.rows) break;
-    for (int item = threadIdx.x; item < tiles_here * kTile; item += kMixThreads) {
-      const int64_t index = first_tile * kTile + item;
-      if (index >= a.n) break;
-      const int first_team = item / static_cast<int>(kTile) << a.log_slices, at = item % static_cast<int>(kTile);
-      uint32_t bits = 0;
-      W part[4] = {};
-      for (int s = 0; s < slices; s += 4) {
+    by_dtype(a.weight.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      constexpr int kAtOnce = 8;  // loads of weights under way
+      const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, a.n - begin);
+      const T* from = static_cast<const T*>(a.weight.data) + begin;
+      T* to = static_cast<T*>(a.out) + (row + r) * a.n + begin;
+      for (int base = threadIdx.x; base < here; base += kMixThreads * kAtOnce) {
+        T weights[kAtOnce];
 #pragma unroll
-        for (int j = 0; j < 4; j++) {
-          if (s + j >= slices) break;
-          bits |= opened_words[first_team + s + j][at >> 5];
-          part[j] += memory[place_of(first_team + s + j, at)];
+        for (int i = 0; i < kAtOnce; i++)
+          if (base + i * kMixThreads < here) weights[i] = from[base + i * kMixThreads];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+          const int item = base + i * kMixThreads, at = item % static_cast<int>(kTile);
+          if (item >= here) break;
+          const int first_team = item / static_cast<int>(kTile) << a.log_slices;
+          uint32_t bits = 0;
+          W part[4] = {};
+          for (int s = 0; s < slices; s += 4) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+              if (s + j >= slices) break;
+              bits |= opened_words[first_team + s + j][at >> 5];
+              part[j] += memory[place_of(first_team + s + j, at)];
+            }
+          }
+          const bool open = bits >> (at & 31) & 1;
+          const W weight = widen<W>(weights[i]);
+          if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
+            const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
+            to[item] = narrow<T>(open ? double{weight} * mix : 0.0);
+          } else {  // counts, which are exact, and what superpose_counts makes of them
+            const W count = (part[0] + part[1]) + (part[2] + part[3]);
+            to[item] = narrow<T>(open ? weight * (count / static_cast<W>(bank.tasks)) : W{});
+          }
         }
       }
-      const bool open = bits >> (at & 31) & 1;
-      const W weight = load_one<W>(a.weight, index);
-      const int64_t to = (row + r) * a.n + index;
-      if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
-        const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
-        store_one(a.out, a.weight.dtype, to, open ? double{weight} * mix : 0.0);
-      } else {  // counts, which are exact, and what superpose_counts makes of them
-        const W count = (part[0] + part[1]) + (part[2] + part[3]);
-        store_one(a.out, a.weight.dtype, to, open ? weight * (count / static_cast<W>(bank.tasks)) : W{});
-      }
-    }
+    });
   }
 }
 
@@ -486,19 +535,10 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant_
   if (begin < end) products<W, Outer>(a, row, begin * kTile + threadIdx.x * 4, next_products);
   for (int64_t tile = begin; tile < end; tile++) {
     __syncthreads();
-    const Product<Outer, W> p[4] = {next_products[0], next_products[1], next_products[2], next_products[3]};
+    const Product<Outer, W> p[1][4] = {{next_products[0], next_products[1], next_products[2], next_products[3]}};
     uint4 next{};
     if (rounds > 0) next = fetch(tile, 0);
-    const Product<Outer, W> both = p[0] + p[1], none = 0;
-#pragma unroll
-    for (int i = 0; i < 4; i++) {  // quarters of a table, in an order that keeps the threads off each other's banks
-      const int high = (i + lane / 2) % 4;
-      const auto upper = (high & 1 ? p[2] : none) + (high & 2 ? p[3] : none);
-      reinterpret_cast<Quarter<Entry>*>(tables)[threadIdx.x * 4 + high] = {{{static_cast<W>(upper)},
-                                                                            {static_cast<W>(p[0] + upper)},
-                                                                            {static_cast<W>(p[1] + upper)},
-                                                                            {static_cast<W>(both + upper)}}};
-    }
+    tabulate<W>(p, reinterpret_cast<Quarter<Entry>*>(tables) + threadIdx.x * 4);
     if (tile + 1 < end) products<W, Outer>(a, row, (tile + 1) * kTile + threadIdx.x * 4, next_products);
     __syncthreads();
     double sum = 0, sum_odd = 0;
@@ -506,16 +546,16 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant_
       const uint4 bits = next;
       if (round + 1 < rounds) next = fetch(tile, round + 1);
       const int quarter = round & (quarters - 1);
-      const Entry* table = tables + ((share << log_quarters) + quarter) * (kDotThreads / 4 * 16);
+      const auto table = static_cast<uint32_t>(((share << log_quarters) + quarter) * (kDotThreads / 4 * 16 * sizeof(Entry)));
       const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const Codes<Entry> code(words[w]);
+        const Codes<Entry> code(words[w], table);
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
-          const Entry* at = table + (w * 8 + j) * 16;
-          sum += double{code.pick(at, j).v[0] + code.pick(at + 16, j + 1).v[0]};
-          sum_odd += double{code.pick(at + 32, j + 2).v[0] + code.pick(at + 48, j + 3).v[0]};
+          const int further = w * 8 + j;
+          sum += double{code.pick(tables, j, further).v[0] + code.pick(tables, j + 1, further + 1).v[0]};
+          sum_odd += double{code.pick(tables, j + 2, further + 2).v[0] + code.pick(tables, j + 3, further + 3).v[0]};
         }
       }
       if (quarter == quarters - 1) {
