@@ -201,43 +201,43 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
 
     // A slice takes every so many groups of a block, of the next block those one further on: also many small blocks keep all
     // slices at work. Two slices of a warp have groups of different parity, whose tables lie in different banks.
-    const int log_each = 4 - a.log_slices, rounds = blocks << log_each;
-    const auto group_of = [&](int round) {
-      const int block = round >> log_each, place = round & ((1 << log_each) - 1);
-      return block * kGroups + ((slice - block) & (slices - 1)) + (place << a.log_slices);
-    };
-    const auto fetch = [&](int round, uint32_t* words) {  // how many tasks are left from the group on
-      const BankBlock& block = bank.block[first + (round >> log_each)];
-      const int left = block.tasks - group_of(round) % kGroups * 4;
-      if (left <= 0) return 0;
-      const uint8_t* lines =
-          block.data + static_cast<uint64_t>(static_cast<uint32_t>(tile)) * (block.tasks * uint32_t{kTileBytes});
-      const auto* from = reinterpret_cast<const uint32_t*>(lines + ((block.tasks - left) * kTeam + word) * 4);
-      // A task that is not there is read as the last one, and left out below: the address is made but once.
-#pragma unroll
-      for (int t = 0; t < 4; t++) words[t] = __ldg(from + min(t, left - 1) * kTeam);
-      return left;
-    };
-    uint32_t next[4];
-    int left_next = fetch(0, next);
-    for (int round = 0; round < rounds; round++) {
-      uint32_t w[4] = {next[0], next[1], next[2], next[3]};
-      const int left = left_next;
-      const auto table = static_cast<uint32_t>(group_of(round) * (16 * sizeof(Entry)));
-      if (round + 1 < rounds) left_next = fetch(round + 1, next);
-      if (left <= 0) continue;
-      if (left < 4) {
-#pragma unroll
-        for (int t = 1; t < 4; t++)
-          if (t >= left) w[t] = 0;
+    int block = -1, group = kGroups, tasks = 0;
+    const uint32_t* line = nullptr;
+    uint32_t next[4], table_next = 0;
+    int left_next = 0;
+    const auto fetch = [&] {
+      group += slices, line += slices * 4 * kTeam;
+      if (group >= kGroups) {
+        block++, group = (slice - block) & (slices - 1);
+        const BankBlock& entered = bank.block[first + block];
+        tasks = entered.tasks;
+        const uint64_t before = static_cast<uint64_t>(static_cast<uint32_t>(tile)) * (tasks * uint32_t{kTileBytes});
+        line = reinterpret_cast<const uint32_t*>(entered.data + before) + (group * 4 * kTeam + word);
       }
+      left_next = tasks - group * 4;
+      table_next = static_cast<uint32_t>((block * kGroups + group) * (16 * sizeof(Entry)));
+      if (left_next >= 4) {
+#pragma unroll
+        for (int t = 0; t < 4; t++) next[t] = __ldg(line + t * kTeam);
+      } else {
+#pragma unroll
+        for (int t = 0; t < 4; t++) next[t] = t < left_next ? __ldg(line + t * kTeam) : 0;
+      }
+    };
+    fetch();
+    for (int round = (blocks * kGroups) >> a.log_slices; round > 0; round--) {
+      const uint32_t w[4] = {next[0], next[1], next[2], next[3]}, table = table_next;
+      const int left = left_next;
+      if (round > 1) fetch();
+      if (left <= 0) continue;
       opened |= w[0] | w[1] | w[2] | w[3];
       // Pairs of bits of two tasks, for even and odd weights; then codes: nibble j of codes[i] is that of weight 4 j + i.
       constexpr uint32_t kOne = 0x55555555u, kTwo = 0x33333333u;
-      const uint32_t low_even = (w[0] & kOne) | (w[1] << 1 & ~kOne), low_odd = (w[0] >> 1 & kOne) | (w[1] & ~kOne);
-      const uint32_t high_even = (w[2] & kOne) | (w[3] << 1 & ~kOne), high_odd = (w[2] >> 1 & kOne) | (w[3] & ~kOne);
-      const uint32_t codes[4] = {(low_even & kTwo) | (high_even << 2 & ~kTwo), (low_odd & kTwo) | (high_odd << 2 & ~kTwo),
-                                 (low_even >> 2 & kTwo) | (high_even & ~kTwo), (low_odd >> 2 & kTwo) | (high_odd & ~kTwo)};
+      const auto mix = [](uint32_t x, uint32_t y, uint32_t of_x) { return ((x ^ y) & of_x) ^ y; };
+      const uint32_t low_even = mix(w[0], w[1] << 1, kOne), low_odd = mix(w[0] >> 1, w[1], kOne);
+      const uint32_t high_even = mix(w[2], w[3] << 1, kOne), high_odd = mix(w[2] >> 1, w[3], kOne);
+      const uint32_t codes[4] = {mix(low_even, high_even << 2, kTwo), mix(low_odd, high_odd << 2, kTwo),
+                                 mix(low_even >> 2, high_even, kTwo), mix(low_odd >> 2, high_odd, kTwo)};
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const Codes<Entry> code(codes[i], table);
@@ -280,24 +280,30 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
           const int item = base + i * kMixThreads, at = item % static_cast<int>(kTile);
           if (item >= here) break;
           const int first_team = item / static_cast<int>(kTile) << a.log_slices;
+          const W weight = widen<W>(weights[i]), tasks = static_cast<W>(bank.tasks);
+          if (slices == 1) {
+            const bool open = opened_words[first_team][at >> 5] >> (at & 31) & 1;
+            const W mix = memory[place_of(first_team, at)];
+            to[item] = narrow<T>(open ? weight * (a.alphas.data ? mix : mix / tasks) : W{});
+            continue;
+          }
           uint32_t bits = 0;
           W part[4] = {};
+#pragma unroll 1
           for (int s = 0; s < slices; s += 4) {
 #pragma unroll
             for (int j = 0; j < 4; j++) {
-              if (s + j >= slices) break;
               bits |= opened_words[first_team + s + j][at >> 5];
               part[j] += memory[place_of(first_team + s + j, at)];
             }
           }
           const bool open = bits >> (at & 31) & 1;
-          const W weight = widen<W>(weights[i]);
           if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
             const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
             to[item] = narrow<T>(open ? double{weight} * mix : 0.0);
           } else {  // counts, which are exact, and what superpose_counts makes of them
             const W count = (part[0] + part[1]) + (part[2] + part[3]);
-            to[item] = narrow<T>(open ? weight * (count / static_cast<W>(bank.tasks)) : W{});
+            to[item] = narrow<T>(open ? weight * (count / tasks) : W{});
           }
         }
       }
@@ -305,16 +311,16 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
   }
 }
 
-// How many teams share a tile: enough that every processor has work, and no more than there are groups of tasks.
+// How many teams share a tile, 1, 4 or 16: enough that every processor has work, and no more than there are groups of tasks.
 int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks) {
   int log = 0;
-  while (log < 4 && (all_tiles << log) < place.processors() * 48 && (int64_t{4} << log) < tasks) log++;
+  while (log < 4 && (all_tiles << log) < place.processors() * 64 && (int64_t{8} << log) <= tasks) log += 2;
   return log;
 }
 
 Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::optional<Tensor> alphas_) {
   const Place place("superpose", weight_);
-  const Tensor weight = aligned(weight_);
+  const Tensor weight = dense(weight_);
   const int64_t n = weight.numel();
   const ScalarType dtype = floating(place, "weight", weight);
   const Bank bank(place, blocks, n);
@@ -604,7 +610,7 @@ void dot_rows(const Place& place, const Bank& bank, Dot dot, int64_t rows, int64
 Tensor superpose_grad_cuda(const Tensor& grad_, const Tensor& weight_, std::vector<Tensor> blocks) {
   const Place place("superpose_grad", weight_);
   place.check("grad", grad_);
-  const Tensor grad = aligned(grad_), weight = aligned(weight_);
+  const Tensor grad = dense(grad_), weight = dense(weight_);
   const int64_t n = weight.numel();
   const bool many = grad.dim() == weight.dim() + 1;
   const int64_t rows = many ? grad.size(0) : 1;
@@ -827,7 +833,7 @@ Tensor alpha_grad_cuda(const Tensor& x_, const Tensor& grad_y_, const Tensor& we
   const Place place("alpha_grad", x_);
   place.check("grad_y", grad_y_);
   place.check("weight", weight_);
-  const Tensor x = aligned(x_), grad_y = aligned(grad_y_), weight = aligned(weight_);
+  const Tensor x = dense(x_), grad_y = dense(grad_y_), weight = dense(weight_);
   STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2 && weight.dim() == 2 && x.size(0) == grad_y.size(0) &&
                       x.size(1) == weight.size(1) && grad_y.size(1) == weight.size(0),
                   "alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I)");
