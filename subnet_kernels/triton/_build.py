@@ -30,8 +30,18 @@ class Build(NamedTuple):
     hot: bool  # of an aligned shape, where every register counts
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Run on the current device."""
-        self.function[grid](*args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        """Run on the current device, which args[0] is on."""
+        place = self.name, args[0].get_device()
+        compiled = _compiled.get(place)
+        if compiled is not None:  # past Triton's own search for the binary, which takes longer than a small kernel
+            compiled[(*grid, 1, 1)[:3]](*args, *self.constants.values())
+            return
+        compiled = self.function[grid](*args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        if compiled is not None:  # as it is in the interpreter
+            _compiled[place] = compiled
+
+
+_compiled: dict[tuple[str, int], Any] = {}  # (build, device) -> its binary there
 
 
 def typed(pointers: dict[str, str], int32: str = "", int64: str = "") -> dict[str, str]:
