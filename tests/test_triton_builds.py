@@ -27,6 +27,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from subnet_kernels.triton import _build  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "triton"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -145,6 +147,7 @@ def asked(monkeypatch):
         return True
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    monkeypatch.setattr(_build, "_compiled", {})  # as before the first launch
     triton.runtime.driver.set_active(Driver())
     yield found
     triton.runtime.driver.set_active(None)  # the next launch looks for a GPU again
