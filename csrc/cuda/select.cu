@@ -537,7 +537,7 @@ __device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const 
 
 // What comes next for a layer whose window has missed. Out of line: it is rare, and would take registers from what is not.
 __device__ __noinline__ void after_miss(const Job& job, Attempt* attempts, int round, unsigned* missed, uint64_t* sample,
-                                       Ranking& ranking) {
+                                        Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) {
     if (round == kAgain) return select_in_block(job, c, 2, ranking);
     if (threadIdx.x == 0) *missed = 1;
