@@ -2,6 +2,8 @@
 
 import os
 
+import os
+
 import pytest
 import torch
 from device import DEVICE, ON_CPU
@@ -70,3 +72,21 @@ def cpu_isa(request):
         yield request.param
     finally:
         switch_isa(before)
+
+
+_broken = False  # whether a kernel has failed: every later call of CUDA in this process would
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_makereport(item, call):
+    """Notice a CUDA error."""
+    global _broken
+    if not ON_CPU and call.excinfo is not None and ("CUDA error" in str(call.excinfo.value) or "CUDA says" in str(call.excinfo.value)):
+        _broken = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid, location):
+    """After a CUDA error a worker of pytest-xdist ends, and a fresh one takes the tests that are left."""
+    if _broken and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)
