@@ -255,6 +255,11 @@ struct Stage {
       values[4 * j] = four.x, values[4 * j + 1] = four.y, values[4 * j + 2] = four.z, values[4 * j + 3] = four.w;
     }
   }
+  // A bit for each of the first n slots that is of another task than the one before it.
+  __device__ unsigned runs(int half, int n) const {
+    const int i = threadIdx.x % kBatch;
+    return __ballot_sync(kAllLanes, i < n && (i == 0 || slot[half][i].bits != slot[half][i - 1].bits)) & ((1u << kBatch) - 1);
+  }
   // The slots [first, end) of the next batch, some of which may not be there.
   __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
     const int i = threadIdx.x;
@@ -587,6 +592,7 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
       load_pairs(weight + n * inputs + k, n < width ? length - k : 0, inputs % 8 == 0, w[r]);
     }
   }
+  const auto* const words = reinterpret_cast<const unsigned*>(stage.bits) + output * kStrips + strip;
   __syncthreads();
 
   int half = 0;
@@ -612,11 +618,11 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
       x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
     }
     const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
-    for (int s = 0, stop; s < here; s = stop) {
-      const uint8_t* const task = stage.slot[half][s].bits;
-      for (stop = s + 1; stop < here && stage.slot[half][stop].bits == task;) stop++;
-      const auto* const words = reinterpret_cast<const unsigned*>(stage.bits) + (s * Tile::kOutputs + output) * kStrips + strip;
-      const unsigned open[2] = {words[0], words[8 * kStrips]};
+    float total[4] = {};
+    for (unsigned left = stage.runs(half, here); left;) {
+      const int s = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      const unsigned open[2] = {words[s * (Tile::kOutputs * kStrips)], words[(s * Tile::kOutputs + 8) * kStrips]};
       float sum[4] = {};
 #pragma unroll
       for (int b = 0; b < kSteps; b++) {
@@ -625,14 +631,12 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
                                     w[0][2 * b + 1] & spread_highest<true>(upper), w[1][2 * b + 1] & spread_highest<true>(lower)};
         multiply_tiles<T>(sum, masked, {x[2 * b], x[2 * b + 1]});
       }
-#pragma unroll
-      for (int c = 0; c < 2; c++) {
-        const int slot = four * 2 + c;
-        if (slot < s || slot >= stop) continue;
-        sums[slot][split][output] = sum[c];
-        sums[slot][split][output + 8] = sum[2 + c];
-      }
+      // Of slots before s it has come too late, and those of the next runs will be written over.
+      if (four * 2 >= s) total[0] = sum[0], total[2] = sum[2];
+      if (four * 2 + 1 >= s) total[1] = sum[1], total[3] = sum[3];
     }
+#pragma unroll
+    for (int c = 0; c < 4; c++) sums[four * 2 + c % 2][split][output + c / 2 * 8] = total[c];
     __syncthreads();
 #pragma unroll 1
     for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
