@@ -255,10 +255,12 @@ struct Stage {
       values[4 * j] = four.x, values[4 * j + 1] = four.y, values[4 * j + 2] = four.z, values[4 * j + 3] = four.w;
     }
   }
-  // A bit for each of the first n slots that is of another task than the one before it.
+  // Whether a slot shares the masked weights of the one before it, which only 16 bits of x do.
+  __device__ bool again(int half, int i) const { return Vectors == 2 && i > 0 && slot[half][i].bits == slot[half][i - 1].bits; }
+  // A bit for each of the first n slots that does not.
   __device__ unsigned runs(int half, int n) const {
     const int i = threadIdx.x % kBatch;
-    return __ballot_sync(kAllLanes, i < n && (i == 0 || slot[half][i].bits != slot[half][i - 1].bits)) & ((1u << kBatch) - 1);
+    return __ballot_sync(kAllLanes, i < n && !again(half, i)) & ((1u << kBatch) - 1);
   }
   // The slots [first, end) of the next batch, some of which may not be there.
   __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
@@ -306,9 +308,10 @@ __device__ void stage_bits(Stage<Transposed, Vectors>& stage, int half, int64_t 
   constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
   constexpr int kAcross = kPieces * kThreads / kBatch / kRows;  // pieces of a row of W
   const auto load = [&](int item, auto whole) {
-    const Slot slot = stage.slot[half][item / (kRows * kAcross)];
+    const int at = item / (kRows * kAcross);
+    const Slot slot = stage.slot[half][at];
     const int64_t row = o + item / kAcross % kRows, first = i + item % kAcross * kPiece, weight = row * inputs + first;
-    if (slot.bits == nullptr || row >= outputs || first >= inputs) return uint4{};
+    if (slot.bits == nullptr || row >= outputs || first >= inputs || stage.again(half, at)) return uint4{};
     if constexpr (decltype(whole)::value)
       return *reinterpret_cast<const uint4*>(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
     else
@@ -352,7 +355,8 @@ __device__ void ask_for_bits(const Stage<Transposed, Vectors>& stage, int half, 
   for (int item = threadIdx.x; item < kBatch * kRows; item += kThreads) {
     const Slot slot = stage.slot[half][item / kRows];
     const int64_t row = o + item % kRows, weight = row * inputs + i;
-    if (slot.bits != nullptr && row < outputs) prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
+    if (slot.bits != nullptr && row < outputs && !stage.again(half, item / kRows))
+      prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
   }
 }
 
