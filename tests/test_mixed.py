@@ -24,6 +24,7 @@ SHAPES = [
     (300, 65, 10, 2),
     (90, 513, 3, 66),
     (3, 5, 200, 130),
+    (20, 640, 40, 3),
 ]
 
 
@@ -163,6 +164,36 @@ def test_closed_weights_do_not_get_out(cpu_isa, rows):
         (own(x, weight, masks, ids), grad @ where_open(masks[0], clean), where_open(masks[0], grad.t() @ x)),
     ):
         torch.testing.assert_close(result, right, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [70, 136, 256])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_keep_to_themselves(cpu_isa, dtype, inputs):
+    """Weights that are NaN where one task is open and another closed, and rows that are not finite: other rows hear nothing of them."""
+    masks = torch.rand(3, 40, inputs) < 0.5
+    masks[2] = ~masks[0]
+    bank, ids = sk.pack_bank(masks), torch.tensor([0, 2, 1, 0, 0, 2, 1, 0, 2, 2, 2, 0])
+    x, grad, clean = torch.randn(12, inputs).to(dtype), torch.randn(12, 40).to(dtype), torch.randn(40, inputs).to(dtype)
+    weight = torch.where(masks[0], clean, torch.tensor(nan, dtype=dtype))
+    expected = all_three(x, clean, bank, ids, None, grad)
+    for result, right in zip(all_three(x, weight, bank, ids, None, grad)[:2], expected):
+        assert torch.equal(result[ids == 0], right[ids == 0])
+        assert result[ids != 0].isnan().all()
+    x[3, 5], grad[4, 7] = inf, nan
+    for result, right, row in zip(all_three(x, clean, bank, ids, None, grad)[:2], expected, (3, 4)):
+        others = torch.arange(12) != row
+        assert torch.equal(result[others], right[others])
+        assert not result[row].isfinite().any()
+
+
+def test_many_rows(cpu_isa):
+    """More than are taken at a time."""
+    masks, bank, ids, x, weight, bias = draw(8200, 3, 2, 5)
+    grad = torch.randn(8200, 2)
+    y, d_x, _ = all_three(x, weight, bank, ids, bias, grad)
+    effective = where_open(masks, weight)[ids]
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", effective, x) + bias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_x, torch.einsum("boi,bo->bi", effective, grad), rtol=1e-4, atol=1e-5)
 
 
 def test_strides_and_uneven_blocks(cpu_isa):

@@ -236,12 +236,12 @@ struct Tile {
   }
 };
 
-// Of the slots in work.
-template <bool Transposed>
+// Of the slots in work; x as floats (Vectors 4) or in 16 bits (2).
+template <bool Transposed, int Vectors = 4>
 struct Stage {
   static constexpr int kLanes = Tile<Transposed>::kLanes;
   uint4 bits[kBatch * kPieces * kThreads / kBatch];  // [slot][output][lane], 16 bits each
-  float4 x[kBatch][kRun / 4][kLanes];                // 16 for each lane
+  float4 x[kBatch][Vectors][kLanes];                 // 16 for each lane
   Slot slot[2][kBatch];                              // these and the next
   int special[2][kBatch];                            // whether any x is not finite
 
@@ -254,6 +254,13 @@ struct Stage {
       const float4 four = x[s][j][tile.lane];
       values[4 * j] = four.x, values[4 * j + 1] = four.y, values[4 * j + 2] = four.z, values[4 * j + 3] = four.w;
     }
+  }
+  // Whether a slot shares the masked weights of the one before it, which only 16 bits of x do.
+  __device__ bool again(int half, int i) const { return Vectors == 2 && i > 0 && slot[half][i].bits == slot[half][i - 1].bits; }
+  // A bit for each of the first n slots that does not.
+  __device__ unsigned runs(int half, int n) const {
+    const int i = threadIdx.x % kBatch;
+    return __ballot_sync(kAllLanes, i < n && !again(half, i)) & ((1u << kBatch) - 1);
   }
   // The slots [first, end) of the next batch, some of which may not be there.
   __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
@@ -296,14 +303,15 @@ __device__ unsigned transpose_bits(unsigned x) {
 }
 
 // Bits of the tile of W (outputs x inputs) whose first weight is (o, i).
-template <bool Transposed>
-__device__ void stage_bits(Stage<Transposed>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
+template <bool Transposed, int Vectors>
+__device__ void stage_bits(Stage<Transposed, Vectors>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
   constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
   constexpr int kAcross = kPieces * kThreads / kBatch / kRows;  // pieces of a row of W
   const auto load = [&](int item, auto whole) {
-    const Slot slot = stage.slot[half][item / (kRows * kAcross)];
+    const int at = item / (kRows * kAcross);
+    const Slot slot = stage.slot[half][at];
     const int64_t row = o + item / kAcross % kRows, first = i + item % kAcross * kPiece, weight = row * inputs + first;
-    if (slot.bits == nullptr || row >= outputs || first >= inputs) return uint4{};
+    if (slot.bits == nullptr || row >= outputs || first >= inputs || stage.again(half, at)) return uint4{};
     if constexpr (decltype(whole)::value)
       return *reinterpret_cast<const uint4*>(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
     else
@@ -339,14 +347,16 @@ __device__ void prefetch(const void* at) {
 }
 
 // Brings the bits that stage_bits will load near, while the slots before them are in work.
-template <bool Transposed>
-__device__ void ask_for_bits(const Stage<Transposed>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
+template <bool Transposed, int Vectors>
+__device__ void ask_for_bits(const Stage<Transposed, Vectors>& stage, int half, int64_t o, int64_t i, int64_t outputs,
+                             int64_t inputs) {
   constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
 #pragma unroll 1
   for (int item = threadIdx.x; item < kBatch * kRows; item += kThreads) {
     const Slot slot = stage.slot[half][item / kRows];
     const int64_t row = o + item % kRows, weight = row * inputs + i;
-    if (slot.bits != nullptr && row < outputs) prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
+    if (slot.bits != nullptr && row < outputs && !stage.again(half, item / kRows))
+      prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
   }
 }
 
@@ -470,6 +480,175 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
     for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
       const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
       if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = Tile::sum_parts(sums[s], n);
+    }
+  }
+}
+
+// float16 and bfloat16 go to the tensor cores, which take the weights of 16 outputs and 8 rows of the batch at a time. Rows of
+// one task that are neighbours among the 8 slots of a batch share the masked weights; a row alone costs as much as 8 of its task.
+// A thread then has 32 pairs of weights to mask, each with a PRMT, which makes two bytes of ones or zeros of a bit twice, and a
+// LOP3, and 16 shifts: 1.4 instructions a weight with what is around them, 2/3 of them on the half-rate integer pipe: 80 us for
+// 64 rows of 64 tasks.
+
+constexpr int kStrip = 32;  // weights of an output that a thread has; a warp has 4 strips
+constexpr int kSteps = 8;   // multiplications of 16 x 16 with 16 x 8 that those of a warp make
+
+// 32 elements, of which n are there, in the pairs that meet in a step: word 2 b has elements b and b + 8, the next b + 16 and b
+// + 24.
+__device__ void load_pairs(const uint16_t* from, int64_t n, bool vectors, unsigned (&to)[2 * kSteps]) {
+  const int here = static_cast<int>(min(n, int64_t{kStrip}));
+  unsigned word[kStrip / 2];
+  if (vectors && here == kStrip) {
+#pragma unroll
+    for (int j = 0; j < kStrip / 8; j++) {
+      const uint4 four = reinterpret_cast<const uint4*>(from)[j];
+      word[4 * j] = four.x, word[4 * j + 1] = four.y, word[4 * j + 2] = four.z, word[4 * j + 3] = four.w;
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kStrip / 2; j++)
+      word[j] = (2 * j < here ? from[2 * j] : 0u) | (2 * j + 1 < here ? unsigned{from[2 * j + 1]} << 16 : 0u);
+  }
+#pragma unroll
+  for (int i = 0; i < 2 * kSteps; i++) {
+    const int first = i / 2 + i % 2 * 16;
+    const unsigned a = word[first / 2], b = word[first / 2 + 4];
+    to[i] = first % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
+  }
+}
+
+// The highest bits of two bytes of x, the lower ones or the upper ones, 16 times each.
+template <bool Upper>
+__device__ unsigned spread_highest(unsigned x) {
+#ifndef SUBNET_KERNELS_EMULATED
+  unsigned result;
+  asm("prmt.b32 %0, %1, 0, %2;" : "=r"(result) : "r"(x), "n"(Upper ? 0xbbaa : 0x9988));
+  return result;
+#else
+  x = Upper ? x >> 16 : x;
+  return (x & 0x80u ? 0xffffu : 0u) | (x & 0x8000u ? 0xffff0000u : 0u);
+#endif
+}
+
+// sum += a b for a 16 x 16 and b 16 x 8 of T, spread over the warp as mma.m16n8k16 has them.
+template <class T>
+__device__ void multiply_tiles(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
+#ifndef SUBNET_KERNELS_EMULATED
+  if constexpr (std::is_same_v<T, Half>)
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+  else
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  uint64_t all[3][kWarpSize];
+  std::memcpy(all[0], simt::exchange(kAllLanes, a[0] | uint64_t{a[1]} << 32), sizeof all[0]);
+  std::memcpy(all[1], simt::exchange(kAllLanes, a[2] | uint64_t{a[3]} << 32), sizeof all[1]);
+  std::memcpy(all[2], simt::exchange(kAllLanes, b[0] | uint64_t{b[1]} << 32), sizeof all[2]);
+  const auto value = [](uint64_t word, int at) {
+    const auto raw = static_cast<uint16_t>(word >> 16 * at);
+    T result;
+    std::memcpy(&result, &raw, sizeof raw);
+    return static_cast<float>(result);
+  };
+  const int lane = simt::lane(), row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 4; i++)
+    for (int half = 0; half < 2; half++)
+      for (int t = 0; t < 4; t++)
+        for (int k = 0; k < 2; k++)
+          sum[i] += value(all[half][row * 4 + t], i / 2 * 2 + k) * value(all[2][(column + i % 2) * 4 + t], half * 2 + k);
+#endif
+}
+
+// As product_kernel, for T of 16 bits.
+template <class T, bool Transposed>
+__global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int64_t count,
+                                                             int64_t each, int64_t outputs, int64_t inputs, float* partial) {
+  using Tile = Tile<Transposed>;
+  constexpr int kWarpLength = 4 * kStrip, kSplit = Tile::kLength / kWarpLength;  // warps that share 16 outputs
+  constexpr int kStrips = Tile::kLength / kStrip;
+  __shared__ Stage<Transposed, 2> stage;
+  __shared__ float sums[kBatch][kSplit][Tile::kOutputs];
+  const auto* const rows = reinterpret_cast<const uint16_t*>(rows_);
+  const auto* const weight = reinterpret_cast<const uint16_t*>(weight_);
+  const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
+  const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
+  const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
+  const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
+  const int warp = threadIdx.x / kWarpSize, group = threadIdx.x % kWarpSize / 4, four = threadIdx.x % 4;
+  const int split = warp % kSplit, strip = split * 4 + four, output = warp / kSplit * 16 + group;  // and output + 8
+  stage.next(slots, begin, end, 0);
+
+  unsigned w[2][2 * kSteps];
+#pragma unroll
+  for (int r = 0; r < 2; r++) {
+    const int64_t n = out + output + 8 * r, k = along + strip * kStrip;
+    if constexpr (Transposed) {
+#pragma unroll
+      for (int j = 0; j < 2 * kSteps; j++) {
+        const int64_t a = k + j / 2 + j % 2 * 16, b = a + 8;
+        w[r][j] = (n < width && a < length ? weight[a * inputs + n] : 0u) |
+                  (n < width && b < length ? unsigned{weight[b * inputs + n]} << 16 : 0u);
+      }
+    } else {
+      load_pairs(weight + n * inputs + k, n < width ? length - k : 0, inputs % 8 == 0, w[r]);
+    }
+  }
+  const auto* const words = reinterpret_cast<const unsigned*>(stage.bits) + output * kStrips + strip;
+  __syncthreads();
+
+  int half = 0;
+  for (int64_t first = begin; first < end; first += kBatch, half ^= 1) {
+    unsigned x[2 * kSteps];
+    uint4* const staged = reinterpret_cast<uint4*>(stage.x);  // [slot][strip][4]
+    if (threadIdx.x < kBatch * kStrips) {
+      const int64_t at = along + threadIdx.x % kStrips * kStrip;
+      load_pairs(rows + stage.slot[half][threadIdx.x / kStrips].row * length + at, length - at, length % 8 == 0, x);
+    }
+    stage_bits(stage, half, o, i, outputs, inputs);
+    if (threadIdx.x < kBatch * kStrips) {
+#pragma unroll
+      for (int j = 0; j < 4; j++) staged[threadIdx.x * 4 + j] = make_uint4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+    }
+    stage.next(slots, first + kBatch, end, half ^ 1);
+    __syncthreads();
+    ask_for_bits(stage, half ^ 1, o, i, outputs, inputs);
+
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const uint4 v = staged[(group * kStrips + strip) * 4 + j];
+      x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
+    }
+    const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
+    float total[4] = {};
+    for (unsigned left = stage.runs(half, here); left;) {
+      const int s = __ffs(static_cast<int>(left)) - 1;
+      left &= left - 1;
+      const unsigned open[2] = {words[s * (Tile::kOutputs * kStrips)], words[(s * Tile::kOutputs + 8) * kStrips]};
+      float sum[4] = {};
+#pragma unroll
+      for (int b = 0; b < kSteps; b++) {
+        const unsigned upper = open[0] << (7 - b), lower = open[1] << (7 - b);
+        const unsigned masked[4] = {w[0][2 * b] & spread_highest<false>(upper), w[1][2 * b] & spread_highest<false>(lower),
+                                    w[0][2 * b + 1] & spread_highest<true>(upper), w[1][2 * b + 1] & spread_highest<true>(lower)};
+        multiply_tiles<T>(sum, masked, {x[2 * b], x[2 * b + 1]});
+      }
+      // Of slots before s it has come too late, and those of the next runs will be written over.
+      if (four * 2 >= s) total[0] = sum[0], total[2] = sum[2];
+      if (four * 2 + 1 >= s) total[1] = sum[1], total[3] = sum[3];
+    }
+#pragma unroll
+    for (int c = 0; c < 4; c++) sums[four * 2 + c % 2][split][output + c / 2 * 8] = total[c];
+    __syncthreads();
+#pragma unroll 1
+    for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
+      const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
+      float sum = 0;
+#pragma unroll
+      for (int p = 0; p < kSplit; p++) sum += sums[s][p][n];
+      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = sum;
     }
   }
 }
@@ -611,8 +790,13 @@ void product(const Call& call, const Tensor* bias_, const Tensor& out_) {
       // A few tiles are taken by several blocks each, which share the slots.
       const int64_t wanted = ceil_div(place.processors() * 4, std::max<int64_t>(1, across * lengths));
       const int64_t each = ceil_div(batches, std::min(wanted, batches)) * kBatch;
+      void (*kernel)(const T*, const T*, const Slot*, int64_t, int64_t, int64_t, int64_t, float*);
+      if constexpr (sizeof(T) == 2)
+        kernel = tensor_kernel<T, Transposed>;
+      else
+        kernel = product_kernel<T, Transposed>;
       place.launch(
-          product_kernel<T, Transposed>,
+          kernel,
           dim3(static_cast<unsigned>(across), static_cast<unsigned>(lengths), static_cast<unsigned>(ceil_div(count, each))),
           kThreads, 0, rows, weight, call.slots() + first, count, each, call.outputs, call.inputs, partial);
       place.launch(finish_kernel<T>, dim3(blocks_for(width).x, static_cast<unsigned>(count)), kThreads, 0,
