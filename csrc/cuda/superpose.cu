@@ -476,38 +476,46 @@ struct Dot {
   Sums sums;
 };
 
-// Products of a row of four weights from `at` on. With Outer, G is the outer product of grad_y and x, and its products are
-// rounded as those of a matrix product are; without, they are exact for floats.
-template <bool Outer, class W>
-using Product = std::conditional_t<Outer, W, double>;
+// Four weights, and what they are multiplied by: loaded well before the products are wanted. With Outer, G is the outer product
+// of grad_y and x, and products are rounded as those of a matrix product are; without, they are exact for floats.
 template <class W, bool Outer>
-__device__ __forceinline__ void products(const Dot& a, int64_t row, int64_t at, Product<Outer, W>* to) {
-  const int64_t left = a.n - at;
-  W weight[4] = {};
-  if (left > 0) load<4>(a.weight, at, left, weight);
-  if constexpr (Outer) {
-    int64_t output = 0;
-    if (a.n <= INT32_MAX)
-      output = static_cast<uint32_t>(at) / static_cast<uint32_t>(a.inputs);
-    else
-      output = at / a.inputs;
-    int64_t input = at - output * a.inputs;
+struct Factors {
+  using P = std::conditional_t<Outer, W, double>;
+  W weight[4] = {}, left[4] = {}, grad_y[4] = {};
+
+  // From `at` on; those from n on are zero.
+  __device__ __forceinline__ void load_from(const Dot& a, int64_t row, int64_t at) {
+    const int64_t there = a.n - at;
+    if (there <= 0) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (i < left) {
-        to[i] = weight[i] * load_one<W>(a.left, row * a.inputs + input) * load_one<W>(a.grad_y, row * a.outputs + output);
-        if (++input == a.inputs) input = 0, output++;
-      } else {
-        to[i] = W{};
-      }
+      for (int i = 0; i < 4; i++) weight[i] = left[i] = grad_y[i] = 0;
+      return;
     }
-  } else {
-    W grad[4] = {};
-    if (left > 0) load<4>(a.left, row * a.n + at, left, grad);
+    load<4>(a.weight, at, there, weight);
+    if constexpr (Outer) {
+      int64_t output = 0;
+      if (a.n <= INT32_MAX)
+        output = static_cast<uint32_t>(at) / static_cast<uint32_t>(a.inputs);
+      else
+        output = at / a.inputs;
+      int64_t input = at - output * a.inputs;
 #pragma unroll
-    for (int i = 0; i < 4; i++) to[i] = double{grad[i]} * double{weight[i]};
+      for (int i = 0; i < 4; i++) {
+        left[i] = i < there ? load_one<W>(a.left, row * a.inputs + input) : W{};
+        grad_y[i] = i < there ? load_one<W>(a.grad_y, row * a.outputs + output) : W{};
+        if (++input == a.inputs) input = 0, output++;
+      }
+    } else {
+      load<4>(a.left, row * a.n + at, there, left);
+    }
   }
-}
+  __device__ __forceinline__ P product(int i) const {
+    if constexpr (Outer)
+      return weight[i] * left[i] * grad_y[i];
+    else
+      return P{left[i]} * P{weight[i]};
+  }
+};
 
 template <class W, bool Outer, class Table>
 __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant__ Table bank, const Dot a) {
@@ -523,39 +531,43 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant_
   for (int i = threadIdx.x; i < tasks; i += kDotThreads) lines[i] = bank.task(first + i);
   for (int i = threadIdx.x; i < kDotTasks; i += kDotThreads) sums[i] = 0;
 
-  // Where there are fewer groups of 32 tasks than warps, several share a group, each with its shares of a tile: quarters, of four
-  // words of a task.
-  const int groups = (tasks + kWarpSize - 1) / kWarpSize, log_shares = groups > 2 ? 0 : groups > 1 ? 1 : 2;
-  const int share = warp & ((1 << log_shares) - 1), log_quarters = 2 - log_shares, quarters = 1 << log_quarters;
+  // A round is half a tile of 32 tasks, eight words a task: a whole sector of memory. Where there are few groups of tasks, two
+  // warps
+  // share one.
+  const int groups = (tasks + kWarpSize - 1) / kWarpSize, log_shares = groups > 2 ? 0 : 1;
+  const int share = warp & log_shares, log_halves = 1 - log_shares, halves = 1 << log_halves;
   const int group_step = kDotWarps >> log_shares, first_group = warp >> log_shares;
-  const int rounds = first_group < groups ? ((groups - 1 - first_group) / group_step + 1) << log_quarters : 0;
+  const int rounds = first_group < groups ? ((groups - 1 - first_group) / group_step + 1) << log_halves : 0;
+  uint4 next[2];
   const auto fetch = [&](int64_t tile, int round) {
-    const int task = (first_group + (round >> log_quarters) * group_step) * kWarpSize + lane;
-    if (task >= tasks) return uint4{};
+    const int task = (first_group + (round >> log_halves) * group_step) * kWarpSize + lane;
+    if (task >= tasks) {
+      next[0] = next[1] = uint4{};
+      return;
+    }
     const TaskLines line = lines[task];
-    const int quarter = (share << log_quarters) + (round & (quarters - 1));
-    return __ldg(reinterpret_cast<const uint4*>(line.first + tile * line.step) + quarter);
+    const auto* from = reinterpret_cast<const uint4*>(line.first + tile * line.step) + (share + (round & (halves - 1))) * 2;
+    next[0] = __ldg(from), next[1] = __ldg(from + 1);
   };
 
-  Product<Outer, W> next_products[4];
-  if (begin < end) products<W, Outer>(a, row, begin * kTile + threadIdx.x * 4, next_products);
+  Factors<W, Outer> factors;
+  if (begin < end) factors.load_from(a, row, begin * kTile + threadIdx.x * 4);
   for (int64_t tile = begin; tile < end; tile++) {
     __syncthreads();
-    const Product<Outer, W> p[1][4] = {{next_products[0], next_products[1], next_products[2], next_products[3]}};
-    uint4 next{};
-    if (rounds > 0) next = fetch(tile, 0);
+    if (rounds > 0) fetch(tile, 0);
+    const typename Factors<W, Outer>::P p[1][4] = {
+        {factors.product(0), factors.product(1), factors.product(2), factors.product(3)}};
     tabulate<W>(p, reinterpret_cast<Quarter<Entry>*>(tables) + threadIdx.x * 4);
-    if (tile + 1 < end) products<W, Outer>(a, row, (tile + 1) * kTile + threadIdx.x * 4, next_products);
+    if (tile + 1 < end) factors.load_from(a, row, (tile + 1) * kTile + threadIdx.x * 4);
     __syncthreads();
     double sum = 0, sum_odd = 0;
     for (int round = 0; round < rounds; round++) {
-      const uint4 bits = next;
-      if (round + 1 < rounds) next = fetch(tile, round + 1);
-      const int quarter = round & (quarters - 1);
-      const auto table = static_cast<uint32_t>(((share << log_quarters) + quarter) * (kDotThreads / 4 * 16 * sizeof(Entry)));
-      const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+      const uint32_t words[8] = {next[0].x, next[0].y, next[0].z, next[0].w, next[1].x, next[1].y, next[1].z, next[1].w};
+      if (round + 1 < rounds) fetch(tile, round + 1);
+      const int half = round & (halves - 1);
+      const auto table = static_cast<uint32_t>((share + half) * (kDotThreads / 2 * 16 * sizeof(Entry)));
 #pragma unroll
-      for (int w = 0; w < 4; w++) {
+      for (int w = 0; w < 8; w++) {
         const Codes<Entry> code(words[w], table);
 #pragma unroll
         for (int j = 0; j < 8; j += 4) {
@@ -564,8 +576,8 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant_
           sum_odd += double{code.pick(tables, j + 2, further + 2).v[0] + code.pick(tables, j + 3, further + 3).v[0]};
         }
       }
-      if (quarter == quarters - 1) {
-        const int group = first_group + (round >> log_quarters) * group_step;
+      if (half == halves - 1) {
+        const int group = first_group + (round >> log_halves) * group_step;
         sums[(share * groups + group) * kWarpSize + lane] += sum + sum_odd;  // this thread's alone
         sum = sum_odd = 0;
       }
@@ -658,20 +670,22 @@ struct Products {
   Sums sums;
 };
 
-// Eight bits of a task from any weight on; zeros from the last tile's end on.
-__device__ __forceinline__ unsigned eight_bits(const TaskLines& line, int64_t all_tiles, int64_t at) {
-  const auto byte_at = [&](int64_t byte) -> unsigned {
-    const int64_t tile = byte / kTileBytes;
-    return tile < all_tiles ? __ldg(line.first + tile * line.step + byte % kTileBytes) : 0;
-  };
-  const int shift = static_cast<int>(at % 8);
-  unsigned bits = byte_at(at / 8);
-  if (shift) bits |= byte_at(at / 8 + 1) << 8;
-  return bits >> shift & 0xff;
-}
+// Eight bits of a task from any weight on, in the two bytes that hold them. Those of weights that are not there may be any.
+struct EightBits {
+  uint8_t low, high;
+  int shift;
+  __device__ __forceinline__ void load_from(const TaskLines& line, int64_t all_tiles, int64_t at) {
+    const auto byte_at = [&](int64_t byte) { return __ldg(line.first + byte / kTileBytes * line.step + byte % kTileBytes); };
+    low = byte_at(at / 8);
+    high = byte_at(min(at / 8 + 1, all_tiles * kTileBytes - 1));
+    shift = static_cast<int>(at % 8);
+  }
+  __device__ __forceinline__ unsigned get() const { return (low | unsigned{high} << 8) >> shift; }
+};
 
 template <int RowsEach, class Table>
-__global__ void __launch_bounds__(kDotThreads) alpha_grad_kernel(const __grid_constant__ Table bank, const Products a) {
+__global__ void __launch_bounds__(kDotThreads, RowsEach > 4 ? 3 : 4)
+    alpha_grad_kernel(const __grid_constant__ Table bank, const Products a) {
   constexpr int kRows = kRowThreads * RowsEach, kEach = kInputs * kRows / kDotThreads;  // numbers of x that a thread fetches
   constexpr int kPack = RowsEach < 4 ? RowsEach : 4;
   using Four = Pack<float, 4>;
@@ -700,14 +714,12 @@ __global__ void __launch_bounds__(kDotThreads) alpha_grad_kernel(const __grid_co
     const int64_t last_input = min(a.inputs, first_input + a.inputs_a_range);
     const int steps = static_cast<int>(last_input - first_input + kInputs - 1) / kInputs;
     float next_weights[8], next_xs[kEach];
+    EightBits next_open;
     const auto fetch = [&](int step) {
       const int64_t output = first_output + fetch_output, input = first_input + step * kInputs + fetch_input;
       const int64_t left = output < a.outputs ? last_input - input : 0;
       load<8>(a.weight, output * a.inputs + input, left, next_weights);
-      const unsigned open = left > 0 ? eight_bits(line, a.tiles, output * a.inputs + input) : 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++)
-        if (!(open >> i & 1)) next_weights[i] = 0;
+      next_open.load_from(line, a.tiles, left > 0 ? output * a.inputs + input : 0);
       const int64_t row = first_row + fetch_row, from = first_input + step * kInputs + fetch_x;
       load<kEach>(a.x, row * a.inputs + from, row < a.rows ? last_input - from : 0, next_xs);
     };
@@ -720,8 +732,9 @@ __global__ void __launch_bounds__(kDotThreads) alpha_grad_kernel(const __grid_co
       // Two buffers: who still reads the one of the step before last has not passed the last step's barrier.
       float (*w)[kOutputs + 4] = weights[step % 2];
       float (*x)[kRows + 4] = xs[step % 2];
+      const unsigned open = next_open.get();
 #pragma unroll
-      for (int i = 0; i < 8; i++) w[fetch_input + i][fetch_output] = next_weights[i];
+      for (int i = 0; i < 8; i++) w[fetch_input + i][fetch_output] = open >> i & 1 ? next_weights[i] : 0;
 #pragma unroll
       for (int i = 0; i < kEach; i++) x[fetch_x + i][fetch_row] = next_xs[i];
       __syncthreads();
@@ -789,7 +802,9 @@ __global__ void __launch_bounds__(kDotThreads) alpha_grad_kernel(const __grid_co
       for (int64_t output = first_output; output < last_output; output++)
         for (int64_t input = first_input + threadIdx.x; input < last_input; input += kDotThreads) {
           const int64_t at = output * a.inputs + input;
-          if (!(eight_bits(line, a.tiles, at) & 1)) continue;
+          EightBits open;
+          open.load_from(line, a.tiles, at);
+          if (!(open.get() & 1)) continue;
           sum_again += load_one<double>(a.weight, at) * load_one<double>(a.x, row * a.inputs + input) *
                        load_one<double>(a.grad_y, row * a.outputs + output);
         }
