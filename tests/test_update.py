@@ -581,7 +581,8 @@ def cuda():
         pytest.skip("there is no CUDA device")
     if "_C_cuda" not in LOADED:
         pytest.skip(f"no compiled CUDA ops: {MISSING['_C_cuda']}")
-    return torch.device("cuda")
+    with torch.device("cpu"):  # whatever the default device is, these compare the two
+        yield torch.device("cuda")
 
 
 def moved(tensors, device):
