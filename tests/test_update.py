@@ -511,17 +511,23 @@ def test_steps_are_counted_exactly(case):
 
 
 @every_case
-def test_pairs_may_begin_anywhere(case):
+@pytest.mark.parametrize("alone", [None, 1, 2])
+def test_pairs_may_begin_anywhere(case, alone):
+    """All tensors, or of each pair the weight, or the scores, alone."""
     tensors, frozen, extra = paired(case, [1, 9, 4097])
     want = call(ops, case, clone(tensors), frozen, **extra)
     for i, some in enumerate(tensors):
         if some and some[0].dim() == 1:
-            tensors[i] = [anywhere(t, 1 + i) for t in some]
+            tensors[i] = [anywhere(t, 1 + i) if alone in (None, k % 3) else t for k, t in enumerate(some)]
     assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
-    fixed, frozen, extra = paired(case, [9, 4097], fixed=True)
-    want = call(ops, case, clone(fixed), frozen, **extra)
+
+
+@every_case
+def test_a_weight_beside_scores_may_begin_anywhere(case):
+    tensors, frozen, extra = paired(case, [9, 4097], fixed=True)
+    want = call(ops, case, clone(tensors), frozen, **extra)
     extra["beside"] = [anywhere(t, 1) for t in extra["beside"]]
-    assert_same_but_gradients(call(ops, case, fixed, frozen, **extra), want)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
 
 
 @pytest.mark.parametrize("case", ["sgd-nesterov", "rmsprop", "adam-amsgrad"])
