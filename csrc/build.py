@@ -104,14 +104,14 @@ def cuda(library: Path | None = None) -> Path:
     flags += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     folder = ROOT / "build" / "cuda"
     objects = compile_all(folder, [(p, [nvcc, *flags]) for p in sorted(SOURCES.glob("*.cu"))], run([nvcc, "--version"]))
-    rows = resources("".join(o.with_suffix(".log").read_text() for o in objects))
+    rows = [row for o in objects for row in resources(o.stem.rsplit("-", 1)[0], o.with_suffix(".log").read_text())]
     (folder / "resources.json").write_text(json.dumps(rows, indent=1) + "\n")
     where = library or ROOT / "subnet_kernels" / "_C_cuda.so"
     return link(objects, where, [nvcc, "-shared", "-cudart", "static", f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
 
 
-def resources(log: str) -> list[dict[str, object]]:
-    """A row a kernel and target of ptxas's report."""
+def resources(op: str, log: str) -> list[dict[str, object]]:
+    """A row a kernel and target of ptxas's report on one source."""
     report = re.compile(
         r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<target>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
@@ -123,10 +123,9 @@ def resources(log: str) -> list[dict[str, object]]:
     rows = []
     for f, name in zip(found, names):
         shared = re.search(r"(\d+) bytes smem", f["rest"])
-        name = re.sub(r"\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name)
         rows.append(
             {
-                "kernel": re.sub(r"\((?!.*\>).*\)$", "", name),
+                "kernel": f"{op}: {without_arguments(name)}",
                 "target": int(f["target"].rstrip("a")),
                 "registers": int(f["registers"]),
                 "shared": int(shared.group(1)) if shared else 0,
@@ -135,6 +134,16 @@ def resources(log: str) -> list[dict[str, object]]:
             }
         )
     return sorted(rows, key=lambda row: (row["kernel"], row["target"]))
+
+
+def without_arguments(name: str) -> str:
+    """A demangled kernel's name and template arguments: void (anonymous namespace)::f<(Rule)2>(int*) -> f<(Rule)2>."""
+    depth = at = 0
+    for at in range(len(name) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(name[at], 0)
+        if depth == 0:
+            break
+    return re.sub(r"\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name[:at])
 
 
 def emulated(address: bool = False) -> Path:

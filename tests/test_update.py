@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import switch_isa
+from device import ON_CPU, compiled_only, cpu_only
 
 from subnet_kernels import ops, reference
 from subnet_kernels.ops._library import LOADED, MISSING
@@ -87,10 +88,26 @@ def assert_same_bits(got, want):
             assert torch.equal(raw(a), raw(b))
 
 
+def assert_like_the_reference(got, want, frozen=()):
+    """The reference's bits; elsewhere than on the CPU, where PyTorch contracts and divides as it likes, within some roundings."""
+    if ON_CPU:
+        assert_same_bits(got, want)
+        return
+    for some, others in zip(got, want, strict=True):
+        for a, b in zip(some, others, strict=True):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps, equal_nan=True)
+    for p, q, bits in zip(got[0], want[0], frozen):
+        if bits is not None:
+            mask = reference.unpack(bits, p.shape)
+            assert torch.equal(raw(p)[mask], raw(q)[mask])
+
+
 @pytest.fixture
 def exact_roots(monkeypatch):
     """Correctly rounded square roots in the reference: torch's own are off by one unit in the last place now and then."""
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.as_tensor(np.sqrt(t.numpy())))
+    if ON_CPU:
+        monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.as_tensor(np.sqrt(t.numpy())))
 
 
 @every_case
@@ -99,7 +116,7 @@ def test_bits_of_the_reference(cpu_isa, exact_roots, case, grad_scale):
     tensors = problem(case)
     frozen = some_frozen(tensors[0])
     want = call(reference, case, clone(tensors), frozen, grad_scale=grad_scale)
-    assert_same_bits(call(ops, case, tensors, frozen, grad_scale=grad_scale), want)
+    assert_like_the_reference(call(ops, case, tensors, frozen, grad_scale=grad_scale), want, frozen)
 
 
 @every_case
@@ -109,7 +126,8 @@ def test_float64(cpu_isa, exact_roots, case):
     want = call(reference, case, clone(tensors), frozen)
     for some, others in zip(call(ops, case, tensors, frozen), want):
         for a, b in zip(some, others):
-            torch.testing.assert_close(a, b, rtol=1e-15, atol=1e-17)  # powers of beta may differ in the last place
+            # powers of beta may differ in the last place, and PyTorch contracts elsewhere than on the CPU
+            torch.testing.assert_close(a, b, **(dict(rtol=1e-15, atol=1e-17) if ON_CPU else dict(rtol=2e-15, atol=2e-15)))
 
 
 @every_case
@@ -213,6 +231,7 @@ def test_gradient_of_another_dtype():
     assert_same_bits([got[0], *got[2:]], [want[0], *want[2:]])
 
 
+@cpu_only
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_instruction_sets_agree(cpu_isa, case, dtype):
@@ -223,6 +242,7 @@ def test_instruction_sets_agree(cpu_isa, case, dtype):
     assert_same_bits(got, call(ops, case, tensors, frozen))
 
 
+@cpu_only
 @pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
 def test_threads_agree(case):
     tensors = problem(case, [100_000, 7, 70_001, 30_000])
@@ -289,7 +309,7 @@ BAD = {
 }
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_arguments_get_a_sentence(sentence):
     tensors = problem("adam", [5, 700])
@@ -341,9 +361,9 @@ def separate(tensors, pairs, beside):
     return tensors
 
 
-def assert_same_but_gradients(got, want):
+def assert_same_but_gradients(got, want, same=assert_same_bits):
     nan = lambda some: [torch.where(t.isnan(), torch.full_like(t, math.nan), t) for t in some]  # noqa: E731
-    assert_same_bits([nan(some) for some in (got[0], *got[2:])], [nan(some) for some in (want[0], *want[2:])])
+    same([nan(some) for some in (got[0], *got[2:])], [nan(some) for some in (want[0], *want[2:])])
 
 
 @every_case
@@ -362,9 +382,11 @@ def test_pairs_are_straight_through_and_a_step(cpu_isa, case, fixed, grad_scale)
 def test_pairs_of_the_reference(exact_roots, case, fixed):
     tensors, frozen, extra = paired(case, fixed=fixed)
     want = call(reference, case, clone(tensors), frozen, **extra)
-    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want, assert_like_the_reference)
 
 
+@cpu_only
+@cpu_only
 @pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
 def test_threads_agree_on_pairs(case):
     tensors, frozen, extra = paired(case, [100_003, 7, 70_001])
@@ -419,7 +441,7 @@ BAD_PAIRS = {
 }
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 @pytest.mark.parametrize("sentence", BAD_PAIRS)
 def test_bad_pairs_get_a_sentence(sentence):
     tensors, frozen, extra = paired("adam", [5])

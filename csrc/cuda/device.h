@@ -126,6 +126,18 @@ class Place {
 #endif
   }
 
+  // Shared memory that a block may ask for, in bytes; a little less where the kernel has some of its own.
+  size_t shared_memory() const {
+#ifndef SUBNET_KERNELS_EMULATED
+    static int known[64] = {};
+    int& bytes = known[device_ & 63];
+    if (bytes == 0) cuda_check(op_, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return static_cast<size_t>(bytes);
+#else
+    return 64 << 10;
+#endif
+  }
+
   // Runs a kernel on the stream; nothing is launched for an empty grid.
   template <class... P, class... A>
   void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {

@@ -1,0 +1,754 @@
+// Exact top-k of scores to bits, for many layers in one call: `select`, and `refresh_`, which also writes the effective weight.
+//
+// One read of the scores. A window of keys that should hold the k-th largest one is guessed (`begin`), from the last call's hint
+// or from a sample. The scan writes the bits of all scores above it, counts them, and lists the few inside: the candidates. The
+// counts prove the guess, and then the candidates are settled exactly: by a histogram of the window that the scan has made, all
+// but those of the bin of the k-th largest, and by the last block of the layer these. Where the counts disprove the guess, the
+// scan and the settling run once more with another sample; should that fail too, one block selects from all scores, as it does
+// for small layers at once. Both second launches end at once where no layer needs them: nothing waits for the host, and the
+// launches depend on sizes alone.
+//
+// Ties are no special case, because the window is one of key and place: among equal keys the strip of a score decides
+// (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. Only float64 scores, and
+// ties="all", which knows no place, have windows of whole keys.
+//
+// All counts are of whole numbers and no result depends on the order in which blocks run: the same scores give the same bits and
+// hints.
+#include <bit>
+#include <cmath>
+
+#include "scores.h"
+
+namespace {
+
+constexpr int kBlock = 1024;             // threads of a block that ranks
+constexpr int64_t kSmall = 16 * kStrip;  // up to so many scores one block selects from all of them
+constexpr int kSample = 8192;
+constexpr int kDigit = 11;   // bits that a round of a ranking decides
+constexpr int kBinBits = 9;  // of the histogram of a window
+constexpr int kBins = 1 << kBinBits;
+constexpr int kApart = 8;  // words from one bin to the next: a sector each, or atomics would queue
+constexpr int kMostSegments = 128;
+
+enum class Ties : int { last, first, all };
+
+// A layer is scanned in the first round, again where the window of that one missed, and, for ties="all" only, once more where the
+// second round has found the key whose ties are to be opened wherever they are.
+constexpr int kFirst = 0, kAgain = 1, kTies = 2;
+
+struct Job : Layer {
+  double* hint;  // null for `select`
+  int64_t k;
+  uint8_t* candidates;
+  int first_segment, segments;  // the candidates' list is in 2^x parts: a counter each, and a block each that settles it
+  int capacity;                 // of a segment
+  int large;                    // its number among the layers that are scanned, or -1
+  bool value;
+  Ties ties;
+};
+
+// ------------------------------------------------------------------------------------------------------------ coordinates
+
+// Where a score stands among its layer's: by key first, then, among equal keys, by place: the strip, turned about for
+// ties="first". Places are all 0 where `places` is 1. The coordinate is one integer: key * places + place, the key counted in its
+// own steps.
+template <class K_>
+struct Coordinate {
+  using K = K_;
+
+  const void* scores;
+  int64_t n;
+  K inf;
+  int size;
+  bool value;
+  bool first;       // ties="first"
+  uint64_t places;  // of a key
+
+  // size_ and value_ are the job's: constants where the caller knows them.
+  __device__ Coordinate(const Job& job, int round, int size_, bool value_)
+      : scores(job.scores),
+        n(job.n),
+        inf(static_cast<K>(job.inf)),
+        size(size_),
+        value(value_),
+        first(job.ties == Ties::first),
+        places(sizeof(K) < 8 && (job.ties != Ties::all || round != kFirst) ? strips(job.n) : 1) {}
+
+  __device__ K key(int64_t i) const {
+    K raw;
+    if constexpr (sizeof(K) == 8)
+      raw = static_cast<const uint64_t*>(scores)[i];
+    else
+      raw = size == 2 ? uint32_t{static_cast<const uint16_t*>(scores)[i]} << 16 : static_cast<const uint32_t*>(scores)[i];
+    return key_of(raw, inf, nan_key(inf, size, value), value) >> key_unit(size);
+  }
+  __device__ K most_key() const { return nan_key(inf, size, value) >> key_unit(size); }
+  // Rises in the direction in which ties are preferred; a strip's lie side by side.
+  __device__ uint64_t order(int64_t i) const { return first ? strips(n) * kStrip - 1 - i : i; }
+  __device__ uint64_t place(int64_t strip) const { return places == 1 ? 0 : first ? strips(n) - 1 - strip : strip; }
+  __device__ uint64_t of(K key, int64_t i) const { return key * places + place(i / kStrip); }
+  __device__ uint64_t most() const { return uint64_t{most_key()} * places + (places - 1); }
+
+  // As a hint counts: signed, in keys, the place a fraction.
+  __device__ uint64_t zero() const { return value ? inf >> key_unit(size) : 0; }
+  __device__ double to_hint(uint64_t coordinate) const {
+    if (places == 1) return static_cast<double>(static_cast<int64_t>(coordinate - zero()));
+    return static_cast<double>(coordinate) / static_cast<double>(places) - static_cast<double>(zero());
+  }
+  __device__ double from_hint(double hint) const { return (hint + static_cast<double>(zero())) * static_cast<double>(places); }
+};
+
+// Calls f with the coordinate of the job's scores; what it does not know when it is compiled it asks for at every score.
+template <class F>
+__device__ void with_coordinate(const Job& job, int round, const F& f) {
+  if (job.size == 8)
+    f(Coordinate<uint64_t>(job, round, 8, job.value));
+  else
+    f(Coordinate<uint32_t>(job, round, job.size, job.value));
+}
+
+// What the launches tell each other of a layer, one for the first round and one for the second.
+struct Segment {
+  unsigned long long counts;  // above the window in the upper half, within it in the lower
+  unsigned long long unused[3];
+};
+
+// What the window of an attempt is: none to scan; k is 0 or n, which needs no proof; the key found in the second round, for the
+// third; a window; a window of one key with ties="all", which needs no list.
+enum class Guess : int { none, ends, ties, window, one_key };
+
+struct Attempt {
+  Guess guess;
+  int shift;           // from a coordinate in the window to its bin
+  uint64_t low, high;  // the window, both ends in it
+  uint64_t low_key, high_key;
+  int64_t low_place, high_place;  // of the ends; high_place may be -1, before the first
+  unsigned done, listed;          // blocks that have settled their segment; candidates in the bin of the k-th largest
+  Segment segment[kMostSegments];
+  unsigned bins[kBins * kApart];
+};
+
+// ---------------------------------------------------------------------------------------------------------------- ranking
+
+struct Ranking {
+  unsigned bins[1 << kDigit];
+  long long warp[kWarpSize];
+  long long need, count;
+  int bin;
+};
+
+// Of a list's values in [low, high] the `need` largest end within those `count`, of which `need` belong to them.
+struct Rank {
+  uint64_t low, high;
+  int64_t need, count;
+};
+
+// For descending bins, two a thread: where a running sum of counts reaches `need`. All threads of a block of kBlock.
+__device__ void find_bin(Ranking& r, long long upper, long long lower, int64_t need) {
+  const int thread = threadIdx.x, lane = lane_of_thread(), warp = thread / kWarpSize;
+  if (thread == 0) r.bin = 0, r.need = 1, r.count = 1;  // found below, unless the scores change under our hands
+  long long sum = upper + lower;
+  for (int step = 1; step < kWarpSize; step *= 2) {
+    const long long other = __shfl_up_sync(kAllLanes, sum, step);
+    if (lane >= step) sum += other;
+  }
+  if (lane == kWarpSize - 1) r.warp[warp] = sum;
+  __syncthreads();
+  long long before = 0;
+  for (int w = 0; w < warp; w++) before += r.warp[w];
+  before += sum - upper - lower;
+  const int bin = (1 << kDigit) - 1 - 2 * thread;
+  if (before < need && need <= before + upper)
+    r.bin = bin, r.need = need - before, r.count = upper;
+  else if (before + upper < need && need <= before + upper + lower)
+    r.bin = bin - 1, r.need = need - before - upper, r.count = lower;
+  __syncthreads();
+}
+
+// The need-th largest of the list's values in [low, high], 1 <= need <= their number: narrowed down to a range that holds at most
+// `enough` of them, or to one value. get(i, value) says whether item i takes part;
+// Flight of a thread's are asked for at a time. All threads of a block of kBlock.
+template <int Flight, class Get>
+__device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_t need, int64_t enough, Ranking& r,
+                              const Get& get) {
+  constexpr int64_t kRun = int64_t{1} << 31;  // items whose counts fit in a bin
+  int64_t count = items;
+  while (low < high && count > enough) {
+    const int shift = max(64 - __clzll(static_cast<long long>(high - low)) - kDigit, 0);
+    const int bin = (1 << kDigit) - 1 - 2 * static_cast<int>(threadIdx.x);
+    long long upper = 0, lower = 0;
+    for (int64_t begin = 0; begin < items; begin += kRun) {
+      __syncthreads();  // whoever read the bins, or the last result, is done
+      r.bins[bin] = r.bins[bin - 1] = 0;
+      __syncthreads();
+      const int64_t end = min(items, begin + kRun);
+#pragma unroll Flight
+      for (int64_t i = begin + threadIdx.x; i < end; i += kBlock) {
+        uint64_t value = 0;
+        if (get(i, value) && value >= low && value <= high) atomicAdd(&r.bins[(value - low) >> shift], 1u);
+      }
+      __syncthreads();
+      upper += r.bins[bin], lower += r.bins[bin - 1];
+    }
+    find_bin(r, upper, lower, need);
+    low += static_cast<uint64_t>(r.bin) << shift;
+    high = min(high, low + ((uint64_t{1} << shift) - 1));
+    need = r.need, count = r.count;
+  }
+  __syncthreads();
+  return {low, high, need, count};
+}
+
+// ------------------------------------------------------------------------------------------------------------------ hints
+
+__device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] < 1e19 && fabs(hint[0]) < 1e19; }
+
+// Where the k-th largest score stands, and how wide the next window should be: from how far it moved, and how many scores a step
+// of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread.
+template <class C>
+__device__ void learn(const Job& job, const C& c, uint64_t coordinate, double within, double span, int missed) {
+  double* const hint = job.hint;
+  if (hint == nullptr) return;
+  const double n = static_cast<double>(job.n), places = static_cast<double>(c.places), dense = within / span;
+  const auto half = [&](double share) { return share * n / (2 * dense); };
+  const double now = c.to_hint(coordinate);
+  double next = half(1. / 64);
+  if (makes_sense(hint)) next = max(4 * fabs(now - hint[0]) * places, missed ? 0 : .75 * hint[1] * places);
+  next = min(max(next, half(min(1. / 8192 + 32 / n, 1. / 16))), half(1. / 16));
+  hint[0] = now;
+  hint[1] = max(next, c.places == 1 ? .5 : 1.) / places;  // .5: a window of one key is worth having
+  hint[2] = within;
+  hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
+}
+
+// ------------------------------------------------------------------------------------------------------- one block, all scores
+
+// Bits and effective weights of the scores above `key`, and of those equal to it whose order reaches `cut`. All threads of a
+// block.
+template <class C>
+__device__ void write_all(const Job& job, const C& c, uint64_t key, uint64_t cut) {
+  const int64_t words = mask_words(job.n);
+  const int lane = lane_of_thread();
+#pragma unroll 4
+  for (int64_t word = threadIdx.x / kWarpSize; word < words; word += kBlock / kWarpSize) {
+    const int64_t i = word * kWarpSize + lane;
+    const bool there = i < job.n;
+    bool open = false;
+    if (there) {
+      const uint64_t own = c.key(i);
+      open = own > key || (own == key && c.order(i) >= cut);
+    }
+    const unsigned bits = __ballot_sync(kAllLanes, open);
+    if (lane == 0) job.bits[word] = bits;
+    if (there && job.weight_size == 4)
+      static_cast<uint32_t*>(job.w_eff)[i] = open ? static_cast<const uint32_t*>(job.weight)[i] : 0;
+    else if (there && job.weight_size == 2)
+      static_cast<uint16_t*>(job.w_eff)[i] = open ? static_cast<const uint16_t*>(job.weight)[i] : uint16_t{0};
+    else if (there && job.weight_size == 8)
+      static_cast<uint64_t*>(job.w_eff)[i] = open ? static_cast<const uint64_t*>(job.weight)[i] : 0;
+  }
+}
+
+template <class C>
+__device__ void select_in_block(const Job& job, const C& c, int missed, Ranking& ranking) {
+  if (job.k == 0) return write_all(job, c, uint64_t{c.most_key()} + 1, 0);
+  if (job.k == job.n) return write_all(job, c, 0, 0);
+  const Rank found = rank_in_block<4>(job.n, 0, c.most_key(), job.k, 0, ranking, [&](int64_t i, uint64_t& value) {
+    value = c.key(i);
+    return true;
+  });
+  const uint64_t key = found.low;
+  uint64_t cut = 0;
+  if (job.ties != Ties::all && found.need < found.count)
+    cut = rank_in_block<4>(job.n, 0, strips(job.n) * kStrip - 1, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
+            value = c.order(i);
+            return c.key(i) == key;
+          }).low;
+  write_all(job, c, key, cut);
+  const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
+  if (threadIdx.x == 0)
+    learn(job, c, key * c.places + place, static_cast<double>(found.count), static_cast<double>(c.places), missed);
+}
+
+// ------------------------------------------------------------------------------------------------------------------ begin
+
+// Writes an attempt at the window [low, high]. All threads of a block.
+template <class C>
+__device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess guess, uint64_t low, uint64_t high) {
+  for (int i = threadIdx.x; i < kMostSegments; i += kBlock) attempt.segment[i].counts = 0;
+  for (int i = threadIdx.x; i < kBins * kApart; i += kBlock) attempt.bins[i] = 0;
+  if (threadIdx.x != 0) return;
+  attempt.low = low, attempt.high = high;
+  attempt.low_key = low / c.places, attempt.high_key = high / c.places;
+  attempt.low_place = static_cast<int64_t>(low % c.places), attempt.high_place = static_cast<int64_t>(high % c.places);
+  if (job.k == 0) {
+    guess = Guess::ends;
+    attempt.low_key = attempt.high_key = uint64_t{c.most_key()} + 1;
+    attempt.low_place = attempt.high_place = 0;
+  } else if (job.k == job.n) {
+    guess = Guess::ends;
+    attempt.low_key = attempt.high_key = 0;
+    attempt.low_place = 0, attempt.high_place = -1;
+  } else if (job.ties == Ties::all && c.places == 1 && low == high) {
+    guess = Guess::one_key;
+  }
+  attempt.guess = guess;
+  attempt.shift = high > low ? max(64 - __clzll(static_cast<long long>(high - low)) - kBinBits, 0) : 0;
+  attempt.done = attempt.listed = 0;
+}
+
+__device__ uint64_t hashed(uint64_t x) {  // splitmix64, shortened; 32 bits
+  x *= 0x9e3779b97f4a7c15u;
+  return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u >> 32;
+}
+
+// A window from one score at a hashed place of each of kSample equal parts: some standard deviations of the rank to either side.
+template <class C>
+__device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, int attempts, uint64_t* sample, Ranking& ranking) {
+  const int64_t stride = job.n / kSample;
+#pragma unroll
+  for (int j = 0; j < kSample / kBlock; j++) {
+    const int64_t part = j * kBlock + threadIdx.x;
+    const uint64_t hash = hashed(static_cast<uint64_t>(part) + 1 + static_cast<uint64_t>(attempts) * kSample);
+    const int64_t i = part * stride + static_cast<int64_t>(hash * static_cast<uint64_t>(stride) >> 32);
+    sample[part] = c.of(c.key(i), i);
+  }
+  __syncthreads();
+  const double share = static_cast<double>(job.k) / static_cast<double>(job.n), middle = share * kSample;
+  const double margin = (attempts == 0 ? 4 : 5) * sqrt(middle * (1 - share)) + 3;
+  const auto upper = static_cast<int64_t>(floor(middle - margin)), lower = static_cast<int64_t>(ceil(middle + margin));
+  const auto enough = static_cast<int64_t>(margin / 8) + 1;
+  const auto get = [&](int64_t i, uint64_t& value) {
+    value = sample[i];
+    return true;
+  };
+  uint64_t low = 0, high = c.most();
+#pragma unroll 1
+  for (int side = 0; side < 2; side++) {
+    const int64_t rank = side ? lower : upper;
+    if (rank < 1 || rank > kSample) continue;
+    const Rank found = rank_in_block<4>(kSample, 0, c.most(), rank, enough, ranking, get);
+    if (side)
+      low = found.low;
+    else
+      high = found.high;
+  }
+  set_window(attempt, job, c, Guess::window, low, high);
+}
+
+template <class C>
+__device__ bool guess_by_hint(Attempt& attempt, const Job& job, const C& c) {
+  if (job.hint == nullptr || !makes_sense(job.hint)) return false;
+  const uint64_t most = c.most();
+  const double middle = c.from_hint(job.hint[0]), half = job.hint[1] * static_cast<double>(c.places);
+  const double low = ceil(middle - half), high = floor(middle + half), end = static_cast<double>(most);
+  if (!(low <= high)) return false;
+  const auto inside = [&](double x) { return x <= 0 ? 0 : x >= end ? most : static_cast<uint64_t>(x); };
+  set_window(attempt, job, c, Guess::window, inside(low), inside(high));
+  return true;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed) {
+  SK_DYNAMIC_SHARED(uint64_t, sample);
+  __shared__ Ranking ranking;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *missed = 0;
+  const Job& job = table.layer[blockIdx.x];
+  with_coordinate(job, kFirst, [&](const auto& c) {
+    if (job.large < 0) return select_in_block(job, c, 0, ranking);
+    Attempt* const own = attempts + 2 * job.large;
+    if (threadIdx.x == 0) own[1].guess = Guess::none;
+    if (!guess_by_hint(own[0], job, c)) guess_by_sample(own[0], job, c, 0, sample, ranking);
+  });
+}
+
+// ------------------------------------------------------------------------------------------------------------- candidates
+
+// The candidates of a layer: keys and places in the tensor, first of all segments, then, again with as much room, of the bin that
+// holds the k-th largest.
+template <class K>
+class Candidates {
+ public:
+  __device__ explicit Candidates(const Job& job) : wide_(job.n > int64_t{1} << 32) {
+    const int64_t room = int64_t{job.segments} * job.capacity;
+    keys_ = reinterpret_cast<K*>(job.candidates);
+    indices_ = reinterpret_cast<uint32_t*>(keys_ + 2 * room);
+    room_ = room;
+  }
+  __device__ int64_t room() const { return room_; }
+  __device__ void set(int64_t at, K key, int64_t i) const {
+    keys_[at] = key;
+    if (wide_)
+      reinterpret_cast<int64_t*>(indices_)[at] = i;
+    else
+      indices_[at] = static_cast<uint32_t>(i);
+  }
+  __device__ K key(int64_t at) const { return keys_[at]; }
+  __device__ int64_t index(int64_t at) const {
+    return wide_ ? reinterpret_cast<const int64_t*>(indices_)[at] : int64_t{indices_[at]};
+  }
+
+ private:
+  K* keys_;
+  uint32_t* indices_;
+  int64_t room_;
+  bool wide_;
+};
+
+int64_t candidate_bytes(const Job& job) {
+  const int64_t each = (job.size == 8 ? 8 : 4) + (job.n > int64_t{1} << 32 ? 8 : 4);
+  return ceil_div(2 * int64_t{job.segments} * job.capacity * each, 512) * 512;
+}
+
+// ------------------------------------------------------------------------------------------------------------------- scan
+
+template <class S, bool Value>
+__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip) {
+  using K = Key<S>;
+  constexpr int E = kEach<S>, kUnit = key_unit(sizeof(S));
+  const Coordinate<K> c(job, round, sizeof(S), Value);
+  const int lane = lane_of_thread();
+  // Within a strip the window is one of keys alone: an end's own key counts where the strip is past its place.
+  const auto ends = [&]() -> Ends<K> {
+    const auto place = static_cast<int64_t>(c.place(strip));
+    return {static_cast<K>(attempt.low_key << kUnit) + (place < attempt.low_place),
+            static_cast<K>(attempt.high_key << kUnit) + (place <= attempt.high_place)};
+  };
+  const Sides sides = read_strip<S, Value>(static_cast<const S*>(job.scores), strip, job.n, c.inf, ends);
+  const Guess guess = attempt.guess;
+  const unsigned within = sides.reached & ~sides.above;
+  const unsigned open = guess == Guess::one_key ? sides.reached : sides.above;
+  const int own = __popc(within);
+  int scan = own;
+  unsigned long long base = 0;
+  const int segment = static_cast<int>(strip) & (job.segments - 1);
+  if (guess >= Guess::window) {
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int other = __shfl_up_sync(kAllLanes, scan, step);
+      if (lane >= step) scan += other;
+    }
+    const unsigned above = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(sides.above)));
+    if (lane == kWarpSize - 1)
+      base =
+          atomicAdd(&attempt.segment[segment].counts, static_cast<unsigned long long>(above) << 32 | static_cast<unsigned>(scan));
+  }
+  store_strip<E>(job.bits, strip, job.n, open);
+  keep_strip<E>(job, strip, open);
+  if (guess != Guess::window) return;
+  int64_t at = (__shfl_sync(kAllLanes, base, kWarpSize - 1) & 0xffffffffu) + scan - own;
+  const Candidates<K> candidates(job);
+  const uint64_t first = attempt.low;
+  const int shift = attempt.shift;
+  for (unsigned rest = within; rest != 0; rest &= rest - 1, at++) {
+    const int bit = __ffs(static_cast<int>(rest)) - 1;
+    const int64_t i = piece_start<E>(strip, bit / E) + bit % E;
+    const K key = c.key(i);
+    if (at < job.capacity) candidates.set(int64_t{segment} * job.capacity + at, key, i);
+    const uint64_t bin = (c.of(key, i) - first) >> shift;
+    atomicAdd(&attempt.bins[(bin < kBins ? bin : kBins - 1) * kApart], 1u);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kStripThreads, 4)
+    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int round) {
+  if (round != kFirst && *missed == 0) return;
+  for (unsigned tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
+    const Job& job = table.of_tile(tile);
+    Attempt& attempt = attempts[2 * job.large + (round == kAgain)];
+    const int64_t strip = (tile - job.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
+    if (strip >= strips(job.n)) continue;
+    if (round == kAgain && attempt.guess == Guess::none) continue;
+    if (round == kTies && attempt.guess != Guess::ties) continue;
+    with_scores(job.size, job.value,
+                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, strip); });
+  }
+}
+
+// ----------------------------------------------------------------------------------------------------------------- settle
+
+__device__ void open_one(const Job& job, int64_t i) {
+  atomicOr(job.bits + i / 32, 1u << i % 32);
+  if (job.weight_size == 4)
+    static_cast<uint32_t*>(job.w_eff)[i] = static_cast<const uint32_t*>(job.weight)[i];
+  else if (job.weight_size == 2)
+    static_cast<uint16_t*>(job.w_eff)[i] = static_cast<const uint16_t*>(job.weight)[i];
+  else if (job.weight_size == 8)
+    static_cast<uint64_t*>(job.w_eff)[i] = static_cast<const uint64_t*>(job.weight)[i];
+}
+
+// What a block that settles a segment knows of the whole layer, in shared memory.
+struct Totals {
+  long long above, within;  // of the window
+  int overflow;             // a segment's list is not long enough
+  int bin;                  // that holds the k-th largest: of its `count` candidates the `need` largest are open
+  long long need, count;
+  int last;  // whether this is the layer's last block
+};
+
+// Selects among the candidates that are listed of the bin, and learns. All threads of a block.
+template <class C>
+__device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const Totals& totals, int round, Ranking& ranking) {
+  const Attempt& attempt = attempts[round];
+  const Candidates<typename C::K> candidates(job);
+  const int64_t listed = candidates.room();  // where the bin's begin
+  const int64_t count = totals.count;
+  const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
+  const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
+  const uint64_t low_key = low / c.places, high_key = high / c.places;
+  const Rank found = rank_in_block<1>(count, low_key, high_key, totals.need, 0, ranking, [&](int64_t i, uint64_t& value) {
+    value = candidates.key(listed + i);
+    return true;
+  });
+  const uint64_t key = found.low;
+  const double span = static_cast<double>(attempt.high - attempt.low) + 1;
+  if (job.ties == Ties::all && c.places > 1) {
+    if (threadIdx.x != 0) return;
+    Attempt& third = attempts[kFirst];
+    third.guess = Guess::ties;
+    third.low_key = third.high_key = key;
+    third.low_place = 0, third.high_place = -1;
+    const C keys(job, kFirst, c.size, c.value);  // the next call's windows are of keys
+    return learn(job, keys, key, static_cast<double>(totals.within), span / static_cast<double>(c.places), round);
+  }
+  // Of a bin within one key the count is the number of its ties; of others the ranking has counted them.
+  uint64_t cut = 0;
+  if (job.ties != Ties::all && found.need < found.count) {
+    const bool one = low_key == high_key && c.places > 1;
+    const uint64_t first = one ? low % c.places * kStrip : 0;
+    const uint64_t last = one ? high % c.places * kStrip + kStrip - 1 : strips(job.n) * kStrip - 1;
+    cut = rank_in_block<1>(count, first, last, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
+            value = c.order(candidates.index(listed + i));
+            return candidates.key(listed + i) == key;
+          }).low;
+  }
+#pragma unroll 1
+  for (int64_t i = threadIdx.x; i < count; i += kBlock) {
+    const uint64_t own = candidates.key(listed + i);
+    const int64_t index = candidates.index(listed + i);
+    if (own > key || (own == key && c.order(index) >= cut)) open_one(job, index);
+  }
+  if (threadIdx.x == 0) {
+    const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
+    learn(job, c, key * c.places + place, static_cast<double>(totals.within), span, round);
+  }
+}
+
+// What comes next for a layer whose window has missed. Out of line: it is rare, and would take registers from what is not.
+__device__ __noinline__ void after_miss(const Job& job, Attempt* attempts, int round, unsigned* missed, uint64_t* sample,
+                                        Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) {
+    if (round == kAgain) return select_in_block(job, c, 2, ranking);
+    if (threadIdx.x == 0) *missed = 1;
+    guess_by_sample(attempts[1], job, c, 1, sample, ranking);
+  });
+}
+
+template <class C>
+__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int round, int segment, unsigned* missed,
+                               uint64_t* sample, Ranking& ranking, Totals& totals) {
+  Attempt& attempt = attempts[round];
+  const int thread = threadIdx.x;
+  if (thread < kWarpSize) {
+    long long above = 0, within = 0;
+    bool over = false;
+    for (int i = thread; i < job.segments; i += kWarpSize) {
+      const unsigned long long counts = attempt.segment[i].counts;
+      above += static_cast<long long>(counts >> 32), within += static_cast<long long>(counts & 0xffffffffu);
+      over |= static_cast<long long>(counts & 0xffffffffu) > job.capacity;
+    }
+    above = warp_sum(above), within = warp_sum(within);
+    const int overflow = __any_sync(kAllLanes, over);
+    if (thread == 0) totals.above = above, totals.within = within, totals.overflow = overflow;
+  }
+  __syncthreads();
+  const bool one_key = attempt.guess == Guess::one_key;
+  if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
+    if (segment == 0) after_miss(job, attempts, round, missed, sample, ranking);
+    return;
+  }
+  const int64_t need = job.k - totals.above;
+  if (one_key) {
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, round);
+    return;
+  }
+  // The bin that holds the k-th largest. Bins are listed in descending order, two a thread, as a ranking's are.
+  const int first = (1 << kDigit) - 1 - 2 * thread;
+  find_bin(ranking, first < kBins ? attempt.bins[first * kApart] : 0, first - 1 < kBins ? attempt.bins[(first - 1) * kApart] : 0,
+           need);
+  const int bin = ranking.bin;
+  if (thread == 0) totals.bin = bin, totals.need = ranking.need, totals.count = ranking.count;
+  const Candidates<typename C::K> candidates(job);
+  const int64_t begin = int64_t{segment} * job.capacity;
+  const int64_t count = min(static_cast<int64_t>(attempt.segment[segment].counts & 0xffffffffu), int64_t{job.capacity});
+#pragma unroll 2
+  for (int64_t at = 0; at < count; at += kBlock) {  // whole warps at a time: they list together
+    const int64_t i = at + thread;
+    const bool there = i < count;
+    const auto key = there ? candidates.key(begin + i) : 0;
+    const int64_t index = there ? candidates.index(begin + i) : 0;
+    const int own = there ? static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift) : -1;
+    if (own > bin) open_one(job, index);
+    const unsigned same = __ballot_sync(kAllLanes, own == bin);
+    if (same == 0) continue;
+    unsigned listed = 0;
+    if (lane_of_thread() == 0) listed = atomicAdd(&attempt.listed, static_cast<unsigned>(__popc(same)));
+    listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
+    if (own == bin) candidates.set(candidates.room() + listed, key, index);
+  }
+  __threadfence();
+  __syncthreads();
+  if (thread == 0) totals.last = atomicAdd(&attempt.done, 1u) == static_cast<unsigned>(job.segments - 1);
+  __syncthreads();
+  if (!totals.last) return;
+  __threadfence();
+  settle_bin(job, c, attempts, totals, round, ranking);
+}
+
+// The job of a segment: the last one that begins at it or before.
+template <class T>
+__device__ const Job& job_of_segment(const T& table, int segment) {
+  int low = 0, high = table.layers;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (table.layer[middle].first_segment <= segment ? low : high) = middle;
+  }
+  return table.layer[low];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int round) {
+  SK_DYNAMIC_SHARED(uint64_t, sample);
+  __shared__ Ranking ranking;
+  __shared__ Totals totals;
+  if (round != kFirst && *missed == 0) return;
+  const Job& job = job_of_segment(table, static_cast<int>(blockIdx.x));
+  Attempt* const own = attempts + 2 * job.large;
+  if (own[round].guess < Guess::window) return;
+  with_coordinate(job, round, [&](const auto& c) {
+    settle_segment(job, c, own, round, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals);
+  });
+}
+
+// -------------------------------------------------------------------------------------------------------------------- ops
+
+void run(const Place& place, std::vector<Job>& jobs) {
+  const auto tiles_of = [](const Job& job) { return job.n > kSmall ? ceil_div(strips(job.n), kStripWarps) : 0; };
+  with_tables(jobs, tiles_of, [&](auto& table) {
+    using T = std::decay_t<decltype(table)>;
+    int large = 0, segments = 0;
+    int64_t bytes = 0;
+    for (int i = 0; i < table.layers; i++) {
+      Job& job = table.layer[i];
+      job.first_segment = segments;
+      job.large = -1;
+      if (job.n <= kSmall) continue;
+      // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
+      job.large = large++;
+      job.segments =
+          static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 64, 1, kMostSegments))));
+      job.capacity =
+          static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
+      segments += job.segments;
+      bytes += candidate_bytes(job);
+    }
+    constexpr int64_t kHead = 512;
+    const int64_t attempt_bytes = ceil_div(int64_t{large} * 2 * sizeof(Attempt), 512) * 512;
+    const Tensor scratch = place.scratch(kHead + attempt_bytes + bytes);
+    auto* const memory = static_cast<uint8_t*>(scratch.mutable_data_ptr());
+    auto* const missed = reinterpret_cast<unsigned*>(memory);
+    auto* const attempts = reinterpret_cast<Attempt*>(memory + kHead);
+    uint8_t* candidates = memory + kHead + attempt_bytes;
+    for (int i = 0; i < table.layers; i++) {
+      Job& job = table.layer[i];
+      if (job.large < 0) continue;
+      job.candidates = candidates;
+      candidates += candidate_bytes(job);
+    }
+    const size_t sampled = large ? kSample * sizeof(uint64_t) : 0;
+    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(table.layers)), kBlock, sampled, table, attempts, missed);
+    const bool all = table.layer[0].ties == Ties::all;
+    for (const int round : {kFirst, kAgain, kTies}) {
+      if (round == kTies && !all) break;
+      const int64_t blocks = round == kFirst ? table.tiles : std::min<int64_t>(table.tiles, place.processors() * 8);
+      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, round);
+      if (round == kTies) break;
+      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, round);
+    }
+  });
+}
+
+bool by_value(const char* op, const std::string& by) {
+  STD_TORCH_CHECK(by == "magnitude" || by == "value", op, ": by must be 'magnitude' or 'value', got '", by, "'");
+  return by == "value";
+}
+
+Ties tie_rule(const char* op, const std::string& ties) {
+  if (ties == "last") return Ties::last;
+  if (ties == "first") return Ties::first;
+  STD_TORCH_CHECK(ties == "all", op, ": ties must be 'last', 'first' or 'all', got '", ties, "'");
+  return Ties::all;
+}
+
+Job job_of(const char* op, Arguments& arguments, const Tensor& scores, int64_t k, bool value, Ties ties) {
+  Job job = {};
+  arguments.take_scores(job, scores);
+  STD_TORCH_CHECK(k >= 0 && k <= job.n, op, ": k must be between 0 and ", job.n, ", got ", k);
+  job.k = k, job.value = value, job.ties = ties;
+  return job;
+}
+
+std::vector<Tensor> select_cuda(std::vector<Tensor> scores, std::vector<int64_t> k, std::string by, std::string ties) {
+  check_lengths("select", scores.size(), k.size(), "values of k");
+  const bool value = by_value("select", by);
+  const Ties rule = tie_rule("select", ties);
+  std::vector<Tensor> bits;
+  if (scores.empty()) return bits;
+  const Place place("select", scores[0]);
+  Arguments arguments(place);
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < scores.size(); i++) {
+    Job job = job_of("select", arguments, scores[i], k[i], value, rule);
+    bits.push_back(arguments.new_bits(job));
+    if (job.n) jobs.push_back(job);
+  }
+  run(place, jobs);
+  return bits;
+}
+
+void refresh_cuda(std::vector<Tensor> scores, std::vector<Tensor> weights, std::vector<int64_t> k, std::vector<Tensor> bits,
+                  std::vector<Tensor> w_eff, std::vector<Tensor> hints, std::string by, std::string ties) {
+  const char* const op = "refresh_";
+  check_lengths(op, scores.size(), weights.size(), "weights");
+  check_lengths(op, scores.size(), k.size(), "values of k");
+  check_lengths(op, scores.size(), bits.size(), "bits");
+  check_lengths(op, scores.size(), w_eff.size(), "effective weights");
+  check_lengths(op, scores.size(), hints.size(), "hints");
+  const bool value = by_value(op, by);
+  const Ties rule = tie_rule(op, ties);
+  if (scores.empty()) return;
+  const Place place(op, scores[0]);
+  Arguments arguments(place);
+  std::vector<Job> jobs;
+  for (size_t i = 0; i < scores.size(); i++) {
+    Job job = job_of(op, arguments, scores[i], k[i], value, rule);
+    arguments.take_bits(job, bits[i]);
+    place.check("hints", hints[i]);
+    STD_TORCH_CHECK(hints[i].scalar_type() == ScalarType::Double && hints[i].numel() == 4 && hints[i].is_contiguous(), op,
+                    ": hints must be contiguous float64 with 4 elements, got ", hints[i].numel());
+    job.hint = static_cast<double*>(hints[i].mutable_data_ptr());
+    arguments.take_weight(job, weights[i], w_eff[i]);
+    if (job.n) jobs.push_back(job);
+  }
+  run(place, jobs);
+  arguments.flush();
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, SK_KEY, m) {
+  m.impl("select", TORCH_BOX(&select_cuda));
+  m.impl("refresh_", TORCH_BOX(&refresh_cuda));
+}
