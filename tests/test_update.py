@@ -597,15 +597,14 @@ def moved(tensors, device):
 
 def assert_bits_of_the_cpu(case, tensors, frozen, dtype=torch.float32, **arguments):
     """The CUDA op gives what the CPU op gives, NaNs by whatever bits: to the bit but in float64, whose powers of beta may differ."""
-    device = torch.device("cuda")
-    there = [moved(some, device) for some in tensors]
-    extra = {k: moved(v, device) if k == "beside" else v for k, v in arguments.items()}
-    call(ops, case, there, moved(frozen, device), **extra)
-    call(ops, case, tensors, frozen, **arguments)
-    for got, want in zip((there[0], *there[2:]), (tensors[0], *tensors[2:])):
-        for a, b in zip(got, want, strict=True):
-            assert a.stride() == b.stride()
-            a, b = a.cpu(), b
+    of = {}
+    for device in ("cuda", "cpu"):
+        there = [moved(some, device) for some in tensors]
+        extra = {k: moved(v, device) if k == "beside" else v for k, v in arguments.items()}
+        of[device] = call(ops, case, there, moved(frozen, device), **extra)
+        assert [[t.stride() for t in some] for some in there] == [[t.stride() for t in some] for some in tensors]
+    for got, want in zip((of["cuda"][0], *of["cuda"][2:]), (of["cpu"][0], *of["cpu"][2:])):
+        for a, b in zip(moved(got, "cpu"), want, strict=True):
             if dtype == torch.float64:
                 torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-16, equal_nan=True)
             else:
@@ -634,7 +633,7 @@ def test_cuda_keeps_the_bits_of_frozen_entries(cuda, case, dtype):
     there = [moved(some, cuda) for some in tensors]
     call(ops, case, there, moved(frozen, cuda), lr=0.1)
     for i in lists:
-        for a, b, mask in zip(moved(there[i], "cpu"), tensors[i], masks):
+        for a, b, mask in zip(*(moved(some, "cpu") for some in (there[i], tensors[i], masks))):
             assert torch.equal(raw(a)[mask], raw(b)[mask])
             assert a[~mask].isfinite().all()
 
@@ -693,7 +692,7 @@ def test_cuda_refuses_tensors_elsewhere(cuda):
     tensors = [moved(some, cuda) for some in problem("adam", [5, 700])]
     options = ADAM.values()
     with pytest.raises(RuntimeError, match="update_adam_: lr must be on cuda:0, as the first tensor is"):
-        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01), None, None, *options)
+        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device="cpu"), None, None, *options)
     tensors[5][1] = tensors[5][1].cpu()
     with pytest.raises(RuntimeError, match="update_adam_: every step must be on cuda:0, as the first tensor is"):
         ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device=cuda), None, None, *options)
