@@ -533,17 +533,23 @@ def test_steps_are_counted_exactly(case):
 
 
 @every_case
-def test_pairs_may_begin_anywhere(case):
+@pytest.mark.parametrize("alone", [None, 1, 2])
+def test_pairs_may_begin_anywhere(case, alone):
+    """All tensors, or of each pair the weight, or the scores, alone."""
     tensors, frozen, extra = paired(case, [1, 9, 4097])
     want = call(ops, case, clone(tensors), frozen, **extra)
     for i, some in enumerate(tensors):
         if some and some[0].dim() == 1:
-            tensors[i] = [anywhere(t, 1 + i) for t in some]
+            tensors[i] = [anywhere(t, 1 + i) if alone in (None, k % 3) else t for k, t in enumerate(some)]
     assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
-    fixed, frozen, extra = paired(case, [9, 4097], fixed=True)
-    want = call(ops, case, clone(fixed), frozen, **extra)
+
+
+@every_case
+def test_a_weight_beside_scores_may_begin_anywhere(case):
+    tensors, frozen, extra = paired(case, [9, 4097], fixed=True)
+    want = call(ops, case, clone(tensors), frozen, **extra)
     extra["beside"] = [anywhere(t, 1) for t in extra["beside"]]
-    assert_same_but_gradients(call(ops, case, fixed, frozen, **extra), want)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
 
 
 @pytest.mark.parametrize("case", ["sgd-nesterov", "rmsprop", "adam-amsgrad"])
@@ -592,15 +598,14 @@ def moved(tensors, device):
 
 def assert_bits_of_the_cpu(case, tensors, frozen, dtype=torch.float32, **arguments):
     """The CUDA op gives what the CPU op gives, NaNs by whatever bits: to the bit but in float64, whose powers of beta may differ."""
-    device = torch.device("cuda")
-    there = [moved(some, device) for some in tensors]
-    extra = {k: moved(v, device) if k == "beside" else v for k, v in arguments.items()}
-    call(ops, case, there, moved(frozen, device), **extra)
-    call(ops, case, tensors, frozen, **arguments)
-    for got, want in zip((there[0], *there[2:]), (tensors[0], *tensors[2:])):
-        for a, b in zip(got, want, strict=True):
-            assert a.stride() == b.stride()
-            a, b = a.cpu(), b
+    of = {}
+    for device in ("cuda", "cpu"):
+        there = [moved(some, device) for some in tensors]
+        extra = {k: moved(v, device) if k == "beside" else v for k, v in arguments.items()}
+        of[device] = call(ops, case, there, moved(frozen, device), **extra)
+        assert [[t.stride() for t in some] for some in there] == [[t.stride() for t in some] for some in tensors]
+    for got, want in zip((of["cuda"][0], *of["cuda"][2:]), (of["cpu"][0], *of["cpu"][2:])):
+        for a, b in zip(moved(got, "cpu"), want, strict=True):
             if dtype == torch.float64:
                 torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-16, equal_nan=True)
             else:
@@ -629,7 +634,7 @@ def test_cuda_keeps_the_bits_of_frozen_entries(cuda, case, dtype):
     there = [moved(some, cuda) for some in tensors]
     call(ops, case, there, moved(frozen, cuda), lr=0.1)
     for i in lists:
-        for a, b, mask in zip(moved(there[i], "cpu"), tensors[i], masks):
+        for a, b, mask in zip(*(moved(some, "cpu") for some in (there[i], tensors[i], masks))):
             assert torch.equal(raw(a)[mask], raw(b)[mask])
             assert a[~mask].isfinite().all()
 
@@ -688,7 +693,7 @@ def test_cuda_refuses_tensors_elsewhere(cuda):
     tensors = [moved(some, cuda) for some in problem("adam", [5, 700])]
     options = ADAM.values()
     with pytest.raises(RuntimeError, match="update_adam_: lr must be on cuda:0, as the first tensor is"):
-        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01), None, None, *options)
+        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device="cpu"), None, None, *options)
     tensors[5][1] = tensors[5][1].cpu()
     with pytest.raises(RuntimeError, match="update_adam_: every step must be on cuda:0, as the first tensor is"):
         ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device=cuda), None, None, *options)
