@@ -37,7 +37,8 @@ FOLDER = ROOT / "build" / "gpu-check"
 RESULTS = ROOT / "bench" / "results"
 TESTS = (
     "bits", "select", "threshold", "apply", "masked", "superpose", "mixed", "compressed", "update", "optim", "layers", "bank",
-    "convert", "forget_free", "dispatch", "checks", "triton_masked", "triton_register", "golden_wsn", "golden_supsup", "golden_impress", "golden_inference", "golden_trace",
+    "convert", "forget_free", "dispatch", "checks", "triton_masked", "triton_register", "golden_wsn", "golden_supsup",
+    "golden_impress", "golden_inference", "golden_trace",
 )  # fmt: skip
 
 
