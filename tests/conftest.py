@@ -2,8 +2,6 @@
 
 import os
 
-import os
-
 import pytest
 import torch
 from device import DEVICE, ON_CPU
@@ -27,16 +25,6 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "xdist_group: tests that pytest-xdist gives to one worker")
 
 
-def _end_a_worker_without_a_device():
-    """After an illegal access a process has no device any more: under pytest-xdist it ends, and another one goes on with the rest."""
-    try:
-        torch.cuda.synchronize()
-    except RuntimeError:
-        if "PYTEST_XDIST_WORKER" in os.environ:
-            os._exit(70)
-        raise
-
-
 @pytest.fixture(autouse=True)
 def _same_chance():
     """Every test starts from one seed and leaves torch's number of threads as it found it."""
@@ -46,7 +34,7 @@ def _same_chance():
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
     if DEVICE == "cuda":
-        _end_a_worker_without_a_device()
+        torch.cuda.synchronize()  # a kernel's error is that of its own test
 
 
 def switch_isa(request: str | None) -> str | None:
@@ -81,7 +69,11 @@ _broken = False  # whether a kernel has failed: every later call of CUDA in this
 def pytest_runtest_makereport(item, call):
     """Notice a CUDA error."""
     global _broken
-    if not ON_CPU and call.excinfo is not None and ("CUDA error" in str(call.excinfo.value) or "CUDA says" in str(call.excinfo.value)):
+    if (
+        not ON_CPU
+        and call.excinfo is not None
+        and ("CUDA error" in str(call.excinfo.value) or "CUDA says" in str(call.excinfo.value))
+    ):
         _broken = True
 
 
