@@ -19,7 +19,8 @@ EMULATED = "_C_cpu" in LOADED and LOADED["_C_cpu"].name.startswith("_C_emulated"
 CUDA_KERNELS = EMULATED or not ON_CPU  # which do not wait to look at what tensors hold
 
 cpu_only = pytest.mark.skipif(not ON_CPU, reason=f"about threads or instruction sets of the CPU, and this run is on {DEVICE}")
-no_sync = pytest.mark.skipif(not ON_CPU, reason=f"needs a look at values on the host, for which no op waits on {DEVICE}")
+no_sync = pytest.mark.skipif(not ON_CPU or EMULATED, reason="needs a look at values on the host, for which no CUDA op waits")
+cuda_kernels = pytest.mark.skipif(not EMULATED and (ON_CPU or LIBRARY not in LOADED), reason="about the CUDA kernels alone")
 compiled_only = pytest.mark.skipif(LIBRARY not in LOADED, reason=f"no compiled ops for {DEVICE}: {MISSING.get(LIBRARY)}")
 
 

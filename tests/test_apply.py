@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 import torch
-from device import CUDA_KERNELS, compiled_only, cpu_only
+from device import compiled_only, cpu_only, cuda_kernels, no_sync
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -191,7 +191,7 @@ def test_restore_a_large_one(cpu_isa):
     assert torch.equal(weight, torch.where(mask, kept, 0))
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU kernels count first and raise")
+@cuda_kernels
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_leaves_alone_what_has_a_wrong_number_of_values(given):
     """Where counting would wait for the device: neither read beyond the values nor half written; the others are restored."""
@@ -201,7 +201,7 @@ def test_restore_leaves_alone_what_has_a_wrong_number_of_values(given):
     assert [w.tolist() for w in weights] == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
 
 
-@pytest.mark.skipif(CUDA_KERNELS, reason="counting would wait for the device")
+@no_sync
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_refuses_a_wrong_number_of_values(cpu_isa, given):
     """Neither read beyond the values nor half written: the layer before the wrong one is left alone too."""

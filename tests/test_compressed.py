@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only
+from device import DEVICE, compiled_only, cpu_only, cuda_kernels, no_sync
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -141,7 +141,7 @@ def test_many_inputs(cpu_isa):
             )
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="of the CUDA kernels' branches")
+@cuda_kernels
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_dispatched_calls_check_too():
 
 
 @compiled_only
-@pytest.mark.skipif(CUDA_KERNELS, reason="offsets are looked at by the CPU kernels alone")
+@no_sync
 def test_dispatched_calls_check_offsets():
     x, weight, mask, _ = draw(2, 4, 6, 0.5)
     values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
@@ -241,7 +241,7 @@ def test_dispatched_calls_check_offsets():
         OPS.compressed_linear(x, values, columns, offsets.flip(0)[[-1, 0, 0, 0, 0]])
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU kernels look at the offsets and raise")
+@cuda_kernels
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_contents_are_not_trusted(dtype, form):

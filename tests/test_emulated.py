@@ -13,7 +13,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = {  # file -> tests that concern the CPU library alone, by name
+    "test_apply.py": "",
     "test_bits.py": "",
+    "test_compressed.py": "",
     "test_update.py": "",
 }
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only
+from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only, cuda_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -276,7 +276,7 @@ def test_dispatched_calls_check_too():
         OPS.mixed_linear(x, weight.double(), bank, ids)
 
 
-@pytest.mark.skipif(not CUDA_KERNELS, reason="the CPU ops raise: test_dispatched_calls_check_too")
+@cuda_kernels
 @pytest.mark.parametrize("rows", [7, 300])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_ids_that_are_no_task_on_a_gpu(rows, dtype):

@@ -199,7 +199,7 @@ __device__ __forceinline__ void put_back(E* weight, const E* values, unsigned wo
 
 // A weight whose values are not as many as its frozen bits is left alone: nothing is read beyond them, nor half of it written.
 template <class Table>
-__global__ void __launch_bounds__(kThreads, 4) restore_kernel(const __grid_constant__ Table table, const unsigned* counts) {
+__global__ void __launch_bounds__(kThreads, 3) restore_kernel(const __grid_constant__ Table table, const unsigned* counts) {
   __shared__ long long shared[kWarpSize], found[2];
   __shared__ unsigned of_warp[2][kThreads / kWarpSize];
   const Frozen& weight = table.of_block(blockIdx.x);

@@ -108,7 +108,7 @@ struct Staged {
   // The elements of one row are converted already: shared memory moves no less than 4 bytes a lane.
   using Element = std::conditional_t<Rows == 1, Wide<T>, T>;
   using Column = Pack<Element, Rows>;
-  static constexpr int kVector = (Rows > 4 ? 8 : 16) / sizeof(T);  // columns that a thread loads at once
+  static constexpr int kVector = (Rows > 4 ? 4 : 16) / sizeof(T);  // columns that a thread loads at once
 
   Column* memory;
 
@@ -289,7 +289,7 @@ struct BitmapPart {
 template <class T, class Column, int Rows>
 struct IndexPart {
   static constexpr int kEach = sizeof(T) > 4 ? 2 : 4;  // values of a unit, which one instruction loads
-  static constexpr int kUnits = Rows > 1 ? 2 : 4;      // of them that a lane has in flight
+  static constexpr int kUnits = Rows == 1 ? 4 : Rows == 2 || sizeof(T) == 2 ? 2 : 1;  // of them that a lane has in flight
 
   // Units lie at multiples of kEach in the memory of all values: the first and the last of a row hold values of its neighbours
   // too.
