@@ -143,9 +143,10 @@ def refresh_(
 
     scores, weights: float, equal shapes in pairs; bits: uint8 (nbytes(N),); w_eff: contiguous, weight's shape and dtype, or
     0 elements; hints: float64 (4,) each, where a kernel may keep what it learnt of the threshold for its next call: the key of the
-    k-th largest score (an integer that orders as the scores do), the half-width in keys of the window about it that the next call
-    looks in first (0: none yet), how many scores the last window held, and how many windows have missed so far. Hints change
-    speed, never results, whatever they hold; the reference leaves them alone.
+    k-th largest score (an integer that orders as the scores do, and a fraction for its place among equal ones where the kernel
+    knows it), the half-width in keys of the window about it that the next call looks in first (0: none yet), how many scores the
+    last window held, and how many windows have missed so far. Hints change speed, never results, whatever they hold; the reference
+    leaves them alone.
     """
     for w, b, e, new in zip(weights, bits, w_eff, select(scores, k, by, ties)):
         b.copy_(new)

@@ -9,10 +9,12 @@
 // launches depend on sizes alone.
 //
 // Ties are no special case, because the window is one of key and place: among equal keys the strip of a score decides
-// (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. Only float64 scores, and
-// ties="all", which knows no place, have windows of whole keys.
+// (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. ties="all" knows no places: its
+// window is of whole keys, and one key alone needs no list. Should whole keys be too many to list, the second round finds the key
+// with places nevertheless, and a third scan opens its ties wherever they are. Only float64 scores, whose keys leave no room for
+// places, go without.
 //
-// All counts are of whole numbers and no result depends on the order in which blocks run: the same scores give the same bits and
+// All counts are of whole numbers, and no result depends on the order in which blocks run: the same scores give the same bits and
 // hints.
 #include <bit>
 #include <cmath>
@@ -203,22 +205,24 @@ __device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_
 
 __device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] < 1e19 && fabs(hint[0]) < 1e19; }
 
-// Where the k-th largest score stands, and how wide the next window should be: from how far it moved, and how many scores a step
-// of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread.
-template <class C>
-__device__ void learn(const Job& job, const C& c, uint64_t coordinate, double within, double span, int missed) {
-  double* const hint = job.hint;
-  if (hint == nullptr) return;
-  const double n = static_cast<double>(job.n), places = static_cast<double>(c.places), dense = within / span;
-  const auto half = [&](double share) { return share * n / (2 * dense); };
-  const double now = c.to_hint(coordinate);
-  double next = half(1. / 64);
+// Writes where the k-th largest score stands now, and how wide the next window should be: from how far it moved, and how many
+// scores a step of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread; out
+// of line because its divisions are long.
+__device__ __noinline__ void learn(double* hint, double now, double n, double places, double within, double span, int missed) {
+  const double each = span / within, all = n * each / 2;  // half-widths: all * share holds about that share of all scores
+  double next = all / 64;
   if (makes_sense(hint)) next = max(4 * fabs(now - hint[0]) * places, missed ? 0 : .75 * hint[1] * places);
-  next = min(max(next, half(min(1. / 8192 + 32 / n, 1. / 16))), half(1. / 16));
+  next = min(max(next, min(all / 8192 + 16 * each, all / 16)), all / 16);
   hint[0] = now;
-  hint[1] = max(next, c.places == 1 ? .5 : 1.) / places;  // .5: a window of one key is worth having
+  hint[1] = max(next, places == 1 ? .5 : 1.) / places;  // .5: a window of one key is worth having
   hint[2] = within;
   hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
+}
+template <class C>
+__device__ void learn(const Job& job, const C& c, uint64_t coordinate, int64_t within, double span, int missed) {
+  if (job.hint == nullptr) return;
+  learn(job.hint, c.to_hint(coordinate), static_cast<double>(job.n), static_cast<double>(c.places), static_cast<double>(within),
+        span, missed);
 }
 
 // ------------------------------------------------------------------------------------------------------- one block, all scores
@@ -266,8 +270,7 @@ __device__ void select_in_block(const Job& job, const C& c, int missed, Ranking&
           }).low;
   write_all(job, c, key, cut);
   const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-  if (threadIdx.x == 0)
-    learn(job, c, key * c.places + place, static_cast<double>(found.count), static_cast<double>(c.places), missed);
+  if (threadIdx.x == 0) learn(job, c, key * c.places + place, found.count, static_cast<double>(c.places), missed);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ begin
@@ -280,7 +283,8 @@ __device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess g
   if (threadIdx.x != 0) return;
   attempt.low = low, attempt.high = high;
   attempt.low_key = low / c.places, attempt.high_key = high / c.places;
-  attempt.low_place = static_cast<int64_t>(low % c.places), attempt.high_place = static_cast<int64_t>(high % c.places);
+  attempt.low_place = static_cast<int64_t>(low - attempt.low_key * c.places);
+  attempt.high_place = static_cast<int64_t>(high - attempt.high_key * c.places);
   if (job.k == 0) {
     guess = Guess::ends;
     attempt.low_key = attempt.high_key = uint64_t{c.most_key()} + 1;
@@ -510,14 +514,14 @@ __device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const 
     third.low_key = third.high_key = key;
     third.low_place = 0, third.high_place = -1;
     const C keys(job, kFirst, c.size, c.value);  // the next call's windows are of keys
-    return learn(job, keys, key, static_cast<double>(totals.within), span / static_cast<double>(c.places), round);
+    return learn(job, keys, key, totals.within, span / static_cast<double>(c.places), round);
   }
   // Of a bin within one key the count is the number of its ties; of others the ranking has counted them.
   uint64_t cut = 0;
   if (job.ties != Ties::all && found.need < found.count) {
     const bool one = low_key == high_key && c.places > 1;
-    const uint64_t first = one ? low % c.places * kStrip : 0;
-    const uint64_t last = one ? high % c.places * kStrip + kStrip - 1 : strips(job.n) * kStrip - 1;
+    const uint64_t first = one ? (low - low_key * c.places) * kStrip : 0;
+    const uint64_t last = one ? (high - high_key * c.places + 1) * kStrip - 1 : strips(job.n) * kStrip - 1;
     cut = rank_in_block<1>(count, first, last, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
             value = c.order(candidates.index(listed + i));
             return candidates.key(listed + i) == key;
@@ -531,18 +535,17 @@ __device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const 
   }
   if (threadIdx.x == 0) {
     const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-    learn(job, c, key * c.places + place, static_cast<double>(totals.within), span, round);
+    learn(job, c, key * c.places + place, totals.within, span, round);
   }
 }
 
-// What comes next for a layer whose window has missed. Out of line: it is rare, and would take registers from what is not.
-__device__ __noinline__ void after_miss(const Job& job, Attempt* attempts, int round, unsigned* missed, uint64_t* sample,
-                                        Ranking& ranking) {
-  with_coordinate(job, kAgain, [&](const auto& c) {
-    if (round == kAgain) return select_in_block(job, c, 2, ranking);
-    if (threadIdx.x == 0) *missed = 1;
-    guess_by_sample(attempts[1], job, c, 1, sample, ranking);
-  });
+// What comes next for a layer whose window has missed, once and twice. Out of line: rare, they would take registers from what is
+// not.
+__device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, uint64_t* sample, Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) { guess_by_sample(attempt, job, c, 1, sample, ranking); });
+}
+__device__ __noinline__ void select_from_all(const Job& job, Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) { select_in_block(job, c, 2, ranking); });
 }
 
 template <class C>
@@ -565,12 +568,14 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
   __syncthreads();
   const bool one_key = attempt.guess == Guess::one_key;
   if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
-    if (segment == 0) after_miss(job, attempts, round, missed, sample, ranking);
-    return;
+    if (segment != 0) return;
+    if (round == kAgain) return select_from_all(job, ranking);
+    if (thread == 0) *missed = 1;
+    return sample_again(job, attempts[1], sample, ranking);
   }
   const int64_t need = job.k - totals.above;
   if (one_key) {
-    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, round);
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, totals.within, 1, round);
     return;
   }
   // The bin that holds the k-th largest. Bins are listed in descending order, two a thread, as a ranking's are.
