@@ -37,7 +37,7 @@ BUILDS = [build for module in launches.modules() for build in importlib.import_m
 
 def key(build):
     """The name that a build's budget has: all dtypes share one."""
-    return re.sub(r"-(fp32|fp16|bf16)\b", "", build.name)
+    return re.sub(r"-(fp32|fp16|bf16|i8|i16|i32|i64)\b", "", build.name)
 
 
 def source(build):
@@ -176,3 +176,30 @@ def test_masked_launches_choose_what_is_listed(asked):
                     masked.masked_linear_grad_weight(grad, x, None, None, bits, bits)
                     masked.masked_linear_grad_weight(grad, x, weight, weight, bits, None, "value", False)
     assert set(asked) == listed(masked.builds())
+
+
+def bits_of(n):
+    return torch.zeros(reference.nbytes(n), dtype=torch.uint8)
+
+
+def test_apply_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import apply
+
+    for n in (1, 5000):
+        for dtype in (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            weight = torch.zeros(n, dtype=dtype)
+            apply.apply(weight, bits_of(n))
+            apply.restore_([weight], [bits_of(n)], [weight])
+            for shut, by, *needed in ((None, "value", True, True), (bits_of(n), "magnitude", True, False)):
+                apply.straight_through(weight, weight, weight, bits_of(n), shut, by, *needed)
+    assert set(asked) == listed(apply.builds())
+
+
+def test_bits_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import bits
+
+    for n in (1, 5000):
+        bits.unpack(bits.pack(torch.zeros(n) > 0), [n])
+        bits.stats(bits_of(n), bits_of(n))
+        bits.count(bits_of(n))
+    assert set(asked) == listed(bits.builds())

@@ -15,10 +15,17 @@ import torch
 from subnet_kernels.ops import _library
 
 LAUNCHES = {  # op -> module.function of this package that launches it
+    "apply": "apply.apply",
+    "count": "bits.count",
     "masked_conv": "masked.masked_conv",
     "masked_linear": "masked.masked_linear",
     "masked_linear_grad_input": "masked.masked_linear_grad_input",
     "masked_linear_grad_weight": "masked.masked_linear_grad_weight",
+    "pack": "bits.pack",
+    "restore_": "apply.restore_",
+    "stats": "bits.stats",
+    "straight_through": "apply.straight_through",
+    "unpack": "bits.unpack",
 }
 REGISTERED: set[str] = set()  # ops whose CUDA kernel is a launch of this package
 
