@@ -20,6 +20,11 @@ def only_where_kernels_run() -> None:
         pytest.skip("runs in the interpreter, from test_triton_interpreter.py", allow_module_level=True)
 
 
+def thinned(cases, step: int, first: int = 0) -> list:
+    """All cases on a GPU; every step-th from the first on in the interpreter, which takes a thousand times as long."""
+    return list(cases)[first % step if INTERPRETED else 0 :: step if INTERPRETED else 1]
+
+
 def poison(monkeypatch) -> None:
     """Fresh memory is all ones, NaN where it is of floats, so that what a kernel leaves unwritten shows."""
     empty = torch.empty

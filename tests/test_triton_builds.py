@@ -203,3 +203,14 @@ def test_bits_launches_choose_what_is_listed(asked):
         bits.stats(bits_of(n), bits_of(n))
         bits.count(bits_of(n))
     assert set(asked) == listed(bits.builds())
+
+
+def test_selection_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import select
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        scores = [torch.zeros(n, dtype=dtype) for n in (1, 8192, 8193, 70_000)]
+        for k, by, ties in ((1, "magnitude", "last"), (1, "value", "all"), (0, "value", "first")):
+            select.select(scores, [k] * 4, by, ties)
+        select.threshold(scores, 0.1, False)
+    assert set(asked) == listed(select.builds())

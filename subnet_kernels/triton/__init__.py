@@ -22,9 +22,13 @@ LAUNCHES = {  # op -> module.function of this package that launches it
     "masked_linear_grad_input": "masked.masked_linear_grad_input",
     "masked_linear_grad_weight": "masked.masked_linear_grad_weight",
     "pack": "bits.pack",
+    "refresh_": "select.refresh_",
+    "refresh_threshold_": "select.refresh_threshold_",
     "restore_": "apply.restore_",
+    "select": "select.select",
     "stats": "bits.stats",
     "straight_through": "apply.straight_through",
+    "threshold": "select.threshold",
     "unpack": "bits.unpack",
 }
 REGISTERED: set[str] = set()  # ops whose CUDA kernel is a launch of this package

@@ -47,7 +47,7 @@ def store_packed(bits, mask, n, BLOCK: tl.constexpr):
 def build(function: Any, kind: str, signature: dict[str, str], constants: dict[str, Any], warps: int = 4) -> Build:
     """The build of a kernel for elements of a kind (none if it has but one), named after its module."""
     module = function.fn.__module__.rpartition(".")[2]
-    sizes = "x".join(str(size) for size in constants.values())
+    sizes = "x".join(str(size) for name, size in constants.items() if name != "MOST")
     parts = [module, function.fn.__name__.strip("_").removesuffix("_kernel"), kind, sizes]
     return Build("-".join(part for part in parts if part), function, signature, constants, warps, 1, True)
 
