@@ -214,3 +214,16 @@ def test_selection_launches_choose_what_is_listed(asked):
             select.select(scores, [k] * 4, by, ties)
         select.threshold(scores, 0.1, False)
     assert set(asked) == listed(select.builds())
+
+
+def test_superposition_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import superpose
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for tasks, n in ((1, 1), (300, 5000)):
+            weight, bank = torch.zeros(n, dtype=dtype), reference.pack_bank(torch.zeros(tasks, n) > 0)
+            superpose.superpose(weight, bank, None)
+            superpose.superpose(weight, bank, torch.zeros(2, tasks))
+            superpose.superpose_counts(weight, torch.zeros(n, dtype=torch.int32), tasks)
+            superpose.superpose_grad(weight[None], weight, bank)
+    assert set(asked) == listed(superpose.builds())

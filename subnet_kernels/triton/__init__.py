@@ -28,6 +28,9 @@ LAUNCHES = {  # op -> module.function of this package that launches it
     "select": "select.select",
     "stats": "bits.stats",
     "straight_through": "apply.straight_through",
+    "superpose": "superpose.superpose",
+    "superpose_counts": "superpose.superpose_counts",
+    "superpose_grad": "superpose.superpose_grad",
     "threshold": "select.threshold",
     "unpack": "bits.unpack",
 }
