@@ -227,3 +227,18 @@ def test_superposition_launches_choose_what_is_listed(asked):
             superpose.superpose_counts(weight, torch.zeros(n, dtype=torch.int32), tasks)
             superpose.superpose_grad(weight[None], weight, bank)
     assert set(asked) == listed(superpose.builds())
+
+
+def test_update_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import update
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        params, frozen = [torch.zeros(n, dtype=dtype) for n in (1, 5000)], [None, bits_of(5000)]
+        steps = [torch.zeros(()) for _ in params]
+        for on, found in ((False, None), (True, torch.zeros(()))):
+            end, lists = (frozen, rate, found, found), (params, params)
+            update.update_sgd_(*lists, params, *end, 0.9 * on, 0.0, 0.1 * on, on, on, not on)
+            update.update_rmsprop_(*lists, params, params, params, steps, *end, 0.9, 1e-8, 0.1 * on, 0.9 * on, on, on)
+            update.update_adam_(*lists, params, params, params, steps, *end, 0.9, 0.99, 1e-8, 0.1 * on, on, on, on)
+    assert set(asked) == listed(update.builds())

@@ -33,6 +33,9 @@ LAUNCHES = {  # op -> module.function of this package that launches it
     "superpose_grad": "superpose.superpose_grad",
     "threshold": "select.threshold",
     "unpack": "bits.unpack",
+    "update_adam_": "update.update_adam_",
+    "update_rmsprop_": "update.update_rmsprop_",
+    "update_sgd_": "update.update_sgd_",
 }
 REGISTERED: set[str] = set()  # ops whose CUDA kernel is a launch of this package
 
