@@ -44,10 +44,10 @@ class Build(NamedTuple):
 _compiled: dict[tuple[str, int], Any] = {}  # (build, device) -> its binary there
 
 
-def typed(pointers: dict[str, str], int32: str = "", int64: str = "") -> dict[str, str]:
-    """The signature of a kernel: {pointer: element type}, then names of integers, in the order of the kernel's arguments."""
+def typed(pointers: dict[str, str], int32: str = "", int64: str = "", fp32: str = "") -> dict[str, str]:
+    """The signature of a kernel: {pointer: element type}, then names of numbers, in the order of the kernel's arguments."""
     types = {name: f"*{element}" for name, element in pointers.items()}
-    return types | dict.fromkeys(int32.split(), "i32") | dict.fromkeys(int64.split(), "i64")
+    return types | dict.fromkeys(int32.split(), "i32") | dict.fromkeys(int64.split(), "i64") | dict.fromkeys(fp32.split(), "fp32")
 
 
 def plain(t: Tensor) -> Tensor:
