@@ -1,4 +1,4 @@
-# make setup · demo · test · test-long · bench · cuda · resources · lint · clean
+# make setup · demo · test · test-long · bench · cuda · resources · gpu-check · lint · clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.setup-stamp
 # What an installed environment depends on: when one of these changes, setup runs again.
 INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup demo test test-long bench cuda resources lint format clean
+.PHONY: setup demo test test-long bench cuda resources gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -37,6 +37,11 @@ cuda: setup
 resources: cuda
 	$(BIN)/python -m pytest tests/test_triton_builds.py
 	$(BIN)/python bench/resources.py
+
+# On a machine with a GPU, in whatever Python has PyTorch there: neither a virtual environment nor an install is made.
+# make gpu-check ARGS="--only tests,bench --again"
+gpu-check:
+	PYTHONPATH=.:python_api $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ cuda      subnet_kernels/_C_cuda.so by nvcc, on any machine that has nvcc: neith
           targets in SUBNET_KERNELS_CUDA_ARCHS (default "80;90;100"). What ptxas says of every kernel, registers, shared memory and
           spills, is in build/cuda/resources.json.
 emulated  build/emulated/_C_emulated.so: the same kernels for the processor (csrc/cuda/simt.h), for tests. With `--address`, also
-          under the address sanitizer, which finds what a kernel reads or writes out of bounds.
+          under sanitizers, which find what a kernel reads or writes out of bounds or unaligned.
 
 MAX_JOBS bounds how many compilers run at a time.
 """
@@ -152,18 +152,18 @@ def emulated(address: bool = False) -> Path:
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror=return-type"]
     flags += ["-DSUBNET_KERNELS_EMULATED", *STABLE_ABI, "-isystem", f"{torch}/include"]
-    flags += ["-fsanitize=address"] if address else []
+    flags += ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"] if address else []
     folder = ROOT / "build" / ("emulated-address" if address else "emulated")
     sources = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]
     objects = compile_all(folder, [(p, [compiler, *flags, "-x", "c++"]) for p in sources], run([compiler, "--version"]))
-    ends = ["-fsanitize=address"] if address else []
+    ends = ["-fsanitize=address,alignment"] if address else []
     return link(objects, folder / "_C_emulated.so", [compiler, "-shared", *ends, f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cuda", "emulated"))
-    parser.add_argument("--address", action="store_true", help="emulated: under the address sanitizer")
+    parser.add_argument("--address", action="store_true", help="emulated: under sanitizers of addresses")
     given = parser.parse_args()
     print(cuda() if given.what == "cuda" else emulated(given.address))
     sys.exit()

@@ -185,13 +185,15 @@ class _OneCall:
                 plan = plans[id(group)] = self._plan(group, params, grads, fusion)
             if plan.one_device:
                 rate = self._rate(group, params[0].device)
-                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling, plan.pairs)
+                scalars = _on(params[0].device, scaling)
+                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scalars, plan.pairs)
                 continue
             grads = _apart(params, grads, plan.pairs)
             for device in sorted({p.device for p in params}, key=str):
                 some, theirs, states = zip(*(row for row in zip(params, grads, plan.states) if row[0].device == device))
                 rate = self._rate(group, device)
-                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling, ())
+                scalars = _on(device, scaling)
+                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scalars, ())
         return loss
 
     _ranged_step = torch.optim.Optimizer.profile_hook_step(_step)  # with everybody's hooks, `after_step` among them
@@ -325,6 +327,11 @@ class _OneCall:
 
     def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         raise NotImplementedError
+
+
+def _on(device: torch.device, scalars: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """What a GradScaler hands over, where the kernels read it: it has its tensors on one device."""
+    return [s if s is None else s.to(device) for s in scalars]
 
 
 @torch.no_grad()

@@ -94,7 +94,9 @@ def overlap(bank: Sequence[Tensor]) -> Tensor:
 
 
 def _key(scores: Tensor, by: str) -> Tensor:
-    return scores.abs() if by == "magnitude" else scores
+    """What selection sorts: every NaN the same one and no -0.0, for torch.sort on a GPU goes by their bits."""
+    key = scores.abs() if by == "magnitude" else scores
+    return torch.where(key.isnan(), torch.full((), float("nan"), dtype=key.dtype, device=key.device), key + 0.0)
 
 
 def select(scores: Sequence[Tensor], k: Sequence[int], by: str = "magnitude", ties: str = "last") -> list[Tensor]:
@@ -141,9 +143,10 @@ def refresh_(
 
     scores, weights: float, equal shapes in pairs; bits: uint8 (nbytes(N),); w_eff: contiguous, weight's shape and dtype, or
     0 elements; hints: float64 (4,) each, where a kernel may keep what it learnt of the threshold for its next call: the key of the
-    k-th largest score (an integer that orders as the scores do), the half-width in keys of the window about it that the next call
-    looks in first (0: none yet), how many scores the last window held, and how many windows have missed so far. Hints change
-    speed, never results, whatever they hold; the reference leaves them alone.
+    k-th largest score (an integer that orders as the scores do, and a fraction for its place among equal ones where the kernel
+    knows it), the half-width in keys of the window about it that the next call looks in first (0: none yet), how many scores the
+    last window held, and how many windows have missed so far. Hints change speed, never results, whatever they hold; the reference
+    leaves them alone.
     """
     for w, b, e, new in zip(weights, bits, w_eff, select(scores, k, by, ties)):
         b.copy_(new)
@@ -157,7 +160,7 @@ def threshold(scores: Sequence[Tensor], value: float, inclusive: bool = True) ->
     scores: list of float tensors, any shapes and strides -> list of uint8 (nbytes(N),). The comparison is PyTorch's in the
     scores' dtype: NaN compares false, -0.0 equals +0.0, and value is rounded to that dtype first.
     """
-    cuts = [torch.full((), value, dtype=s.dtype, device=s.device) for s in scores]
+    cuts = [torch.full((), value, dtype=torch.float64, device=s.device).to(s.dtype) for s in scores]
     return [pack(s.detach() >= v if inclusive else s.detach() > v) for s, v in zip(scores, cuts)]
 
 
@@ -324,7 +327,9 @@ def superpose_counts(weight: Tensor, counts: Tensor, tasks: int) -> Tensor:
 
     weight: (*shape) float; counts: (*shape) int32; tasks: K -> (*shape), weight's dtype, contiguous.
     """
-    return _where_open(counts > 0, weight * (counts.to(weight.dtype) / tasks))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    of = torch.full((), tasks, dtype=wide, device=weight.device)  # a tensor: a number would be inverted on a GPU, for one rounding more
+    return _where_open(counts > 0, weight * (counts.to(weight.dtype).to(wide) / of).to(weight.dtype))
 
 
 def _where_open(opened: Tensor, product: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """Fixtures of all tests: the device, the same chance at every test, thread counts put back, and one run for each CPU instruction set."""
 
+import os
+
 import pytest
 import torch
 from device import DEVICE, ON_CPU
@@ -19,6 +21,10 @@ if not ON_CPU:
     torch.backends.cudnn.deterministic = True
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "xdist_group: tests that pytest-xdist gives to one worker")
+
+
 @pytest.fixture(autouse=True)
 def _same_chance():
     """Every test starts from one seed and leaves torch's number of threads as it found it."""
@@ -27,6 +33,8 @@ def _same_chance():
     yield
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()  # a kernel's error is that of its own test
 
 
 def switch_isa(request: str | None) -> str | None:
@@ -52,3 +60,25 @@ def cpu_isa(request):
         yield request.param
     finally:
         switch_isa(before)
+
+
+_broken = False  # whether a kernel has failed: every later call of CUDA in this process would
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_makereport(item, call):
+    """Notice a CUDA error."""
+    global _broken
+    if (
+        not ON_CPU
+        and call.excinfo is not None
+        and ("CUDA error" in str(call.excinfo.value) or "CUDA says" in str(call.excinfo.value))
+    ):
+        _broken = True
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_logfinish(nodeid, location):
+    """After a CUDA error a worker of pytest-xdist ends, and a fresh one takes the tests that are left."""
+    if _broken and "PYTEST_XDIST_WORKER" in os.environ:
+        os._exit(3)

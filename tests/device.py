@@ -16,6 +16,7 @@ ON_CPU = DEVICE == "cpu"
 LIBRARY = "_C_cpu" if ON_CPU else "_C_cuda"  # the compiled ops of this device
 # The CUDA kernels, compiled for the processor, in place of the CPU library (test_emulated.py).
 EMULATED = "_C_cpu" in LOADED and LOADED["_C_cpu"].name.startswith("_C_emulated")
+CUDA_KERNELS = EMULATED or not ON_CPU  # which do not wait to look at what tensors hold
 
 cpu_only = pytest.mark.skipif(not ON_CPU, reason=f"about threads or instruction sets of the CPU, and this run is on {DEVICE}")
 no_sync = pytest.mark.skipif(not ON_CPU or EMULATED, reason="needs a look at values on the host, for which no CUDA op waits")

@@ -3,6 +3,7 @@
 Runs with ``SUBNET_TEST_DEVICE=cuda``. That results are right is what all other tests say, which run there too.
 """
 
+import contextlib
 import copy
 import math
 
@@ -68,6 +69,20 @@ def assert_near(results, expected) -> None:
         roundings = 256 * torch.finfo(a.dtype).eps if a.dtype in (torch.float32, torch.float64) else 8 * torch.finfo(a.dtype).eps
         scale = b[b.isfinite()].abs().max().item() if b.isfinite().any() else 1.0
         torch.testing.assert_close(a, b, rtol=roundings, atol=roundings * max(scale, 1e-30), equal_nan=True)
+
+
+def captured(function):
+    """(graph, what the function returned) of one capture; one that breaks off leaves the allocator as it was."""
+    graph, pool = torch.cuda.CUDAGraph(), torch.cuda.graph_pool_handle()
+    torch.cuda.synchronize()
+    try:
+        with torch.cuda.graph(graph, pool=pool):
+            result = function()
+    except Exception:
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
+    return graph, result
 
 
 def poison() -> None:
@@ -145,7 +160,7 @@ def test_on_another_stream(name, make):
 
 
 @every_case
-def test_graph_has_the_bits_of_eager(name, make):
+def test_graph_has_the_bits_of_eager(waiting_refused, name, make):
     """Captured once, replayed on the same inputs and on others of the same shapes: what a kernel does may not follow the values."""
     args = make()
     side = torch.cuda.Stream()
@@ -154,10 +169,11 @@ def test_graph_has_the_bits_of_eager(name, make):
         for _ in range(2):
             call(name, twin(args))
     torch.cuda.current_stream().wait_stream(side)
-    given, graph = twin(args), torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        results = call(name, given)
+    waiting_refused()
+    call(name, twin(args))
+    waiting_refused("default")
+    given = twin(args)
+    graph, results = captured(lambda: call(name, given))
     for inputs in (args, make()):
         if [t.shape for t in tensors(inputs)] != [t.shape for t in tensors(args)]:
             continue  # as many kept values as a mask has bits
@@ -243,10 +259,7 @@ def test_graph_of_a_warm_refresh_follows_the_scores():
     with torch.cuda.stream(side):
         ops.refresh_(scores, weights, k, bits, w_eff, hints)
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        ops.refresh_(scores, weights, k, bits, w_eff, hints)
+    graph, _ = captured(lambda: ops.refresh_(scores, weights, k, bits, w_eff, hints))
     for step in range(8):
         graph.replay()
         for b, e, w, expected in zip(bits, w_eff, weights, reference.select(scores, k)):
@@ -308,12 +321,14 @@ def test_graph_of_a_whole_step(waiting_refused, wsn, fuse_ste):
             x.copy_(batch[0])
             y.copy_(batch[1])
             graph_step()
+        x.copy_(data[3][0])
+        y.copy_(data[3][1])
     torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.synchronize()
-    with torch.cuda.graph(graph):
-        graph_step()
-    for batch in data[3:]:
+    waiting_refused()
+    graph_step()
+    waiting_refused("default")
+    graph, _ = captured(graph_step)
+    for batch in data[4:]:
         x.copy_(batch[0])
         y.copy_(batch[1])
         graph.replay()
@@ -345,10 +360,12 @@ def room():
     torch.cuda.empty_cache()
 
 
+huge = pytest.mark.xdist_group("huge")  # one after another: each takes gigabytes
 HUGE = 2**31 + 1543  # elements
 PART = 1 << 28
 
 
+@huge
 def test_counts_beyond_32_bits(room):
     n = 2**32 + 512 * 3
     bits = torch.full((n // 8,), 255, dtype=torch.uint8)
@@ -360,6 +377,7 @@ def test_counts_beyond_32_bits(room):
     assert owned[-64:].eq(255).all()
 
 
+@huge
 def test_pack_and_unpack_beyond_32_bits(room):
     mask = torch.zeros(HUGE, dtype=torch.bool)
     places = torch.tensor([0, 7, 2**31 - 1, 2**31, 2**31 + 600, HUGE - 1])
@@ -370,6 +388,7 @@ def test_pack_and_unpack_beyond_32_bits(room):
     assert torch.equal(sk.unpack(bits, (HUGE,)), mask)
 
 
+@huge
 def test_apply_beyond_32_bits(room):
     weight = torch.empty(HUGE, dtype=torch.uint8).random_(1, 255)
     bits = torch.empty(reference.nbytes(HUGE), dtype=torch.uint8).random_(0, 256)
@@ -380,6 +399,7 @@ def test_apply_beyond_32_bits(room):
         assert torch.equal(result[begin:end], torch.where(mask, weight[begin:end], 0)), begin
 
 
+@huge
 @pytest.mark.parametrize("ties", ["last", "first"])
 def test_select_beyond_32_bits(room, ties):
     """Sixteen-bit scores tie at the cut by the million: exactly k, the right ones, and the ties of the right end."""

@@ -1,6 +1,6 @@
 """The CUDA kernels without a GPU: compiled for the processor (csrc/cuda/simt.h), they pass their ops' tests in place of the CPU kernels.
 
-Twice: as they are, and under the address sanitizer, which finds what they read or write out of bounds.
+Twice: as they are, and under sanitizers, which find what they read or write out of bounds or unaligned.
 """
 
 import os
@@ -16,6 +16,7 @@ TESTS = {  # file -> tests that concern the CPU library alone, by name
     "test_apply.py": "",
     "test_bits.py": "",
     "test_compressed.py": "",
+    "test_update.py": "",
 }
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from device import DEVICE, EMULATED, ON_CPU, compiled_only, cpu_only
+from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only, cuda_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -24,6 +24,7 @@ SHAPES = [
     (300, 65, 10, 2),
     (90, 513, 3, 66),
     (3, 5, 200, 130),
+    (20, 640, 40, 3),
 ]
 
 
@@ -133,7 +134,7 @@ def test_a_row_does_not_depend_on_the_others(cpu_isa):
     assert torch.equal(sk.mixed_linear(x[order], weight, bank, ids[order], bias), y[order])
     for row in (0, 17, 49):
         alone = sk.mixed_linear(x[row : row + 1], weight, bank, ids[row : row + 1], bias)
-        if ON_CPU:
+        if not CUDA_KERNELS:
             assert torch.equal(alone, y[row : row + 1])
         else:  # how many rows there are may choose the order of a sum
             torch.testing.assert_close(alone, y[row : row + 1], rtol=1e-4, atol=1e-4)
@@ -163,6 +164,36 @@ def test_closed_weights_do_not_get_out(cpu_isa, rows):
         (own(x, weight, masks, ids), grad @ where_open(masks[0], clean), where_open(masks[0], grad.t() @ x)),
     ):
         torch.testing.assert_close(result, right, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [70, 136, 256])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_keep_to_themselves(cpu_isa, dtype, inputs):
+    """Weights that are NaN where one task is open and another closed, and rows that are not finite: other rows hear nothing of them."""
+    masks = torch.rand(3, 40, inputs) < 0.5
+    masks[2] = ~masks[0]
+    bank, ids = sk.pack_bank(masks), torch.tensor([0, 2, 1, 0, 0, 2, 1, 0, 2, 2, 2, 0])
+    x, grad, clean = torch.randn(12, inputs).to(dtype), torch.randn(12, 40).to(dtype), torch.randn(40, inputs).to(dtype)
+    weight = torch.where(masks[0], clean, torch.tensor(nan, dtype=dtype))
+    expected = all_three(x, clean, bank, ids, None, grad)
+    for result, right in zip(all_three(x, weight, bank, ids, None, grad)[:2], expected):
+        assert torch.equal(result[ids == 0], right[ids == 0])
+        assert result[ids != 0].isnan().all()
+    x[3, 5], grad[4, 7] = inf, nan
+    for result, right, row in zip(all_three(x, clean, bank, ids, None, grad)[:2], expected, (3, 4)):
+        others = torch.arange(12) != row
+        assert torch.equal(result[others], right[others])
+        assert not result[row].isfinite().any()
+
+
+def test_many_rows(cpu_isa):
+    """More than are taken at a time."""
+    masks, bank, ids, x, weight, bias = draw(8200, 3, 2, 5)
+    grad = torch.randn(8200, 2)
+    y, d_x, _ = all_three(x, weight, bank, ids, bias, grad)
+    effective = where_open(masks, weight)[ids]
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", effective, x) + bias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_x, torch.einsum("boi,bo->bi", effective, grad), rtol=1e-4, atol=1e-5)
 
 
 def test_strides_and_uneven_blocks(cpu_isa):
@@ -234,7 +265,7 @@ def test_vmap_over_models_and_rows():
 @compiled_only
 def test_dispatched_calls_check_too():
     _, bank, ids, x, weight, _ = draw(5, 6, 4, 3)
-    if ON_CPU and not EMULATED:  # values are not looked at where that would wait for the device
+    if not CUDA_KERNELS:  # values are not looked at where that would wait for the device
         with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
             OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
     with pytest.raises(RuntimeError, match="one id for each of 5 rows, got 4"):
@@ -245,7 +276,7 @@ def test_dispatched_calls_check_too():
         OPS.mixed_linear(x, weight.double(), bank, ids)
 
 
-@pytest.mark.skipif(ON_CPU and not EMULATED, reason="the CPU ops raise: test_dispatched_calls_check_too")
+@cuda_kernels
 @pytest.mark.parametrize("rows", [7, 300])
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 def test_ids_that_are_no_task_on_a_gpu(rows, dtype):

@@ -13,6 +13,7 @@ from subnet_kernels.ops import refresh_
 
 inf, nan = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TIES = ("last", "first", "all")
 
 
 @pytest.fixture(autouse=True)
@@ -92,7 +93,7 @@ def test_logical_order_whatever_the_strides():
 # ------------------------------------------------------------------------------------------------- against the reference
 
 
-def same(scores, k, by="magnitude", ties=("last", "first", "all")):
+def same(scores, k, by="magnitude", ties=TIES):
     for rule in ties:
         assert torch.equal(sk.select(scores, k, by, rule), reference.select([scores], [k], by, rule)[0]), f"k={k}, {by}, {rule}"
 
@@ -139,31 +140,61 @@ def test_distributions(cpu_isa, case):
     same(scores, n - 2, "value", ties=("last",))
 
 
-def test_sample_that_lies(cpu_isa):
-    """Every fourth score of a period is huge, wherever the sample falls twice as often as it should: the window misses."""
-    n, k = 50_000, 15_000
+def lying(n, *samples):
+    """Scores that are huge wherever one of the samples looks."""
     scores = torch.rand(n)
-    hidden = find_sample(n)
-    scores[hidden] += 10
-    hints = torch.zeros(4, dtype=torch.float64)
-    bits = torch.empty(reference.nbytes(n), dtype=torch.uint8)
-    refresh_([scores], [scores], [k], [bits], [torch.empty(0)], [hints])
+    for sample in samples:
+        scores[torch.from_numpy(sample).to(scores.device)] = 10 + torch.rand(len(sample))
+    return scores
+
+
+def refreshed(scores, k):
+    """Refreshes one layer without hints, checks its bits and returns its hint."""
+    hint = torch.zeros(4, dtype=torch.float64)
+    bits = torch.empty(reference.nbytes(scores.numel()), dtype=torch.uint8)
+    refresh_([scores], [scores], [k], [bits], [torch.empty(0)], [hint])
     assert torch.equal(bits, reference.select([scores], [k])[0])
-    if ON_CPU:  # another kernel looks at other scores
-        assert hints[3] == 1, "the sample was not fooled, so the exact window was not tested"
+    return hint
+
+
+def test_sample_that_lies(cpu_isa):
+    """The scores that are sampled are huge: the window misses."""
+    n, k = 50_000, 15_000
+    scores = lying(n, cpu_sample(n), cuda_sample(n, 0))
+    assert refreshed(scores, k)[3] == 1, "the sample was not fooled, so what follows a miss was not tested"
     same(scores.double(), k)
 
 
-def find_sample(n):
-    """The scores that the kernel looks at before the scan: groups of four at places hashed from their number."""
+def test_every_sample_that_lies(cpu_isa):
+    """Both samples of the CUDA kernels are fooled: what remains is to select from all scores."""
+    n, k = 200_000, 60_000
+    scores = lying(n, cpu_sample(n), cuda_sample(n, 0), cuda_sample(n, 1))
+    assert 1 <= refreshed(scores, k)[3] <= 2
+    for by, dtype in (("value", torch.float32), ("magnitude", torch.bfloat16)):
+        same(scores.to(dtype), k, by, ("last", "first"))
+
+
+def hashed(x):
+    """The top 32 bits of a shortened splitmix64 of uint64."""
+    with np.errstate(over="ignore"):
+        x = x * np.uint64(0x9E3779B97F4A7C15)
+        return (x ^ (x >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9) >> np.uint64(32)
+
+
+def cpu_sample(n):
+    """The scores that the CPU kernel looks at before the scan: groups of four at places hashed from their number."""
     groups = int(np.cbrt(float(n) * float(n))) // 4
     stride = n // groups
     g = np.arange(1, groups + 1, dtype=np.uint64)
-    with np.errstate(over="ignore"):
-        g = g * np.uint64(0x9E3779B97F4A7C15)
-        g = (g ^ (g >> np.uint64(29))) * np.uint64(0xBF58476D1CE4E5B9)
-    start = np.arange(groups) * stride + ((g >> np.uint64(32)) * np.uint64(stride - 3) >> np.uint64(32)).astype(np.int64)
-    return torch.from_numpy((start[:, None] + np.arange(4)).reshape(-1)).to(DEVICE)
+    start = np.arange(groups) * stride + (hashed(g) * np.uint64(stride - 3) >> np.uint64(32)).astype(np.int64)
+    return (start[:, None] + np.arange(4)).reshape(-1)
+
+
+def cuda_sample(n, attempt):
+    """Those that the CUDA kernel looks at: one of each of 8,192 equal parts."""
+    parts = 8192
+    g = np.arange(1, parts + 1, dtype=np.uint64) + np.uint64(attempt * parts)
+    return np.arange(parts) * (n // parts) + (hashed(g) * np.uint64(n // parts) >> np.uint64(32)).astype(np.int64)
 
 
 def test_strides_and_offsets(cpu_isa):
@@ -352,6 +383,145 @@ def test_many_layers_on_two_threads(cpu_isa):
         layers.check(threads=2)
         for s in layers.scores:
             s += torch.randn(s.shape) * 1e-3
+
+
+# ------------------------------------------------------------------------------------ layers too large for one block of a GPU
+
+LARGE = {
+    "all equal": lambda n: torch.full((n,), 0.5),
+    "zeros of both signs": lambda n: torch.zeros(n) * torch.randn(n).sign(),
+    "all NaN": lambda n: torch.full((n,), nan),
+    "two values": lambda n: torch.where(torch.rand(n) < 0.5, 1.0, -2.0),
+    "two values side by side": lambda n: torch.where(torch.arange(n) < n // 2, 2.0, 1.0),
+    "40 % tie, scattered": lambda n: torch.where(torch.rand(n) < 0.4, 0.7, torch.randn(n)),
+    "40 % tie, side by side": lambda n: torch.where((torch.arange(n) / n - 0.6).abs() < 0.2, 0.7, torch.randn(n)),
+    "ascending": lambda n: torch.arange(n) / n,
+    "a period that divides the samples' parts": lambda n: torch.arange(n) % 6 + torch.rand(n) * (torch.arange(n) % 6 == 3),
+    "a period of a strip": lambda n: (torch.arange(n) % 1024) / 1024 + (torch.arange(n) // 1024) * 1e-6,
+    "a narrow cluster and outliers": lambda n: torch.where(torch.rand(n) < 0.01, 1e6 * torch.randn(n), 1 + 1e-6 * torch.randn(n)),
+    "mostly infinite": lambda n: torch.where(torch.rand(n) < 0.7, inf, torch.randn(n)),
+}
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_large_layers_cold_and_warm(cpu_isa, case):
+    """Candidates overflow or all tie; twice, so that the second call starts from hints. Sizes end inside a strip and at its end."""
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+    layers = Layers([LARGE[case](n).to(d) for n, d in zip((40_011, 36_864, 17_000), dtypes)])
+    for by, ties in (("magnitude", "last"), ("magnitude", "first"), ("value", "all")):
+        for share in (0.3, 0.41):
+            layers.k = [int(share * s.numel()) for s in layers.scores]
+            layers.check(by, ties)
+            layers.check(by, ties)
+
+
+@pytest.mark.parametrize("hint", BAD_HINTS.values(), ids=BAD_HINTS)
+def test_no_hint_changes_a_bit_of_a_large_layer(cpu_isa, hint):
+    layers = Layers([torch.randn(20_000).to(d) for d in DTYPES] + [torch.full((20_000,), 2.0)])
+    for ties in TIES:
+        for h in layers.hints:
+            h.copy_(torch.tensor(hint, dtype=torch.float64))
+        layers.check("value", ties)
+        for h, s in zip(layers.hints, layers.scores):
+            assert h.isfinite().all(), h
+            assert h[1] > 0, h
+            assert 0 <= h[2] <= s.numel(), h
+            assert h[3] >= 0, h
+        layers.check("value", ties)
+
+
+def test_windows_that_miss_by_a_little_and_by_much(cpu_isa):
+    """Hints whose window lies just above, just below and far from the threshold; then the scores are replaced."""
+    layers = Layers([torch.rand(30_000) + 1])
+    layers.check()
+    good = layers.hints[0].clone()
+    for shift in (-3.0, -1.001, -0.999, 0.0, 0.999, 1.001, 3.0, 1e6):
+        layers.hints[0].copy_(good)
+        layers.hints[0][0] += shift * good[1]
+        layers.check()
+    for scores in (torch.randn(30_000) * 1e-3, torch.full((30_000,), 7.0), torch.randn(30_000) * 1e3):
+        layers.scores = [scores]
+        layers.check()
+        layers.check(ties="all")
+
+
+@pytest.mark.parametrize("weight_dtype", DTYPES)
+def test_effective_weight_of_large_layers(cpu_isa, weight_dtype):
+    """Every pair of dtypes; what lies behind closed bits is NaN, infinity and -0; k ends at 0 and n."""
+    scores = [torch.randn(n).to(d) for n, d in zip((16_385, 17_408, 20_001, 18_000), DTYPES)]
+    weights = [torch.randn(s.shape).to(weight_dtype) for s in scores]
+    for w in weights:
+        w[::3] = torch.tensor([nan, inf, -0.0], dtype=weight_dtype).repeat(w.numel())[: len(w[::3])]
+    layers = Layers(scores, weights)
+    for share in (0.3, 0, 1, 1e-4):
+        layers.k = [int(share * s.numel()) for s in scores]
+        layers.check()
+
+
+def test_misaligned_memory(cpu_isa):
+    """Scores, weights, bits and effective weights that begin one element past any alignment."""
+    for n in (700, 20_000):
+        layers = Layers([torch.randn(n + 1)[1:], torch.randn(n + 1).bfloat16()[1:]])
+        layers.weights = [torch.randn(n + 1)[1:], torch.randn(n + 1).half()[1:]]
+        layers.bits = [torch.empty(reference.nbytes(n) + 1, dtype=torch.uint8)[1:] for _ in layers.scores]
+        layers.w_eff = [torch.empty(n + 1, dtype=w.dtype)[1:] for w in layers.weights]
+        layers.check()
+
+
+def test_forty_layers_of_every_size_and_dtype(cpu_isa):
+    sizes = [0, 1, 31, 33, 511, 1024, 1025, 9408, 16_383, 16_384, 16_385, 16_896, 32_768, 65_537, 200_000, 5] + [700] * 24
+    scores = [torch.randn(n).to(DTYPES[i % 4]) for i, n in enumerate(sizes)]
+    layers = Layers(scores, [torch.randn(n).to(DTYPES[i % 3]) for i, n in enumerate(sizes)])
+    layers.k = [int(n * (i % 7) / 6) for i, n in enumerate(sizes)]
+    layers.check("value", "first")
+    layers.check("value", "first")
+
+
+def test_more_layers_than_one_launch_carries(cpu_isa):
+    """A long list is cut into several launches, each with large layers of its own."""
+    scores = [torch.randn(17_000 if i % 97 == 50 else 3 + i % 60) for i in range(300)]
+    k = [s.numel() // 3 for s in scores]
+    for bits, answer in zip(sk.select(scores, k), reference.select(scores, k)):
+        assert torch.equal(bits, answer)
+
+
+def test_same_scores_give_same_bits_and_hints(cpu_isa):
+    layers = Layers([torch.randn(50_000), torch.randn(30_000).bfloat16(), torch.randn(500)])
+    found = []
+    for _ in range(3):
+        for h in layers.hints:
+            h.zero_()
+        layers.check()
+        layers.check()
+        found.append(torch.stack(layers.hints))
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    layers=st.lists(
+        st.tuples(
+            st.integers(1, 4000) | st.integers(16_385, 24_000),
+            st.sampled_from(list(LARGE)),
+            st.sampled_from(DTYPES),
+            st.sampled_from([0.0, 1.0, 0.5, 0.999, 1e-4]) | st.floats(0, 1),
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    by=st.sampled_from(["magnitude", "value"]),
+    ties=st.sampled_from(TIES),
+    move=st.sampled_from([0.0, 1e-3, 1.0]),
+)
+def test_any_list_of_layers(cpu_isa, layers, by, ties, move):
+    """Twice, with the scores moved between the calls: hints are good, stale or useless."""
+    scores = [LARGE[case](n).to(dtype) for n, case, dtype, _ in layers]
+    all_layers = Layers(scores, k=[round(share * n) for n, _, _, share in layers])
+    all_layers.check(by, ties)
+    for s in scores:
+        s += (torch.randn(s.shape) * move).to(s.dtype)
+    all_layers.check(by, ties)
 
 
 # ---------------------------------------------------------------------------------------------------------- bad arguments

@@ -27,6 +27,8 @@ if INTERPRETED:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
+from subnet_kernels.triton import _build  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[1]
 OUT = ROOT / "build" / "triton"
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -37,7 +39,7 @@ BUILDS = [build for module in launches.modules() for build in importlib.import_m
 
 def key(build):
     """The name that a build's budget has: all dtypes share one."""
-    return re.sub(r"-(fp32|fp16|bf16)\b", "", build.name)
+    return re.sub(r"-(fp32|fp16|bf16|i8|i16|i32|i64)\b", "", build.name)
 
 
 def source(build):
@@ -145,6 +147,7 @@ def asked(monkeypatch):
         return True
 
     monkeypatch.setattr(triton.knobs.runtime, "jit_cache_hook", hook)
+    monkeypatch.setattr(_build, "_compiled", {})  # as before the first launch
     triton.runtime.driver.set_active(Driver())
     yield found
     triton.runtime.driver.set_active(None)  # the next launch looks for a GPU again
@@ -176,3 +179,69 @@ def test_masked_launches_choose_what_is_listed(asked):
                     masked.masked_linear_grad_weight(grad, x, None, None, bits, bits)
                     masked.masked_linear_grad_weight(grad, x, weight, weight, bits, None, "value", False)
     assert set(asked) == listed(masked.builds())
+
+
+def bits_of(n):
+    return torch.zeros(reference.nbytes(n), dtype=torch.uint8)
+
+
+def test_apply_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import apply
+
+    for n in (1, 5000):
+        for dtype in (torch.int8, torch.bfloat16, torch.float16, torch.float32, torch.float64):
+            weight = torch.zeros(n, dtype=dtype)
+            apply.apply(weight, bits_of(n))
+            apply.restore_([weight], [bits_of(n)], [weight])
+            for shut, by, *needed in ((None, "value", True, True), (bits_of(n), "magnitude", True, False)):
+                apply.straight_through(weight, weight, weight, bits_of(n), shut, by, *needed)
+    assert set(asked) == listed(apply.builds())
+
+
+def test_bits_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import bits
+
+    for n in (1, 5000):
+        bits.unpack(bits.pack(torch.zeros(n) > 0), [n])
+        bits.stats(bits_of(n), bits_of(n))
+        bits.count(bits_of(n))
+    assert set(asked) == listed(bits.builds())
+
+
+def test_selection_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import select
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        scores = [torch.zeros(n, dtype=dtype) for n in (1, 8192, 8193, 70_000)]
+        for k, by, ties in ((1, "magnitude", "last"), (1, "value", "all"), (0, "value", "first")):
+            select.select(scores, [k] * 4, by, ties)
+        select.threshold(scores, 0.1, False)
+    assert set(asked) == listed(select.builds())
+
+
+def test_superposition_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import superpose
+
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for tasks, n in ((1, 1), (300, 5000)):
+            weight, bank = torch.zeros(n, dtype=dtype), reference.pack_bank(torch.zeros(tasks, n) > 0)
+            superpose.superpose(weight, bank, None)
+            superpose.superpose(weight, bank, torch.zeros(2, tasks))
+            superpose.superpose_counts(weight, torch.zeros(n, dtype=torch.int32), tasks)
+            superpose.superpose_grad(weight[None], weight, bank)
+    assert set(asked) == listed(superpose.builds())
+
+
+def test_update_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import update
+
+    rate = torch.tensor(0.1, dtype=torch.float64)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        params, frozen = [torch.zeros(n, dtype=dtype) for n in (1, 5000)], [None, bits_of(5000)]
+        steps = [torch.zeros(()) for _ in params]
+        for on, found in ((False, None), (True, torch.zeros(()))):
+            end, lists = (frozen, rate, found, found), (params, params)
+            update.update_sgd_(*lists, params, *end, 0.9 * on, 0.0, 0.1 * on, on, on, not on)
+            update.update_rmsprop_(*lists, params, params, params, steps, *end, 0.9, 1e-8, 0.1 * on, 0.9 * on, on, on)
+            update.update_adam_(*lists, params, params, params, steps, *end, 0.9, 0.99, 1e-8, 0.1 * on, on, on, on)
+    assert set(asked) == listed(update.builds())

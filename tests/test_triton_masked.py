@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from interpreter import DEVICE, INTERPRETED, only_where_kernels_run
 
 from subnet_kernels import reference
+from subnet_kernels import triton as launches
 
 only_where_kernels_run()
 
@@ -277,6 +278,17 @@ def test_mixed_dtypes_are_composed(device, launched):
     assert not launched
 
 
+def test_as_the_dispatcher_calls(device, launched):
+    """Arguments that equal the schema's defaults are left out."""
+    x, weight = random((3, 6), torch.float32, device), random((4, 6), torch.float32, device)
+    bits = reference.pack(mask_of(4, 6, device))
+    y = launches._at_first_call(launches.LAUNCHES["masked_linear"])(x, weight, bits)
+    assert torch.equal(y, masked.masked_linear(x, weight, bits, None))
+    assert len(launched) == 2
+    if device.type == "cuda":
+        assert torch.equal(torch.ops.subnet_kernels.masked_linear(x, weight, bits), y)
+
+
 @pytest.mark.parametrize("with_bias", [False, True])
 def test_conv(device, with_bias):
     x, weight, mask = torch.randn(2, 4, 7, 8, device=device), torch.randn(6, 2, 3, 3, device=device), None
@@ -301,3 +313,27 @@ def test_refuses(device):
     ):
         with pytest.raises(RuntimeError, match=sentence):
             call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU: more than 2^31 weights")
+@pytest.mark.parametrize("rows", [1, 5])
+def test_more_weights_than_32_bits_count(device, rows):
+    """The last rows of a weight of 2^31 + 2^17 elements and more, of which every other one is open."""
+    outputs, inputs = 65568, 32768 + 32
+    weight = torch.ones(outputs, inputs, dtype=torch.bfloat16, device=device)
+    weight[-3:] = random((3, inputs), torch.bfloat16, device)
+    bits = torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=device)
+    bits[: weight.numel() // 8] = 0b01010101
+    x, grad = random((rows, inputs), torch.bfloat16, device), torch.zeros(rows, outputs, dtype=torch.bfloat16, device=device)
+    grad[:, -3:] = random((rows, 3), torch.bfloat16, device)
+    opened = weight[-3:].clone()
+    opened[:, 1::2] = 0
+    y = masked.masked_linear(x, weight, bits)[:, -3:]
+    assert near(y, F.linear(x, opened), F.linear(x.double(), opened.double()))
+    d_x = masked.masked_linear_grad_input(grad, weight, bits)
+    assert near(d_x, grad[:, -3:] @ opened, grad[:, -3:].double() @ opened.double())
+    d_weight = masked.masked_linear_grad_weight(grad, x, None, None, bits)[0][-3:]
+    exact = grad[:, -3:].double().t() @ x.double()
+    exact[:, 1::2] = 0
+    assert near(d_weight, exact.bfloat16(), exact)

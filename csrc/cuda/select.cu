@@ -9,10 +9,12 @@
 // launches depend on sizes alone.
 //
 // Ties are no special case, because the window is one of key and place: among equal keys the strip of a score decides
-// (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. Only float64 scores, and
-// ties="all", which knows no place, have windows of whole keys.
+// (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. ties="all" knows no places: its
+// window is of whole keys, and one key alone needs no list. Should whole keys be too many to list, the second round finds the key
+// with places nevertheless, and a third scan opens its ties wherever they are. Only float64 scores, whose keys leave no room for
+// places, go without.
 //
-// All counts are of whole numbers and no result depends on the order in which blocks run: the same scores give the same bits and
+// All counts are of whole numbers, and no result depends on the order in which blocks run: the same scores give the same bits and
 // hints.
 #include <bit>
 #include <cmath>
@@ -24,12 +26,17 @@ namespace {
 constexpr int kBlock = 1024;             // threads of a block that ranks
 constexpr int64_t kSmall = 16 * kStrip;  // up to so many scores one block selects from all of them
 constexpr int kSample = 8192;
-constexpr int kDigit = 11;  // bits that a round of a ranking decides
-constexpr int kBins = 512;  // of the histogram of a window
-constexpr int kApart = 8;   // words from one bin to the next: a sector each, or atomics would queue
-constexpr int kMostSegments = 32;
+constexpr int kDigit = 11;   // bits that a round of a ranking decides
+constexpr int kBinBits = 9;  // of the histogram of a window
+constexpr int kBins = 1 << kBinBits;
+constexpr int kApart = 8;  // words from one bin to the next: a sector each, or atomics would queue
+constexpr int kMostSegments = 128;
 
 enum class Ties : int { last, first, all };
+
+// A layer is scanned in the first round, again where the window of that one missed, and, for ties="all" only, once more where the
+// second round has found the key whose ties are to be opened wherever they are.
+constexpr int kFirst = 0, kAgain = 1, kTies = 2;
 
 struct Job : Layer {
   double* hint;  // null for `select`
@@ -59,14 +66,15 @@ struct Coordinate {
   bool first;       // ties="first"
   uint64_t places;  // of a key
 
-  __device__ Coordinate(const Job& job, int size_, bool value_)  // both the job's: constants where the caller knows them
+  // size_ and value_ are the job's: constants where the caller knows them.
+  __device__ Coordinate(const Job& job, int round, int size_, bool value_)
       : scores(job.scores),
         n(job.n),
         inf(static_cast<K>(job.inf)),
         size(size_),
         value(value_),
         first(job.ties == Ties::first),
-        places(sizeof(K) < 8 && job.ties != Ties::all ? strips(job.n) : 1) {}
+        places(sizeof(K) < 8 && (job.ties != Ties::all || round != kFirst) ? strips(job.n) : 1) {}
 
   __device__ K key(int64_t i) const {
     K raw;
@@ -94,20 +102,22 @@ struct Coordinate {
 
 // Calls f with the coordinate of the job's scores; what it does not know when it is compiled it asks for at every score.
 template <class F>
-__device__ void with_coordinate(const Job& job, const F& f) {
+__device__ void with_coordinate(const Job& job, int round, const F& f) {
   if (job.size == 8)
-    f(Coordinate<uint64_t>(job, 8, job.value));
+    f(Coordinate<uint64_t>(job, round, 8, job.value));
   else
-    f(Coordinate<uint32_t>(job, job.size, job.value));
+    f(Coordinate<uint32_t>(job, round, job.size, job.value));
 }
 
-// What the launches tell each other of a layer, one for each of the two attempts.
+// What the launches tell each other of a layer, one for the first round and one for the second.
 struct Segment {
   unsigned long long counts;  // above the window in the upper half, within it in the lower
   unsigned long long unused[3];
 };
 
-enum class Guess : int { none, ends, window, one_key };  // ends: k is 0 or n; one_key: ties="all", and the window one key
+// What the window of an attempt is: none to scan; k is 0 or n, which needs no proof; the key found in the second round, for the
+// third; a window; a window of one key with ties="all", which needs no list.
+enum class Guess : int { none, ends, ties, window, one_key };
 
 struct Attempt {
   Guess guess;
@@ -158,8 +168,9 @@ __device__ void find_bin(Ranking& r, long long upper, long long lower, int64_t n
 }
 
 // The need-th largest of the list's values in [low, high], 1 <= need <= their number: narrowed down to a range that holds at most
-// `enough` of them, or to one value. get(i, value) says whether item i takes part. All threads of a block of kBlock.
-template <class Get>
+// `enough` of them, or to one value. get(i, value) says whether item i takes part;
+// Flight of a thread's are asked for at a time. All threads of a block of kBlock.
+template <int Flight, class Get>
 __device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_t need, int64_t enough, Ranking& r,
                               const Get& get) {
   constexpr int64_t kRun = int64_t{1} << 31;  // items whose counts fit in a bin
@@ -173,7 +184,7 @@ __device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_
       r.bins[bin] = r.bins[bin - 1] = 0;
       __syncthreads();
       const int64_t end = min(items, begin + kRun);
-#pragma unroll 4
+#pragma unroll Flight
       for (int64_t i = begin + threadIdx.x; i < end; i += kBlock) {
         uint64_t value = 0;
         if (get(i, value) && value >= low && value <= high) atomicAdd(&r.bins[(value - low) >> shift], 1u);
@@ -194,22 +205,24 @@ __device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_
 
 __device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] < 1e19 && fabs(hint[0]) < 1e19; }
 
-// Where the k-th largest score stands, and how wide the next window should be: from how far it moved, and how many scores a step
-// of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread.
-template <class C>
-__device__ void learn(const Job& job, const C& c, uint64_t coordinate, double within, double span, int missed) {
-  double* const hint = job.hint;
-  if (hint == nullptr) return;
-  const double n = static_cast<double>(job.n), places = static_cast<double>(c.places), dense = within / span;
-  const auto half = [&](double share) { return share * n / (2 * dense); };
-  const double now = c.to_hint(coordinate);
-  double next = half(1. / 64);
+// Writes where the k-th largest score stands now, and how wide the next window should be: from how far it moved, and how many
+// scores a step of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread; out
+// of line because its divisions are long.
+__device__ __noinline__ void learn(double* hint, double now, double n, double places, double within, double span, int missed) {
+  const double each = span / within, all = n * each / 2;  // half-widths: all * share holds about that share of all scores
+  double next = all / 64;
   if (makes_sense(hint)) next = max(4 * fabs(now - hint[0]) * places, missed ? 0 : .75 * hint[1] * places);
-  next = min(max(next, half(min(1. / 8192 + 32 / n, 1. / 16))), half(1. / 16));
+  next = min(max(next, min(all / 8192 + 16 * each, all / 16)), all / 16);
   hint[0] = now;
-  hint[1] = max(next, 1.) / places;
+  hint[1] = max(next, places == 1 ? .5 : 1.) / places;  // .5: a window of one key is worth having
   hint[2] = within;
   hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
+}
+template <class C>
+__device__ void learn(const Job& job, const C& c, uint64_t coordinate, int64_t within, double span, int missed) {
+  if (job.hint == nullptr) return;
+  learn(job.hint, c.to_hint(coordinate), static_cast<double>(job.n), static_cast<double>(c.places), static_cast<double>(within),
+        span, missed);
 }
 
 // ------------------------------------------------------------------------------------------------------- one block, all scores
@@ -244,21 +257,20 @@ template <class C>
 __device__ void select_in_block(const Job& job, const C& c, int missed, Ranking& ranking) {
   if (job.k == 0) return write_all(job, c, uint64_t{c.most_key()} + 1, 0);
   if (job.k == job.n) return write_all(job, c, 0, 0);
-  const Rank found = rank_in_block(job.n, 0, c.most_key(), job.k, 0, ranking, [&](int64_t i, uint64_t& value) {
+  const Rank found = rank_in_block<4>(job.n, 0, c.most_key(), job.k, 0, ranking, [&](int64_t i, uint64_t& value) {
     value = c.key(i);
     return true;
   });
   const uint64_t key = found.low;
   uint64_t cut = 0;
   if (job.ties != Ties::all && found.need < found.count)
-    cut = rank_in_block(job.n, 0, strips(job.n) * kStrip - 1, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
+    cut = rank_in_block<4>(job.n, 0, strips(job.n) * kStrip - 1, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
             value = c.order(i);
             return c.key(i) == key;
           }).low;
   write_all(job, c, key, cut);
   const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-  if (threadIdx.x == 0)
-    learn(job, c, key * c.places + place, static_cast<double>(found.count), static_cast<double>(c.places), missed);
+  if (threadIdx.x == 0) learn(job, c, key * c.places + place, found.count, static_cast<double>(c.places), missed);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ begin
@@ -271,7 +283,8 @@ __device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess g
   if (threadIdx.x != 0) return;
   attempt.low = low, attempt.high = high;
   attempt.low_key = low / c.places, attempt.high_key = high / c.places;
-  attempt.low_place = static_cast<int64_t>(low % c.places), attempt.high_place = static_cast<int64_t>(high % c.places);
+  attempt.low_place = static_cast<int64_t>(low - attempt.low_key * c.places);
+  attempt.high_place = static_cast<int64_t>(high - attempt.high_key * c.places);
   if (job.k == 0) {
     guess = Guess::ends;
     attempt.low_key = attempt.high_key = uint64_t{c.most_key()} + 1;
@@ -280,11 +293,11 @@ __device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess g
     guess = Guess::ends;
     attempt.low_key = attempt.high_key = 0;
     attempt.low_place = 0, attempt.high_place = -1;
-  } else if (job.ties == Ties::all && low == high) {
+  } else if (job.ties == Ties::all && c.places == 1 && low == high) {
     guess = Guess::one_key;
   }
   attempt.guess = guess;
-  attempt.shift = high > low ? max(64 - __clzll(static_cast<long long>(high - low)) - 9, 0) : 0;  // 9: kBins
+  attempt.shift = high > low ? max(64 - __clzll(static_cast<long long>(high - low)) - kBinBits, 0) : 0;
   attempt.done = attempt.listed = 0;
 }
 
@@ -306,7 +319,7 @@ __device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, in
   }
   __syncthreads();
   const double share = static_cast<double>(job.k) / static_cast<double>(job.n), middle = share * kSample;
-  const double margin = (attempts == 0 ? 3.5 : 5) * sqrt(middle * (1 - share)) + 3;
+  const double margin = (attempts == 0 ? 4 : 5) * sqrt(middle * (1 - share)) + 3;
   const auto upper = static_cast<int64_t>(floor(middle - margin)), lower = static_cast<int64_t>(ceil(middle + margin));
   const auto enough = static_cast<int64_t>(margin / 8) + 1;
   const auto get = [&](int64_t i, uint64_t& value) {
@@ -315,11 +328,14 @@ __device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, in
   };
   uint64_t low = 0, high = c.most();
 #pragma unroll 1
-  for (const int64_t rank : {upper, lower}) {
+  for (int side = 0; side < 2; side++) {
+    const int64_t rank = side ? lower : upper;
     if (rank < 1 || rank > kSample) continue;
-    const Rank found = rank_in_block(kSample, 0, c.most(), rank, enough, ranking, get);
-    if (rank == upper) high = found.high;
-    if (rank == lower) low = found.low;
+    const Rank found = rank_in_block<4>(kSample, 0, c.most(), rank, enough, ranking, get);
+    if (side)
+      low = found.low;
+    else
+      high = found.high;
   }
   set_window(attempt, job, c, Guess::window, low, high);
 }
@@ -342,7 +358,7 @@ __global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T
   __shared__ Ranking ranking;
   if (blockIdx.x == 0 && threadIdx.x == 0) *missed = 0;
   const Job& job = table.layer[blockIdx.x];
-  with_coordinate(job, [&](const auto& c) {
+  with_coordinate(job, kFirst, [&](const auto& c) {
     if (job.large < 0) return select_in_block(job, c, 0, ranking);
     Attempt* const own = attempts + 2 * job.large;
     if (threadIdx.x == 0) own[1].guess = Guess::none;
@@ -391,10 +407,10 @@ int64_t candidate_bytes(const Job& job) {
 // ------------------------------------------------------------------------------------------------------------------- scan
 
 template <class S, bool Value>
-__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int64_t strip) {
+__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip) {
   using K = Key<S>;
   constexpr int E = kEach<S>, kUnit = key_unit(sizeof(S));
-  const Coordinate<K> c(job, sizeof(S), Value);
+  const Coordinate<K> c(job, round, sizeof(S), Value);
   const int lane = lane_of_thread();
   // Within a strip the window is one of keys alone: an end's own key counts where the strip is past its place.
   const auto ends = [&]() -> Ends<K> {
@@ -410,7 +426,7 @@ __device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int
   int scan = own;
   unsigned long long base = 0;
   const int segment = static_cast<int>(strip) & (job.segments - 1);
-  if (guess != Guess::ends) {
+  if (guess >= Guess::window) {
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, scan, step);
@@ -440,15 +456,17 @@ __device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int
 
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int again) {
-  if (again && *missed == 0) return;
+    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int round) {
+  if (round != kFirst && *missed == 0) return;
   for (unsigned tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
     const Job& job = table.of_tile(tile);
-    Attempt& attempt = attempts[2 * job.large + again];
+    Attempt& attempt = attempts[2 * job.large + (round == kAgain)];
     const int64_t strip = (tile - job.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
-    if (strip >= strips(job.n) || (again && attempt.guess == Guess::none)) continue;
+    if (strip >= strips(job.n)) continue;
+    if (round == kAgain && attempt.guess == Guess::none) continue;
+    if (round == kTies && attempt.guess != Guess::ties) continue;
     with_scores(job.size, job.value,
-                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, strip); });
+                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, strip); });
   }
 }
 
@@ -464,37 +482,52 @@ __device__ void open_one(const Job& job, int64_t i) {
     static_cast<uint64_t*>(job.w_eff)[i] = static_cast<const uint64_t*>(job.weight)[i];
 }
 
+// What a block that settles a segment knows of the whole layer, in shared memory.
 struct Totals {
-  long long above, within;
-  int overflow;
+  long long above, within;  // of the window
+  int overflow;             // a segment's list is not long enough
+  int bin;                  // that holds the k-th largest: of its `count` candidates the `need` largest are open
+  long long need, count;
+  int last;  // whether this is the layer's last block
 };
 
-// Selects the `need` largest of the `count` candidates listed for a bin, and learns. All threads of a block.
+// Selects among the candidates that are listed of the bin, and learns. All threads of a block.
 template <class C>
-__device__ void settle_bin(const Job& job, const C& c, const Attempt& attempt, int bin, int64_t need, int64_t count,
-                           int64_t within, int again, Ranking& ranking) {
+__device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const Totals& totals, int round, Ranking& ranking) {
+  const Attempt& attempt = attempts[round];
   const Candidates<typename C::K> candidates(job);
   const int64_t listed = candidates.room();  // where the bin's begin
-  const uint64_t low = attempt.low + (static_cast<uint64_t>(bin) << attempt.shift);
+  const int64_t count = totals.count;
+  const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
   const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
   const uint64_t low_key = low / c.places, high_key = high / c.places;
-  const Rank found = rank_in_block(count, low_key, high_key, need, 0, ranking, [&](int64_t i, uint64_t& value) {
+  const Rank found = rank_in_block<1>(count, low_key, high_key, totals.need, 0, ranking, [&](int64_t i, uint64_t& value) {
     value = candidates.key(listed + i);
     return true;
   });
   const uint64_t key = found.low;
+  const double span = static_cast<double>(attempt.high - attempt.low) + 1;
+  if (job.ties == Ties::all && c.places > 1) {
+    if (threadIdx.x != 0) return;
+    Attempt& third = attempts[kFirst];
+    third.guess = Guess::ties;
+    third.low_key = third.high_key = key;
+    third.low_place = 0, third.high_place = -1;
+    const C keys(job, kFirst, c.size, c.value);  // the next call's windows are of keys
+    return learn(job, keys, key, totals.within, span / static_cast<double>(c.places), round);
+  }
   // Of a bin within one key the count is the number of its ties; of others the ranking has counted them.
   uint64_t cut = 0;
   if (job.ties != Ties::all && found.need < found.count) {
     const bool one = low_key == high_key && c.places > 1;
-    const uint64_t first = one ? low % c.places * kStrip : 0;
-    const uint64_t last = one ? high % c.places * kStrip + kStrip - 1 : strips(job.n) * kStrip - 1;
-    cut = rank_in_block(count, first, last, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
+    const uint64_t first = one ? (low - low_key * c.places) * kStrip : 0;
+    const uint64_t last = one ? (high - high_key * c.places + 1) * kStrip - 1 : strips(job.n) * kStrip - 1;
+    cut = rank_in_block<1>(count, first, last, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
             value = c.order(candidates.index(listed + i));
             return candidates.key(listed + i) == key;
           }).low;
   }
-#pragma unroll 4
+#pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += kBlock) {
     const uint64_t own = candidates.key(listed + i);
     const int64_t index = candidates.index(listed + i);
@@ -502,35 +535,47 @@ __device__ void settle_bin(const Job& job, const C& c, const Attempt& attempt, i
   }
   if (threadIdx.x == 0) {
     const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-    learn(job, c, key * c.places + place, static_cast<double>(within), static_cast<double>(attempt.high - attempt.low) + 1,
-          again);
+    learn(job, c, key * c.places + place, totals.within, span, round);
   }
 }
 
+// What comes next for a layer whose window has missed, once and twice. Out of line: rare, they would take registers from what is
+// not.
+__device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, uint64_t* sample, Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) { guess_by_sample(attempt, job, c, 1, sample, ranking); });
+}
+__device__ __noinline__ void select_from_all(const Job& job, Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) { select_in_block(job, c, 2, ranking); });
+}
+
 template <class C>
-__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int again, int segment, unsigned* missed,
-                               uint64_t* sample, Ranking& ranking, Totals& totals, int& last) {
-  Attempt& attempt = attempts[again];
+__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int round, int segment, unsigned* missed,
+                               uint64_t* sample, Ranking& ranking, Totals& totals) {
+  Attempt& attempt = attempts[round];
   const int thread = threadIdx.x;
   if (thread < kWarpSize) {
-    const unsigned long long counts = thread < job.segments ? attempt.segment[thread].counts : 0;
-    const long long above = warp_sum(static_cast<long long>(counts >> 32));
-    const auto own = static_cast<long long>(counts & 0xffffffffu);
-    const long long within = warp_sum(own);
-    const int overflow = __any_sync(kAllLanes, own > job.capacity);
-    if (thread == 0) totals = {above, within, overflow};
+    long long above = 0, within = 0;
+    bool over = false;
+    for (int i = thread; i < job.segments; i += kWarpSize) {
+      const unsigned long long counts = attempt.segment[i].counts;
+      above += static_cast<long long>(counts >> 32), within += static_cast<long long>(counts & 0xffffffffu);
+      over |= static_cast<long long>(counts & 0xffffffffu) > job.capacity;
+    }
+    above = warp_sum(above), within = warp_sum(within);
+    const int overflow = __any_sync(kAllLanes, over);
+    if (thread == 0) totals.above = above, totals.within = within, totals.overflow = overflow;
   }
   __syncthreads();
   const bool one_key = attempt.guess == Guess::one_key;
   if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
     if (segment != 0) return;
-    if (again) return select_in_block(job, c, 2, ranking);
+    if (round == kAgain) return select_from_all(job, ranking);
     if (thread == 0) *missed = 1;
-    return guess_by_sample(attempts[1], job, c, 1, sample, ranking);
+    return sample_again(job, attempts[1], sample, ranking);
   }
   const int64_t need = job.k - totals.above;
   if (one_key) {
-    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, again);
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, totals.within, 1, round);
     return;
   }
   // The bin that holds the k-th largest. Bins are listed in descending order, two a thread, as a ranking's are.
@@ -538,25 +583,32 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
   find_bin(ranking, first < kBins ? attempt.bins[first * kApart] : 0, first - 1 < kBins ? attempt.bins[(first - 1) * kApart] : 0,
            need);
   const int bin = ranking.bin;
-  const int64_t bin_need = ranking.need, bin_count = ranking.count;
+  if (thread == 0) totals.bin = bin, totals.need = ranking.need, totals.count = ranking.count;
   const Candidates<typename C::K> candidates(job);
   const int64_t begin = int64_t{segment} * job.capacity;
   const int64_t count = min(static_cast<int64_t>(attempt.segment[segment].counts & 0xffffffffu), int64_t{job.capacity});
-#pragma unroll 4
-  for (int64_t i = thread; i < count; i += kBlock) {
-    const auto key = candidates.key(begin + i);
-    const int64_t index = candidates.index(begin + i);
-    const auto own = static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift);
+#pragma unroll 2
+  for (int64_t at = 0; at < count; at += kBlock) {  // whole warps at a time: they list together
+    const int64_t i = at + thread;
+    const bool there = i < count;
+    const auto key = there ? candidates.key(begin + i) : 0;
+    const int64_t index = there ? candidates.index(begin + i) : 0;
+    const int own = there ? static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift) : -1;
     if (own > bin) open_one(job, index);
-    if (own == bin) candidates.set(candidates.room() + atomicAdd(&attempt.listed, 1u), key, index);
+    const unsigned same = __ballot_sync(kAllLanes, own == bin);
+    if (same == 0) continue;
+    unsigned listed = 0;
+    if (lane_of_thread() == 0) listed = atomicAdd(&attempt.listed, static_cast<unsigned>(__popc(same)));
+    listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
+    if (own == bin) candidates.set(candidates.room() + listed, key, index);
   }
   __threadfence();
   __syncthreads();
-  if (thread == 0) last = atomicAdd(&attempt.done, 1u) == static_cast<unsigned>(job.segments - 1);
+  if (thread == 0) totals.last = atomicAdd(&attempt.done, 1u) == static_cast<unsigned>(job.segments - 1);
   __syncthreads();
-  if (!last) return;
+  if (!totals.last) return;
   __threadfence();
-  settle_bin(job, c, attempt, bin, bin_need, bin_count, totals.within, again, ranking);
+  settle_bin(job, c, attempts, totals, round, ranking);
 }
 
 // The job of a segment: the last one that begins at it or before.
@@ -572,17 +624,16 @@ __device__ const Job& job_of_segment(const T& table, int segment) {
 
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int again) {
+    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int round) {
   SK_DYNAMIC_SHARED(uint64_t, sample);
   __shared__ Ranking ranking;
   __shared__ Totals totals;
-  __shared__ int last;
-  if (again && *missed == 0) return;
+  if (round != kFirst && *missed == 0) return;
   const Job& job = job_of_segment(table, static_cast<int>(blockIdx.x));
   Attempt* const own = attempts + 2 * job.large;
-  if (own[again].guess < Guess::window) return;
-  with_coordinate(job, [&](const auto& c) {
-    settle_segment(job, c, own, again, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals, last);
+  if (own[round].guess < Guess::window) return;
+  with_coordinate(job, round, [&](const auto& c) {
+    settle_segment(job, c, own, round, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals);
   });
 }
 
@@ -599,12 +650,12 @@ void run(const Place& place, std::vector<Job>& jobs) {
       job.first_segment = segments;
       job.large = -1;
       if (job.n <= kSmall) continue;
-      // Room for a twelfth of the scores, several times what a window should hold, and for whole strips of ties at either end of
-      // it.
+      // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
       job.large = large++;
       job.segments =
           static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 64, 1, kMostSegments))));
-      job.capacity = static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 4 * kStrip, INT32_MAX));
+      job.capacity =
+          static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
       segments += job.segments;
       bytes += candidate_bytes(job);
     }
@@ -623,10 +674,13 @@ void run(const Place& place, std::vector<Job>& jobs) {
     }
     const size_t sampled = large ? kSample * sizeof(uint64_t) : 0;
     place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(table.layers)), kBlock, sampled, table, attempts, missed);
-    for (int again = 0; again < 2; again++) {
-      const int64_t blocks = again ? std::min<int64_t>(table.tiles, place.processors() * 8) : table.tiles;
-      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, again);
-      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, again);
+    const bool all = table.layer[0].ties == Ties::all;
+    for (const int round : {kFirst, kAgain, kTies}) {
+      if (round == kTies && !all) break;
+      const int64_t blocks = round == kFirst ? table.tiles : std::min<int64_t>(table.tiles, place.processors() * 8);
+      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, round);
+      if (round == kTies) break;
+      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, round);
     }
   });
 }

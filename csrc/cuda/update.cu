@@ -1,9 +1,9 @@
 // update_sgd_, update_rmsprop_, update_adam_: optimizer steps that leave frozen weights and their state bit-identical, over many
 // tensors at once.
 //
-// A step is two launches. The first, of a thread a tensor, takes the list of tensors along as its argument and lays it out in
-// device memory, with the numbers that come from tensors: learning rate, bias corrections; it counts the steps up. In the second
-// a block finds its chunk of a tensor in that list and passes over it once. New values are computed everywhere and then
+// A step is two launches. The first, of a few threads a tensor, takes the list of tensors along as its argument and lays it out
+// in device memory, with the numbers that come from tensors: learning rate, bias corrections; it counts the steps up. In the
+// second a block finds its chunk of a tensor in that list and passes over it once. New values are computed everywhere and then
 // *selected*, so nothing behind a frozen bit gets out; what is frozen 16 bytes at a time is not even read. Where gradients
 // overflowed, the list holds tensors without elements. Each dtype has a second launch of its own, and so have pairs.
 //
@@ -79,7 +79,8 @@ struct Number {
 struct Call {
   Number lr, grad_scale, found_inf;
   double eps, decoupled_decay;
-  double beta1, beta2;  // of Adam, else 0: no bias to correct
+  bool corrects;  // the bias of averages that began at zero
+  double beta1, beta2;
   Settings<double> settings;
 };
 
@@ -90,35 +91,35 @@ struct Parcel {
 };
 
 constexpr int kPrepareThreads = 32;  // powers in double take long: many blocks of few
+constexpr int kOfJob = 4;            // threads of a job: a power each, of two members and two betas
 
 template <int Most>
 __global__ void __launch_bounds__(kPrepareThreads) prepare_kernel(const __grid_constant__ Parcel<Most> parcel, const Call call,
                                                                   Job* jobs, Numbers* numbers, uint32_t* first_chunks) {
-  const int i = blockIdx.x * kPrepareThreads + threadIdx.x;
-  if (i >= parcel.count) return;
-  Job job = parcel.jobs[i];
-  const bool overflowed = call.found_inf.value(0) != 0;
+  const int i = (blockIdx.x * kPrepareThreads + threadIdx.x) / kOfJob;
+  const int member = threadIdx.x / 2 % 2, power = threadIdx.x % 2;
+  const bool inside = i < parcel.count;
+  float* const step = !inside ? nullptr : member == 0 ? parcel.jobs[i].own.step : parcel.jobs[i].weight.step;
   const double lr = call.lr.value(0);
-  Numbers x;
-  x.scale = call.grad_scale.value(1);
-  x.decay = call.decoupled_decay != 0 ? 1 - product(lr, call.decoupled_decay) : 1;
-  float* const steps[2] = {job.own.step, job.weight.step};
-  for (int member = 0; member < 2; member++) {
-    x.rate[member] = lr;
-    x.eps[member] = call.eps;
-    if (steps[member] == nullptr) continue;
-    const float count = *steps[member] + 1;
-    if (!overflowed) *steps[member] = count;
-    if (call.beta2 == 0 && call.beta1 == 0) continue;
+  const float count = step == nullptr ? 0 : *step + 1;
+  double correction = 1;
+  if (step != nullptr && call.corrects) correction -= pow(power == 0 ? call.beta1 : call.beta2, static_cast<double>(count));
+  const double of_square = __shfl_xor_sync(kAllLanes, correction, 1);  // as the first thread of a member needs it
+  if (!inside) return;
+  const bool overflowed = call.found_inf.value(0) != 0;
+  if (power == 0) {
+    if (step != nullptr && !overflowed) *step = count;
     // Moved from under the root of the variance to rate and eps: one division less a weight.
-    const double correction = sqrt(1 - pow(call.beta2, static_cast<double>(count)));
-    x.rate[member] = lr * correction / (1 - pow(call.beta1, static_cast<double>(count)));
-    x.eps[member] = call.eps * correction;
+    const double moved = sqrt(of_square);
+    numbers[i].rate[member] = lr * moved / correction;
+    numbers[i].eps[member] = call.eps * moved;
   }
-  if (overflowed) job.n = 0;
-  jobs[i] = job;
-  numbers[i] = x;
-  first_chunks[i] = job.first_chunk;
+  if (threadIdx.x % kOfJob != 0) return;
+  numbers[i].decay = call.decoupled_decay != 0 ? 1 - product(lr, call.decoupled_decay) : 1;
+  numbers[i].scale = call.grad_scale.value(1);
+  jobs[i] = parcel.jobs[i];
+  if (overflowed) jobs[i].n = 0;
+  first_chunks[i] = jobs[i].first_chunk;
 }
 
 // ------------------------------------------------------------------------------------------------------------- second launch
@@ -280,12 +281,17 @@ struct Chunk {
   }
 };
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kFewer = 1;  // the compiler takes more registers there
+#else
+constexpr int kFewer = 0;
+#endif
 // Blocks that are to fit on a multiprocessor: enough to keep its memory busy, few enough that nothing spills.
 template <Rule rule, class S, bool Paired>
 constexpr int kBlocks = Paired || sizeof(S) == 8     ? 2
-                        : sizeof(S) == 2             ? (rule == Rule::rmsprop ? 2 : 3)
-                        : rule == Rule::adam_amsgrad ? 3
-                                                     : 4;
+                        : sizeof(S) == 2             ? (rule == Rule::rmsprop ? 2 : 3 - kFewer)
+                        : rule == Rule::adam_amsgrad ? 3 - kFewer
+                                                     : 4 - kFewer;
 
 template <Rule rule, class S, bool Paired>
 __global__ void __launch_bounds__(kThreads, (kBlocks<rule, S, Paired>))
@@ -568,7 +574,7 @@ class Work {
     Parcel<Most> parcel;
     parcel.count = std::min<int>(Most, static_cast<int>(items_.size()) - first);
     for (int i = 0; i < parcel.count; i++) parcel.jobs[i] = items_[first + i].job;
-    place_.launch(prepare_kernel<Most>, dim3(static_cast<unsigned>(ceil_div(parcel.count, kPrepareThreads))),
+    place_.launch(prepare_kernel<Most>, dim3(static_cast<unsigned>(ceil_div(parcel.count * kOfJob, kPrepareThreads))),
                   dim3(kPrepareThreads), 0, parcel, call, jobs + first, numbers + first, first_chunks + first);
     return parcel.count;
   }
@@ -649,6 +655,7 @@ void update_adam_cuda(const Tensors& params, const Tensors& grads, const Tensors
   Call call = call_of(place, lr, grad_scale, found_inf, decoupled ? 0 : weight_decay, maximize);
   call.eps = eps;
   call.decoupled_decay = decoupled ? weight_decay : 0;
+  call.corrects = true;
   call.beta1 = beta1;
   call.beta2 = beta2;
   call.settings.square = beta2;

@@ -15,10 +15,27 @@ import torch
 from subnet_kernels.ops import _library
 
 LAUNCHES = {  # op -> module.function of this package that launches it
+    "apply": "apply.apply",
+    "count": "bits.count",
     "masked_conv": "masked.masked_conv",
     "masked_linear": "masked.masked_linear",
     "masked_linear_grad_input": "masked.masked_linear_grad_input",
     "masked_linear_grad_weight": "masked.masked_linear_grad_weight",
+    "pack": "bits.pack",
+    "refresh_": "select.refresh_",
+    "refresh_threshold_": "select.refresh_threshold_",
+    "restore_": "apply.restore_",
+    "select": "select.select",
+    "stats": "bits.stats",
+    "straight_through": "apply.straight_through",
+    "superpose": "superpose.superpose",
+    "superpose_counts": "superpose.superpose_counts",
+    "superpose_grad": "superpose.superpose_grad",
+    "threshold": "select.threshold",
+    "unpack": "bits.unpack",
+    "update_adam_": "update.update_adam_",
+    "update_rmsprop_": "update.update_rmsprop_",
+    "update_sgd_": "update.update_sgd_",
 }
 REGISTERED: set[str] = set()  # ops whose CUDA kernel is a launch of this package
 

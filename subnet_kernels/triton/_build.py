@@ -30,14 +30,24 @@ class Build(NamedTuple):
     hot: bool  # of an aligned shape, where every register counts
 
     def launch(self, grid: tuple[int, ...], *args: Any) -> None:
-        """Run on the current device."""
-        self.function[grid](*args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        """Run on the current device, which args[0] is on."""
+        place = self.name, args[0].get_device()
+        compiled = _compiled.get(place)
+        if compiled is not None:  # past Triton's own search for the binary, which takes longer than a small kernel
+            compiled[(*grid, 1, 1)[:3]](*args, *self.constants.values())
+            return
+        compiled = self.function[grid](*args, **self.constants, num_warps=self.num_warps, num_stages=self.num_stages)
+        if compiled is not None:  # as it is in the interpreter
+            _compiled[place] = compiled
 
 
-def typed(pointers: dict[str, str], int32: str = "", int64: str = "") -> dict[str, str]:
-    """The signature of a kernel: {pointer: element type}, then names of integers, in the order of the kernel's arguments."""
+_compiled: dict[tuple[str, int], Any] = {}  # (build, device) -> its binary there
+
+
+def typed(pointers: dict[str, str], int32: str = "", int64: str = "", fp32: str = "") -> dict[str, str]:
+    """The signature of a kernel: {pointer: element type}, then names of numbers, in the order of the kernel's arguments."""
     types = {name: f"*{element}" for name, element in pointers.items()}
-    return types | dict.fromkeys(int32.split(), "i32") | dict.fromkeys(int64.split(), "i64")
+    return types | dict.fromkeys(int32.split(), "i32") | dict.fromkeys(int64.split(), "i64") | dict.fromkeys(fp32.split(), "fp32")
 
 
 def plain(t: Tensor) -> Tensor:

@@ -74,10 +74,19 @@ def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
 
 
 @triton.jit
-def _opened(words, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """(ROWS, GROUPS) words of bits to the (ROWS, 32 GROUPS) mask."""
+def _where_open(values, words, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """(ROWS, 32 GROUPS) values where their bits in (ROWS, GROUPS) words are set, +0.0 elsewhere.
+
+    Each bit is moved to the sign and spread from there: as integers, values need one AND and no comparison.
+    """
     bit = tl.arange(0, 32).to(tl.uint32)
-    return tl.reshape((words[:, :, None] >> bit[None, None, :]) & 1, (ROWS, GROUPS * 32)) != 0
+    spread = (words[:, :, None] << (31 - bit)[None, None, :]).to(tl.int32, bitcast=True) >> 31
+    spread = tl.reshape(spread, (ROWS, GROUPS * 32))
+    if values.dtype.primitive_bitwidth == 16:
+        integer: tl.constexpr = tl.int16
+    else:
+        integer: tl.constexpr = tl.int32
+    return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -181,7 +190,7 @@ def _tile_kernel(
         w = tl.load(w_row + at[None, :], mask=o_ok[:, None] & inside[None, :], other=0.0)
         v = tl.load(x_row + at[:, None], mask=inside[:, None] & b_ok[None, :], other=0.0)
         word = _words(bits, words, row, k, group, o_ok[:, None], inputs, STEP)
-        w = tl.where(_opened(word, BLOCK_O, BLOCK_K // 32), w, 0.0)
+        w = _where_open(w, word, BLOCK_O, BLOCK_K // 32)
         total = tl.dot(w, v, total, input_precision="ieee")
     ok = o_ok[:, None] & b_ok[None, :]
     if tl.num_programs(1) == 1:
@@ -231,7 +240,7 @@ def _grad_input_kernel(
         g = tl.load(g_row + o[None, :], mask=b_ok[:, None] & inside[None, :], other=0.0)
         w = tl.load(weight + row * inputs + i[None, :], mask=inside[:, None] & i_ok[None, :], other=0.0)
         word = _words(bits, words, row, first, group, inside[:, None], inputs, STEP)
-        w = tl.where(_opened(word, BLOCK_K, BLOCK_I // 32), w, 0.0)
+        w = _where_open(w, word, BLOCK_K, BLOCK_I // 32)
         total = tl.dot(g, w, total, input_precision="ieee")
     ok = b_ok[:, None] & i_ok[None, :]
     if tl.num_programs(1) == 1:
@@ -309,7 +318,7 @@ def _grad_weight_kernel(
         live = _words(bits, words, row, first, group, o_ok[:, None], inputs, STEP)
         if has_frozen != 0:
             live = live ^ (live & _words(frozen, words, row, first, group, o_ok[:, None], inputs, STEP))
-        d = tl.where(_opened(live, BLOCK_O, BLOCK_I // 32), total, 0.0)
+        d = _where_open(total, live, BLOCK_O, BLOCK_I // 32)
         tl.store(d_weight + row * inputs + i[None, :], d.to(d_weight.dtype.element_ty), mask=ok)
     if need_scores != 0:
         slope = total * tl.load(weight + row * inputs + i[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -374,45 +383,48 @@ _SUMS = {
     dtype: _build(_reduce_kernel, "partial bias y", "columns splits has_bias", "elements", dtype, {"BLOCK": _REDUCE}, 4, 1)
     for dtype in NAMES
 }
-for _dtype in _HALF:
-    _ROWS[_dtype, 32] = [(1, _rows_build(_dtype, 1, 8, 32)), (_FEW, _rows_build(_dtype, _FEW, 4, 32))]
-    _TILES[_dtype, 32] = [
-        (16, _tile_build(_dtype, 16, 32, 256, 4, 4, 32)),
-        (64, _tile_build(_dtype, 64, 64, 64, 4, 4, 32)),
-        (128, _tile_build(_dtype, 128, 128, 64, 8, 3, 32)),
+
+
+def _fill_tables() -> None:
+    for dtype in _HALF:
+        _ROWS[dtype, 32] = [(1, _rows_build(dtype, 1, 8, 32)), (_FEW, _rows_build(dtype, _FEW, 4, 32))]
+        _TILES[dtype, 32] = [
+            (16, _tile_build(dtype, 16, 32, 256, 4, 4, 32)),
+            (64, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        _GRAD_INPUT[dtype, 32] = [
+            (16, _grad_input_build(dtype, 16, 64, 128, 4, 4, 32)),
+            (64, _grad_input_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, _grad_input_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        _GRAD_WEIGHT[dtype, 32] = [
+            (512, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
+            (1024, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        for step in (16, 1):
+            _ROWS[dtype, step] = [(_FEW, _rows_build(dtype, _FEW, 4, step))]
+            _TILES[dtype, step] = [(64, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_INPUT[dtype, step] = [(64, _grad_input_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_WEIGHT[dtype, step] = [(64, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
+    _ROWS[torch.float32, 32] = [(1, _rows_build(torch.float32, 1, 4, 32)), (_FEW, _rows_build(torch.float32, _FEW, 4, 32))]
+    _TILES[torch.float32, 32] = [
+        (16, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
+        (64, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
     ]
-    _GRAD_INPUT[_dtype, 32] = [
-        (16, _grad_input_build(_dtype, 16, 64, 128, 4, 4, 32)),
-        (64, _grad_input_build(_dtype, 64, 64, 64, 4, 4, 32)),
-        (128, _grad_input_build(_dtype, 128, 128, 64, 8, 3, 32)),
+    _GRAD_INPUT[torch.float32, 32] = [
+        (16, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
+        (64, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
     ]
-    _GRAD_WEIGHT[_dtype, 32] = [
-        (
-            512,
-            _grad_weight_build(_dtype, 128, 64, 64, 8, 3, 32),
-        ),  # two to a multiprocessor: one's epilogue beside the other's loop
-        (1024, _grad_weight_build(_dtype, 128, 128, 64, 8, 3, 32)),
-    ]
-    for _step in (16, 1):
-        _ROWS[_dtype, _step] = [(_FEW, _rows_build(_dtype, _FEW, 4, _step))]
-        _TILES[_dtype, _step] = [(64, _tile_build(_dtype, 64, 64, 64, 8, 2, _step))]
-        _GRAD_INPUT[_dtype, _step] = [(64, _grad_input_build(_dtype, 64, 64, 64, 8, 2, _step))]
-        _GRAD_WEIGHT[_dtype, _step] = [(64, _grad_weight_build(_dtype, 64, 64, 32, 4, 3, _step))]
-_ROWS[torch.float32, 32] = [(1, _rows_build(torch.float32, 1, 4, 32)), (_FEW, _rows_build(torch.float32, _FEW, 4, 32))]
-_TILES[torch.float32, 32] = [
-    (16, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
-    (64, _tile_build(torch.float32, 64, 64, 32, 4, 3, 32)),
-]
-_GRAD_INPUT[torch.float32, 32] = [
-    (16, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
-    (64, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
-]
-_GRAD_WEIGHT[torch.float32, 32] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
-for _step in (16, 1):
-    _ROWS[torch.float32, _step] = [(_FEW, _rows_build(torch.float32, _FEW, 4, _step))]
-    _TILES[torch.float32, _step] = [(32, _tile_build(torch.float32, 32, 32, 32, 4, 2, _step))]
-    _GRAD_INPUT[torch.float32, _step] = [(32, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, _step))]
-    _GRAD_WEIGHT[torch.float32, _step] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, _step))]
+    _GRAD_WEIGHT[torch.float32, 32] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
+    for step in (16, 1):
+        _ROWS[torch.float32, step] = [(_FEW, _rows_build(torch.float32, _FEW, 4, step))]
+        _TILES[torch.float32, step] = [(32, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
+        _GRAD_INPUT[torch.float32, step] = [(32, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, step))]
+        _GRAD_WEIGHT[torch.float32, step] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
+
+
+_fill_tables()
 
 
 def builds() -> list[Build]:
@@ -434,8 +446,8 @@ def _split(build: Build, tiles: int, terms: int, block: int) -> tuple[int, int]:
     """(splits, terms of one) for sums of so many terms, taken in blocks: one split where tiles nearly fill the device or sums are short."""
     fill = _DEVICE if build.num_warps == 8 else 2 * _DEVICE  # as many as fit beside each other
     splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(fill // tiles, terms // (4 * block)))
-    chunk = triton.cdiv(triton.cdiv(terms, splits), block) * block
-    return triton.cdiv(terms, chunk), chunk
+    chunk = _ceil(_ceil(terms, splits), block) * block
+    return _ceil(terms, chunk), chunk
 
 
 # ------------------------------------------------------------------------------------------------------------- launches
@@ -456,13 +468,13 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor |
     step = _step(inputs)
     if rows <= _FEW:
         build = _choose(_ROWS, x.dtype, step, rows)
-        tiles, block, more = triton.cdiv(outputs, build.constants["BLOCK_O"]), build.constants["GROUPS"] * 32, (1,)
+        tiles, block, more = _ceil(outputs, build.constants["BLOCK_O"]), build.constants["GROUPS"] * 32, (1,)
     else:
         build = _choose(_TILES, x.dtype, step, rows)
-        tiles = triton.cdiv(outputs, build.constants["BLOCK_O"]) * triton.cdiv(rows, build.constants["BLOCK_B"])
+        tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(rows, build.constants["BLOCK_B"])
         block, more = build.constants["BLOCK_K"], ()
     splits, chunk = _split(build, tiles, inputs, block)
-    partial = _workspace(splits, y)
+    partial = _workspace(splits, y, words)
     given = y if bias is None else bias
     with on_device(x):
         build.launch(
@@ -483,9 +495,9 @@ def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None
     grad, weight, words = plain(grad_y), plain(weight), _words_of(op, bits, weight.numel())
     d_x = torch.empty((*grad.shape[:-1], inputs), dtype=grad.dtype, device=grad.device)
     build = _choose(_GRAD_INPUT, grad.dtype, _step(inputs, outputs), rows)
-    tiles = triton.cdiv(inputs, build.constants["BLOCK_I"]) * triton.cdiv(rows, build.constants["BLOCK_B"])
+    tiles = _ceil(inputs, build.constants["BLOCK_I"]) * _ceil(rows, build.constants["BLOCK_B"])
     splits, chunk = _split(build, tiles, outputs, build.constants["BLOCK_K"])
-    partial = _workspace(splits, d_x)
+    partial = _workspace(splits, d_x, words)
     with on_device(grad):
         build.launch((tiles, splits), grad, weight, words, d_x, partial, rows, outputs, inputs, chunk, words.numel())
         _add(partial, splits, None, d_x)
@@ -514,11 +526,11 @@ def masked_linear_grad_weight(
     for t in (weight, scores):
         _check(t is None or t.numel() == n, op, f"weight and scores must be (O, I), {n} elements")
     if bits is None or not _serves(rows, grad_y, x, weight, scores) or not fuses(op, x.dtype, rows):
-        total = (
-            grad_y.reshape(rows, outputs).t() @ x.reshape(rows, inputs) if need_weight or scores is not None else x.new_empty(0)
-        )
-        if bits is None or total.dim() == 1:
-            return total if need_weight else x.new_empty(0), x.new_empty(0)
+        if not need_weight and scores is None:
+            return x.new_empty(0), x.new_empty(0)
+        total = grad_y.reshape(rows, outputs).t() @ x.reshape(rows, inputs)
+        if bits is None:
+            return total, x.new_empty(0)
         own = total if weight is None else weight
         through = torch.ops.subnet_kernels.straight_through.default
         return through(total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None)
@@ -531,7 +543,7 @@ def masked_linear_grad_weight(
         return d_weight, d_scores
     weight, scores_of = (x, x) if scores is None else (plain(weight), plain(scores))
     build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
-    tiles = triton.cdiv(outputs, build.constants["BLOCK_O"]) * triton.cdiv(inputs, build.constants["BLOCK_I"])
+    tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(inputs, build.constants["BLOCK_I"])
     to_weight, to_scores = d_weight if need_weight else x, d_scores if scores is not None else x
     flags = (int(flag) for flag in (frozen is not None, by == "magnitude", need_weight, scores is not None))
     with on_device(x):
@@ -553,6 +565,11 @@ def masked_conv(
 ) -> Tensor:
     """The op of `reference.masked_conv` on a GPU: weights are few beside activations, so cuDNN gets the open weight."""
     return torch.convolution(x, _open_weight(weight, bits), bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _ceil(n: int, of: int) -> int:
+    """n / of, rounded up; Triton's own takes microseconds."""
+    return -(-n // of)
 
 
 def _rows_of(t: Tensor) -> int:
@@ -589,13 +606,13 @@ def _open_weight(weight: Tensor, bits: Tensor | None) -> Tensor:
     return weight if bits is None else torch.ops.subnet_kernels.apply.default(weight, bits)
 
 
-def _workspace(splits: int, y: Tensor) -> Tensor:
-    """Parts of y's sums, one a split; with one split nothing is written there, and any float32 tensor does."""
-    return torch.empty((splits, y.numel()) if splits > 1 else 1, dtype=torch.float32, device=y.device)
+def _workspace(splits: int, y: Tensor, words: Tensor) -> Tensor:
+    """Parts of y's sums, one a split; with one split nothing is written there, and words stand for it."""
+    return torch.empty((splits, y.numel()), dtype=torch.float32, device=y.device) if splits > 1 else words.view(torch.float32)
 
 
 def _add(partial: Tensor, splits: int, bias: Tensor | None, y: Tensor) -> None:
     if splits > 1:
-        grid = (triton.cdiv(y.numel(), _REDUCE),)
+        grid = (_ceil(y.numel(), _REDUCE),)
         given = y if bias is None else bias
         _SUMS[y.dtype].launch(grid, partial, given, y, y.shape[-1], splits, int(bias is not None), y.numel())
