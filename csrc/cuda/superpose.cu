@@ -312,9 +312,10 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
   }
 }
 
-// How many teams share a tile, 1, 4 or 16: enough that every processor has work, and no more than there are groups of tasks.
+// How many teams share a tile, 1, 4 or 16: enough that every processor has work and that no team adds long sums of floats, and no
+// more than there are groups of tasks.
 int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks) {
-  int log = 0;
+  int log = tasks > 1024 ? 4 : tasks > 128 ? 2 : 0;
   while (log < 4 && (all_tiles << log) < place.processors() * 64 && (int64_t{8} << log) <= tasks) log += 2;
   return log;
 }
