@@ -137,8 +137,9 @@ Floats floats(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
 // -------------------------------------------------------------------------------------------------------------------- superpose
 // A team of sixteen threads takes a tile, a word of 32 weights a thread, whose sums it holds in registers. Four words, one a
 // task, are turned into four words of eight codes each, one a weight: for 128 bits 16 operations, then 48 that make offsets of
-// them, 32 loads from shared memory and 32 additions. With 64 integer operations, 32 loads and 128 additions a clock and
-// processor all three take 128 clocks for a warp's 4,096 bits, about as long as the memory needs for them.
+// them, 32 loads from shared memory and 32 additions. A processor does 64
+// integer operations and 32 loads a clock: a warp's 4,096 bits keep each of the two busy for 32 clocks, about as long as the
+// memory of an H100 needs for them, and the schedulers, with what goes around, for about 47.
 //
 // Where there are few tiles, several teams share one, each with its slice of the tasks: slices are added in order at the end.
 
@@ -311,9 +312,10 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
   }
 }
 
-// How many teams share a tile, 1, 4 or 16: enough that every processor has work, and no more than there are groups of tasks.
+// How many teams share a tile, 1, 4 or 16: enough that every processor has work and that no team adds long sums of floats, and no
+// more than there are groups of tasks.
 int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks) {
-  int log = 0;
+  int log = tasks > 1024 ? 4 : tasks > 128 ? 2 : 0;
   while (log < 4 && (all_tiles << log) < place.processors() * 64 && (int64_t{8} << log) <= tasks) log += 2;
   return log;
 }
@@ -464,7 +466,7 @@ void add_parts(const Place& place, const Sums& sums, int64_t rows) {
 // task a thread: all threads look into the same table. The sums of a table are taken in float64 and rounded to float once; two
 // looked-up ones are added as floats, all further in float64. That is two roundings of a number, where the reference has one, of
 // the products. For 32 tasks of a tile the look-ups keep the shared memory busy for 128 clocks, their conversions to float64 the
-// converters for as many, and the instructions the schedulers for about 140.
+// converters for as many, and the schedulers for about 170.
 
 constexpr int kDotThreads = static_cast<int>(kTile) / 4;
 constexpr int kDotWarps = kDotThreads / kWarpSize;
@@ -683,8 +685,16 @@ struct EightBits {
   __device__ __forceinline__ unsigned get() const { return (low | unsigned{high} << 8) >> shift; }
 };
 
+// Blocks of 128 rows on a processor. From sm_100 on two products are one instruction, which wants registers in pairs: three
+// blocks would spill there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kProductBlocks = 2;
+#else
+constexpr int kProductBlocks = 3;
+#endif
+
 template <int RowsEach, class Table>
-__global__ void __launch_bounds__(kDotThreads, RowsEach > 4 ? 3 : 4)
+__global__ void __launch_bounds__(kDotThreads, RowsEach > 4 ? kProductBlocks : 4)
     alpha_grad_kernel(const __grid_constant__ Table bank, const Products a) {
   constexpr int kRows = kRowThreads * RowsEach, kEach = kInputs * kRows / kDotThreads;  // numbers of x that a thread fetches
   constexpr int kPack = RowsEach < 4 ? RowsEach : 4;
@@ -836,8 +846,8 @@ void alpha_grad_products(const Place& place, const Bank& bank, Products a) {
 }
 
 // Whether products take less time than tables, in clocks of a processor for a tile: a table of sums costs about 130 of them, and
-// looking up 200 for 32 tasks, used or not; a product 5.3 a row and task, of rows that are rounded up. Few rows or, with
-// more rows, many tasks are for the tables.
+// looking up 200 for 32 tasks, used or not; a product 5.3 a row and task, of rows that are rounded up. Tables are for
+// few rows, and for many tasks where rounding adds many.
 bool by_products(int64_t rows, int64_t tasks) {
   const int64_t rounded = rows > 32 ? ceil_div(rows, 128) * 128 : 32;
   return static_cast<double>(rounded) * static_cast<double>(tasks) * 5.3 <
