@@ -16,7 +16,7 @@ from subnet_kernels.triton import select as kernels  # noqa: E402
 
 FLOATS = [torch.float32, torch.float16, torch.bfloat16]  # moved and compared as integers, so that the interpreter is right in all
 BY, TIES = ("magnitude", "value"), ("last", "first", "all")
-FEW = [0, 1, 7, 8, 511, 512, 513, 2049, 8191, 8192]
+FEW = [0, 1, 8, 511, 513, 2049, 8191, 8192]
 MANY = [8193, 20_011]
 NAN, INF = math.nan, math.inf
 

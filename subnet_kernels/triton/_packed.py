@@ -22,6 +22,13 @@ AS_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @triton.jit
+def step_of(n):
+    """16 or 1, what n is a multiple of. Loads and stores are wide only if the compiler knows that the last one is: so a kernel has
+    its body twice, once for each step, ``for STEP in tl.static_range(1, 17, 15)``, of which n picks one."""
+    return tl.where(n % 16 == 0, 16, 1)
+
+
+@triton.jit
 def places(BLOCK: tl.constexpr):
     """(BLOCK // 8, 8) int64: the weights of this program."""
     inner = tl.arange(0, BLOCK // 8)[:, None] * 8 + tl.arange(0, 8)[None, :]

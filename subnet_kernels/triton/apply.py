@@ -24,6 +24,7 @@ from subnet_kernels.triton._packed import (
     opened,
     places,
     programs,
+    step_of,
 )
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -31,10 +32,13 @@ from subnet_kernels.triton._packed import (
 
 @triton.jit(do_not_specialize=["n"])
 def _apply_kernel(weight, bits, out, n: tl.int64, BLOCK: tl.constexpr):
-    """out = open ? weight : 0; weights behind closed bits are not read."""
-    at = places(BLOCK)
-    found = tl.load(weight + at, mask=opened(bits, n, BLOCK) & (at < n), other=0)
-    tl.store(out + at, found, mask=at < n)
+    """out = open ? weight : 0."""
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = places(BLOCK)
+            found = tl.load(weight + at, mask=at < size, other=0)
+            tl.store(out + at, tl.where(opened(bits, size, BLOCK), found, 0), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["n"])
@@ -82,22 +86,25 @@ def _straight_through_kernel(
     BLOCK: tl.constexpr,
 ):
     """dW = G where open and not frozen, dS = G W, times the sign of the score for magnitude keys."""
-    at = places(BLOCK)
-    ok = at < n
-    g = tl.load(grad + at, mask=ok, other=0.0)
-    if need_weight != 0:
-        live = opened(bits, n, BLOCK)
-        if has_frozen != 0:
-            live = live & (opened(frozen, n, BLOCK) == 0)
-        tl.store(d_weight + at, tl.where(live, g, 0.0), mask=ok)
-    if need_scores != 0:
-        w = tl.load(weight + at, mask=ok, other=0.0)
-        slope = (g.to(tl.float32) * w.to(tl.float32)).to(grad.dtype.element_ty)
-        if magnitude != 0:  # the product was rounded before the sign is put on, which is exact
-            s = tl.load(scores + at, mask=ok, other=0.0).to(tl.float32)
-            sign = (s > 0).to(tl.float32) - (s < 0).to(tl.float32)
-            slope = (slope.to(tl.float32) * sign).to(grad.dtype.element_ty)
-        tl.store(d_scores + at, slope, mask=ok)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = places(BLOCK)
+            ok = at < size
+            g = tl.load(grad + at, mask=ok, other=0.0)
+            if need_weight != 0:
+                live = opened(bits, size, BLOCK)
+                if has_frozen != 0:
+                    live = live & (opened(frozen, size, BLOCK) == 0)
+                tl.store(d_weight + at, tl.where(live, g, 0.0), mask=ok)
+            if need_scores != 0:
+                w = tl.load(weight + at, mask=ok, other=0.0)
+                slope = (g.to(tl.float32) * w.to(tl.float32)).to(grad.dtype.element_ty)
+                if magnitude != 0:  # the product was rounded before the sign is put on, which is exact
+                    s = tl.load(scores + at, mask=ok, other=0.0).to(tl.float32)
+                    sign = (s > 0).to(tl.float32) - (s < 0).to(tl.float32)
+                    slope = (slope.to(tl.float32) * sign).to(grad.dtype.element_ty)
+                tl.store(d_scores + at, slope, mask=ok)
 
 
 # --------------------------------------------------------------------------------------------------------------- builds

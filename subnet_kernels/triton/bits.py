@@ -10,7 +10,7 @@ from torch import Tensor
 
 from subnet_kernels import reference
 from subnet_kernels.triton._build import Build, on_device, plain, typed
-from subnet_kernels.triton._packed import BLOCK, build, check, check_bits, opened, places, programs, store_packed
+from subnet_kernels.triton._packed import BLOCK, build, check, check_bits, opened, places, programs, step_of, store_packed
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -18,15 +18,21 @@ from subnet_kernels.triton._packed import BLOCK, build, check, check_bits, opene
 @triton.jit(do_not_specialize=["n"])
 def _pack_kernel(mask, bits, n: tl.int64, BLOCK: tl.constexpr):
     """Bytes of a mask to bits; any but 0 is open."""
-    at = places(BLOCK)
-    store_packed(bits, tl.load(mask + at, mask=at < n, other=0) != 0, n, BLOCK)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = places(BLOCK)
+            store_packed(bits, tl.load(mask + at, mask=at < size, other=0) != 0, size, BLOCK)
 
 
 @triton.jit(do_not_specialize=["n"])
 def _unpack_kernel(bits, mask, n: tl.int64, BLOCK: tl.constexpr):
     """Bits to bytes of a mask, 0 or 1."""
-    at = places(BLOCK)
-    tl.store(mask + at, opened(bits, n, BLOCK).to(tl.uint8), mask=at < n)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = places(BLOCK)
+            tl.store(mask + at, opened(bits, size, BLOCK).to(tl.uint8), mask=at < size)
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from subnet_kernels.triton._packed import (
     in_place,
     places,
     programs,
+    step_of,
     store_packed,
 )
 from subnet_kernels.triton.apply import apply_to
@@ -151,19 +152,22 @@ def _round_kernel(
     MOST: tl.constexpr,
 ):
     """Counts a block's keys. Programs count in COPIES places, so that few wait for each other."""
-    if tl.load(state + _DONE) == 0:
-        low, high, shift = tl.load(state + _LOW), tl.load(state + _HIGH), tl.load(state + _SHIFT)
-        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        keys = _keys(scores, at, at < n, infinity, value, MOST).to(tl.int64)
-        copy = tl.program_id(0) % COPIES
-        within = (keys >= low) & (keys <= high)
-        above = tl.sum((keys > high).to(tl.int32), 0)
-        tl.atomic_add(counts + COPIES * BINS + copy, above, sem="relaxed")
-        if low == high:  # one key, of which there may be as many as scores
-            tl.atomic_add(counts + copy * BINS, tl.sum(within.to(tl.int32), 0), sem="relaxed")
-        else:
-            place = tl.where(within, (keys - low) >> shift, 0)
-            tl.atomic_add(counts + copy * BINS + place, within.to(tl.int32), mask=within, sem="relaxed")
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            if tl.load(state + _DONE) == 0:
+                low, high, shift = tl.load(state + _LOW), tl.load(state + _HIGH), tl.load(state + _SHIFT)
+                at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+                keys = _keys(scores, at, at < size, infinity, value, MOST).to(tl.int64)
+                copy = tl.program_id(0) % COPIES
+                within = (keys >= low) & (keys <= high)
+                above = tl.sum((keys > high).to(tl.int32), 0)
+                tl.atomic_add(counts + COPIES * BINS + copy, above, sem="relaxed")
+                if low == high:  # one key, of which there may be as many as scores
+                    tl.atomic_add(counts + copy * BINS, tl.sum(within.to(tl.int32), 0), sem="relaxed")
+                else:
+                    place = tl.where(within, (keys - low) >> shift, 0)
+                    tl.atomic_add(counts + copy * BINS + place, within.to(tl.int32), mask=within, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["infinity", "value", "rule", "k"])
@@ -227,13 +231,16 @@ def _write_kernel(
     MOST: tl.constexpr,
 ):
     """A block's bits: keys above the cut, and its ties if all are kept."""
-    cut = tl.load(state + _KEY).to(tl.int32)
-    every = (tl.load(state + _FIRST) == 0) & (tl.load(state + _LAST) == tl.load(state + _TIES))
-    at = places(BLOCK)
-    keys = _keys(scores, at, at < n, infinity, value, MOST)
-    tie = keys == cut
-    store_packed(bits, (keys > cut) | (tie & every), n, BLOCK)
-    tl.store(ties + tl.program_id(0), tl.sum(tl.sum(tie.to(tl.int32), 1), 0))
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            cut = tl.load(state + _KEY).to(tl.int32)
+            every = (tl.load(state + _FIRST) == 0) & (tl.load(state + _LAST) == tl.load(state + _TIES))
+            at = places(BLOCK)
+            keys = _keys(scores, at, at < size, infinity, value, MOST)
+            tie = keys == cut
+            store_packed(bits, (keys > cut) | (tie & every), size, BLOCK)
+            tl.store(ties + tl.program_id(0), tl.sum(tl.sum(tie.to(tl.int32), 1), 0))
 
 
 @triton.jit(do_not_specialize=["infinity", "value", "n"])
@@ -273,9 +280,12 @@ def _threshold_kernel(
     MOST: tl.constexpr,
 ):
     """A block's bits: keys from `least` to infinity's, so that NaN is closed."""
-    at = places(BLOCK)
-    keys = _keys(scores, at, at < n, infinity, 1, MOST)
-    store_packed(bits, (keys >= least) & (keys <= infinity) & (at < n), n, BLOCK)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = places(BLOCK)
+            keys = _keys(scores, at, at < size, infinity, 1, MOST)
+            store_packed(bits, (keys >= least) & (keys <= infinity) & (at < size), size, BLOCK)
 
 
 # --------------------------------------------------------------------------------------------------------------- builds

@@ -16,7 +16,7 @@ from subnet_kernels import reference
 from subnet_kernels.reference import BLOCK as TASKS
 from subnet_kernels.reference import TILE
 from subnet_kernels.triton._build import NAMES, Build, on_device, plain, typed
-from subnet_kernels.triton._packed import BLOCK, build, check, programs
+from subnet_kernels.triton._packed import BLOCK, build, check, programs, step_of
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -95,11 +95,14 @@ def _superpose_kernel(
 @triton.jit(do_not_specialize=["tasks", "n"])
 def _counts_kernel(weight, counts, out, tasks: tl.int32, n: tl.int64, BLOCK: tl.constexpr):
     """out = weight (counts / tasks), +0.0 where the count is 0."""
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    count = tl.load(counts + at, mask=at < n, other=0)
-    w = tl.load(weight + at, mask=(at < n) & (count > 0), other=0.0).to(tl.float32)
-    share = tl.math.div_rn(count.to(tl.float32), tasks.to(tl.float32) + tl.zeros((BLOCK,), tl.float32))
-    tl.store(out + at, tl.where(count > 0, w * share, 0.0).to(out.dtype.element_ty), mask=at < n)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+            count = tl.load(counts + at, mask=at < size, other=0)
+            w = tl.load(weight + at, mask=at < size, other=0.0).to(tl.float32)
+            share = tl.math.div_rn(count.to(tl.float32), tasks.to(tl.float32) + tl.zeros((BLOCK,), tl.float32))
+            tl.store(out + at, tl.where(count > 0, w * share, 0.0).to(out.dtype.element_ty), mask=at < size)
 
 
 @triton.jit(do_not_specialize=["first", "tasks", "all_tasks", "chunk", "rows", "n"])

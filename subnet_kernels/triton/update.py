@@ -1,9 +1,9 @@
 """update_sgd_, update_rmsprop_, update_adam_: optimizer steps that leave frozen weights and their state bit-identical.
 
-Every step is computed in float32 from numbers that a few small operations of PyTorch make on the device, and stored where weights
-are neither frozen nor skipped; what is frozen is not even read. A weight and its scores with one gradient get theirs from the op
-`straight_through` first. Parameters or state that a kernel cannot write where they lie are copied and copied back. float64 takes
-the reference's step, which waits for `found_inf` where there is one.
+Every step is computed in float32 from numbers that a few small operations of PyTorch make on the device, and selected where weights
+are neither frozen nor skipped. A weight and its scores with one gradient get theirs from the op `straight_through` first.
+Parameters or state that a kernel cannot write where they lie are copied and copied back. float64 takes the reference's step, which
+waits for `found_inf` where there is one.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from subnet_kernels import reference
 from subnet_kernels.triton._build import NAMES, Build, on_device, plain, typed
-from subnet_kernels.triton._packed import build, check, check_bits, check_lengths, opened, places
+from subnet_kernels.triton._packed import build, check, check_bits, check_lengths, opened, places, step_of
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -34,9 +34,21 @@ def _live(frozen, numbers, has_frozen, n, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _incoming(grad, at, live, weight, numbers, maximize, weight_decay):
+def _load(p, at, n):
+    return tl.load(p + at, mask=at < n, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(p, at, value, live, n):
+    """Where live; elsewhere the bits that are there go back, which costs less than stores that are not wide."""
+    before = tl.load(p + at, mask=at < n, other=0.0)
+    tl.store(p + at, tl.where(live, value.to(p.dtype.element_ty), before), mask=at < n)
+
+
+@triton.jit
+def _incoming(grad, at, n, weight, numbers, maximize, weight_decay):
     """The gradient that a rule sees: unscaled, negated to maximize, with weight decay added."""
-    g = tl.load(grad + at, mask=live, other=0.0).to(tl.float32)
+    g = _load(grad, at, n)
     g = tl.math.div_rn(g, tl.load(numbers + _SCALE) + tl.zeros_like(g))
     if maximize != 0:
         g = -g
@@ -49,16 +61,6 @@ def _incoming(grad, at, live, weight, numbers, maximize, weight_decay):
 def _lerp(start, end, share):
     """From the nearer end, as torch.lerp."""
     return tl.where(share < 0.5, start + share * (end - start), end - (end - start) * (1 - share))
-
-
-@triton.jit
-def _load(p, at, live):
-    return tl.load(p + at, mask=live, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store(p, at, value, live):
-    tl.store(p + at, value.to(p.dtype.element_ty), mask=live)
 
 
 @triton.jit(do_not_specialize=[
@@ -81,19 +83,22 @@ def _sgd_kernel(
     share: tl.float32,  # of the gradient in the buffer
     BLOCK: tl.constexpr,
 ):
-    at, live = places(BLOCK), _live(frozen, numbers, has_frozen, n, BLOCK)
-    weight = _load(param, at, live)
-    change = _incoming(grad, at, live, weight, numbers, maximize, weight_decay)
-    if has_momentum != 0:
-        moving = change
-        if first_step == 0:
-            moving = momentum * _load(buffer, at, live) + share * change
-        _store(buffer, at, moving, live)
-        if nesterov != 0:
-            change += momentum * moving
-        else:
-            change = moving
-    _store(param, at, weight - tl.load(numbers + _RATE) * change, live)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at, live = places(BLOCK), _live(frozen, numbers, has_frozen, size, BLOCK)
+            weight = _load(param, at, size)
+            change = _incoming(grad, at, size, weight, numbers, maximize, weight_decay)
+            if has_momentum != 0:
+                moving = change
+                if first_step == 0:
+                    moving = momentum * _load(buffer, at, size) + share * change
+                _store(buffer, at, moving, live, size)
+                if nesterov != 0:
+                    change += momentum * moving
+                else:
+                    change = moving
+            _store(param, at, weight - tl.load(numbers + _RATE) * change, live, size)
 
 
 @triton.jit(do_not_specialize=[
@@ -118,20 +123,23 @@ def _rmsprop_kernel(
     share: tl.float32,  # of what comes in
     BLOCK: tl.constexpr,
 ):
-    at, live = places(BLOCK), _live(frozen, numbers, has_frozen, n, BLOCK)
-    weight = _load(param, at, live)
-    g = _incoming(grad, at, live, weight, numbers, maximize, weight_decay)
-    square = keep * _load(square_avg, at, live) + share * (g * g)
-    _store(square_avg, at, square, live)
-    if centered != 0:
-        mean = _lerp(_load(grad_avg, at, live), g, share)
-        _store(grad_avg, at, mean, live)
-        square -= mean * mean
-    change = tl.math.div_rn(g, tl.math.sqrt_rn(square) + tl.load(numbers + _EPS))
-    if has_momentum != 0:
-        change += momentum * _load(buffer, at, live)
-        _store(buffer, at, change, live)
-    _store(param, at, weight - tl.load(numbers + _RATE) * change, live)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            at, live = places(BLOCK), _live(frozen, numbers, has_frozen, size, BLOCK)
+            weight = _load(param, at, size)
+            g = _incoming(grad, at, size, weight, numbers, maximize, weight_decay)
+            square = keep * _load(square_avg, at, size) + share * (g * g)
+            _store(square_avg, at, square, live, size)
+            if centered != 0:
+                mean = _lerp(_load(grad_avg, at, size), g, share)
+                _store(grad_avg, at, mean, live, size)
+                square -= mean * mean
+            change = tl.math.div_rn(g, tl.math.sqrt_rn(square) + tl.load(numbers + _EPS))
+            if has_momentum != 0:
+                change += momentum * _load(buffer, at, size)
+                _store(buffer, at, change, live, size)
+            _store(param, at, weight - tl.load(numbers + _RATE) * change, live, size)
 
 
 @triton.jit(do_not_specialize=["has_frozen", "maximize", "amsgrad", "row", "n", "weight_decay", "mean_share", "keep", "share"])
@@ -154,21 +162,24 @@ def _adam_kernel(
     share: tl.float32,
     BLOCK: tl.constexpr,
 ):
-    numbers += row * _NUMBERS
-    at, live = places(BLOCK), _live(frozen, numbers, has_frozen, n, BLOCK)
-    weight = _load(param, at, live)
-    g = _incoming(grad, at, live, weight, numbers, maximize, weight_decay)
-    mean = _lerp(_load(exp_avg, at, live), g, mean_share)
-    _store(exp_avg, at, mean, live)
-    square = keep * _load(exp_avg_sq, at, live) + share * (g * g)
-    _store(exp_avg_sq, at, square, live)
-    if amsgrad != 0:
-        most = _load(max_exp_avg_sq, at, live)
-        square = tl.where((most > square) | (most != most), most, square)  # a NaN in either stays
-        _store(max_exp_avg_sq, at, square, live)
-    denominator = tl.math.sqrt_rn(square) + tl.load(numbers + _EPS)
-    change = tl.math.div_rn(tl.load(numbers + _RATE) * mean, denominator)
-    _store(param, at, weight * tl.load(numbers + _DECAY) - change, live)
+    for STEP in tl.static_range(1, 17, 15):
+        if step_of(n) == STEP:
+            size = n // STEP * STEP
+            numbers += row * _NUMBERS
+            at, live = places(BLOCK), _live(frozen, numbers, has_frozen, size, BLOCK)
+            weight = _load(param, at, size)
+            g = _incoming(grad, at, size, weight, numbers, maximize, weight_decay)
+            mean = _lerp(_load(exp_avg, at, size), g, mean_share)
+            _store(exp_avg, at, mean, live, size)
+            square = keep * _load(exp_avg_sq, at, size) + share * (g * g)
+            _store(exp_avg_sq, at, square, live, size)
+            if amsgrad != 0:
+                most = _load(max_exp_avg_sq, at, size)
+                square = tl.where((most > square) | (most != most), most, square)  # a NaN in either stays
+                _store(max_exp_avg_sq, at, square, live, size)
+            denominator = tl.math.sqrt_rn(square) + tl.load(numbers + _EPS)
+            change = tl.math.div_rn(tl.load(numbers + _RATE) * mean, denominator)
+            _store(param, at, weight * tl.load(numbers + _DECAY) - change, live, size)
 
 
 # --------------------------------------------------------------------------------------------------------------- builds
