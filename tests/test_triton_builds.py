@@ -16,6 +16,7 @@ from unittest import mock
 import pytest
 import torch
 from interpreter import INTERPRETED
+from recording import NoWaiting
 
 from subnet_kernels import reference
 from subnet_kernels import triton as launches
@@ -245,3 +246,29 @@ def test_update_launches_choose_what_is_listed(asked):
             update.update_rmsprop_(*lists, params, params, params, steps, *end, 0.9, 1e-8, 0.1 * on, 0.9 * on, on, on)
             update.update_adam_(*lists, params, params, params, steps, *end, 0.9, 0.99, 1e-8, 0.1 * on, on, on, on)
     assert set(asked) == listed(update.builds())
+
+
+def test_launches_wait_for_nothing(asked):
+    """Whatever PyTorch does around the kernels leaves the device alone, so that a step can be captured."""
+    from subnet_kernels.triton import apply, bits, select, superpose, update
+
+    n, tasks = 9000, 300
+    weight, scores, grad, w_eff = (torch.zeros(n) for _ in range(4))
+    own, shut, hints, bank = bits_of(n), bits_of(n), torch.zeros(4).double(), reference.pack_bank(torch.zeros(tasks, n) > 0)
+    rate, found, step = torch.tensor(0.1, dtype=torch.float64), torch.zeros(()), [torch.zeros(()), torch.zeros(())]
+    two, state, pairs = [weight, scores], [grad, w_eff], ([1, 0, 1], [own])
+    with NoWaiting():
+        for by, ties in (("magnitude", "last"), ("value", "all")):
+            select.refresh_([scores], [weight], [100], [own], [w_eff], [hints], by, ties)
+        select.refresh_threshold_([scores], [weight], 0.1, True, [own], [w_eff])
+        apply.restore_([weight], [own], [weight[:9]])
+        apply.straight_through(grad, weight, scores, own, shut)
+        bits.stats(bits.pack(bits.unpack(own, [n])), shut)
+        bits.count(own)
+        superpose.superpose(weight, bank, torch.ones(2, tasks))
+        superpose.superpose_grad(grad, weight, bank)
+        end = [shut, None], rate, found, found
+        update.update_sgd_(two, [grad, grad], state, *end, 0.9, 0.0, 0.1, True, False, False, *pairs)
+        update.update_rmsprop_(two, [grad, grad], state, state, state, step, *end, 0.9, 1e-8, 0.1, 0.9, True, False, *pairs)
+        update.update_adam_(two, [grad, grad], state, state, state, step, *end, 0.9, 0.99, 1e-8, 0.1, True, False, True, *pairs)
+    assert len(set(asked)) > 15

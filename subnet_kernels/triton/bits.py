@@ -68,7 +68,7 @@ def _count_kernel(
 
 # --------------------------------------------------------------------------------------------------------------- builds
 
-_WORDS = 2048  # of one program that counts
+_WORDS = 1024  # of one program that counts
 _PACK = build(_pack_kernel, "", typed({"mask": "u8", "bits": "u8"}, int64="n"), {"BLOCK": BLOCK})
 _UNPACK = build(_unpack_kernel, "", typed({"bits": "u8", "mask": "u8"}, int64="n"), {"BLOCK": BLOCK})
 _COUNT = build(_count_kernel, "", typed({"bits": "i32", "owned": "i32", "counts": "i64"}, "three", "words"), {"BLOCK": _WORDS})

@@ -489,8 +489,10 @@ def _threshold_into(scores: Sequence[Tensor], value: float, inclusive: bool, bit
 
 def _least_open(dtype: torch.dtype, value: float, inclusive: bool) -> int:
     """The least key that is open, of the value in the scores' dtype; that of NaN if none is."""
-    cut, infinity = torch.full((), value, dtype=dtype, device="cpu"), _INFINITY[dtype]
-    if cut.isnan():
+    infinity, size = _INFINITY[dtype], dtype.itemsize
+    raw = int(torch.full((), value, dtype=dtype, device="cpu").view(AS_INTEGER[size]).numpy())
+    magnitude = raw & _MOST[size]
+    if magnitude > infinity:
         return infinity + 1
-    key = int(cut.abs().view(AS_INTEGER[dtype.itemsize])) * (-1 if cut < 0 else 1)
+    key = -magnitude if raw < 0 else magnitude
     return key if inclusive else key + 1

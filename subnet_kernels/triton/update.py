@@ -436,7 +436,7 @@ def _count(steps: list[Tensor], skip: Tensor | None) -> None:
     if skip is None:
         torch._foreach_add_(steps, 1)
     else:
-        torch._foreach_add_(steps, (1 - skip).float())
+        torch._foreach_add_(steps, [(1 - skip).float()] * len(steps))  # one tensor alone would be read by the host
 
 
 def _rows(*numbers: Tensor) -> Tensor:
