@@ -71,7 +71,9 @@ def bench_select_cold(n, dtype, thread_count):
     ties = int((scores.abs() == scores.abs().kthvalue(1 + n - k).values).sum())
     mask = reference.unpack(expected, (n,))
     for name, rival in rivals.items():
-        assert (rival().bool() != mask).sum() <= 2 * ties, name  # equal but for ties at the cut and WSN's rank
+        assert (rival().bool() != mask).sum() <= 2 * ties + 1, (
+            name
+        )  # equal but for ties at the cut, and WSN's rank is one more or less
     notes = {}
     if thread_count == 1 and rivals:
         fast, notes = compiled(lambda s: select_topk(s, DENSITY), scores)

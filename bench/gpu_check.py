@@ -216,7 +216,7 @@ def sanitize(seconds: float) -> Outcome:
     running = {}
     for name in ("memcheck", "racecheck"):
         log = (FOLDER / f"sanitize-{name}.log").open("wb")
-        command = [tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "application-only", *script]
+        command = [tool, "--tool", name, "--error-exitcode", "9", "--target-processes", "all", "--launch-timeout", "120", *script]
         running[name] = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
     deadline, notes, worst = time.monotonic() + seconds, [], "passed"
     for name, process in running.items():

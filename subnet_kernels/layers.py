@@ -592,7 +592,9 @@ def _plan_of(optimizer: Optimizer) -> tuple:
     if plan is None or plan[0] != _GENERATION or plan[1] != count:
         ids = {id(p) for group in optimizer.param_groups for p in group["params"]}
         layers = [layer for layer in _LAYERS if id(layer.scores) in ids or id(layer.weight) in ids]
-        plan = optimizer._subnet_plan = (_GENERATION, count, layers, _plan(layers))
+        plan = (_GENERATION, count, layers, _plan(layers))
+        if not torch.compiler.is_compiling():  # a traced step keeps nothing, and Dynamo before torch 2.12 refuses to
+            optimizer._subnet_plan = plan
     return plan
 
 

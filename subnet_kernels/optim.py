@@ -162,7 +162,9 @@ class _OneCall:
         if fusion is not None:
             if fusion.plans is not plans:
                 plans.clear()
-                fusion = self._fused = fusion._replace(plans=plans)
+                fusion = fusion._replace(plans=plans)
+                if not torch.compiler.is_compiling():
+                    self._fused = fusion
             if fusion.before:
                 made = self._made_before(fusion)
         for group in self.param_groups:
@@ -208,8 +210,10 @@ class _OneCall:
             of, states, plans = known
             if of is self.state and len(states) == len(of) and all(map(is_, states, of.values())):
                 return plans
-        self._known = self.state, list(self.state.values()), {}
-        return self._known[2]
+        plans: dict[int, _Plan] = {}
+        if not torch.compiler.is_compiling():  # a traced step keeps nothing, and Dynamo before torch 2.12 refuses to
+            self._known = self.state, list(self.state.values()), plans
+        return plans
 
     def _fusion(self) -> _Fusion | None:
         """What is fused at this step; None where nothing is."""
@@ -218,7 +222,9 @@ class _OneCall:
         for group in self.param_groups:
             count += len(group["params"])
         if known is None or known.generation != generation() or known.count != count or self._is_stale(known):
-            known = self._fused = self._fuse(count)
+            known = self._fuse(count)
+            if not torch.compiler.is_compiling():
+                self._fused = known
         for scores in known.empty:
             if scores.grad is not None:
                 raise RuntimeError(

@@ -328,7 +328,9 @@ def superpose_counts(weight: Tensor, counts: Tensor, tasks: int) -> Tensor:
     weight: (*shape) float; counts: (*shape) int32; tasks: K -> (*shape), weight's dtype, contiguous.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    of = torch.full((), tasks, dtype=wide, device=weight.device)  # a tensor: a number would be inverted on a GPU, for one rounding more
+    of = torch.full(
+        (), tasks, dtype=wide, device=weight.device
+    )  # a tensor: a number would be inverted on a GPU, for one rounding more
     return _where_open(counts > 0, weight * (counts.to(weight.dtype).to(wide) / of).to(weight.dtype))
 
 

@@ -558,7 +558,7 @@ class Net(torch.nn.Module):
         x = sk.subnet_linear(x.flatten(1), self.hidden, self.scores, 60).relu()
         x = F.linear(x, sk.superpose(self.mixed, [self.block], self.alphas)).relu()
         x = sk.masked_linear(x, self.last, self.last_bits, self.bias)
-        z = sk.mixed_linear(x, self.last.t(), [self.other], torch.arange(x.shape[0]) % 2)
+        z = sk.mixed_linear(x, self.last.t(), [self.other], torch.arange(x.shape[0], device=x.device) % 2)
         return x, F.linear(x, sk.apply(self.last, self.last_bits).t()), z, sk.compressed_linear(z, self.small)
 
 

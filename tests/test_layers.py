@@ -702,7 +702,7 @@ def test_channels_last():
     optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (model, twin)]
     train(model, optimizers[:1], 3, after=lambda: assert_invariant(model), shape=(2, 4, 8, 8))
     train(twin, optimizers[1:], 3, shape=(2, 4, 8, 8))
-    assert_twins(model, twin)
+    assert_twins(model, twin, 0.0 if ON_CPU else 1e-6)  # cuDNN's gradients go by the strides
 
 
 def test_layers_by_their_own_constructors():
