@@ -3,7 +3,8 @@
 Selection is not part of the autograd graph. Between optimizer steps a live layer's ``bits`` equal ``select(scores)`` and its
 ``w_eff`` equals ``apply(weight, bits)``: a hook after every optimizer step puts frozen values back and refreshes all of that
 optimizer's layers in one call, and an eager forward refreshes a layer whose scores or weight moved otherwise. Writes through
-``.data`` move no version counter: call `refresh` after them.
+``.data`` move no version counter, nor does ``torch._foreach_lerp_``, which moving averages of parameters use, in torch 2.11: call
+`refresh` after them.
 """
 
 from __future__ import annotations

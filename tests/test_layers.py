@@ -455,6 +455,10 @@ def test_copies_train_alone(how):
 
 
 def test_moving_average():
+    average = [torch.zeros(2)]
+    torch._foreach_lerp_(average, [torch.ones(2)], 0.5)
+    if average[0]._version == 0:
+        pytest.skip(f"torch {torch.__version__} writes an average without counting its version: sk.refresh is for that")
     model = net()
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     train(
