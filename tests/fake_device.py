@@ -6,6 +6,7 @@ Tensors are PyTorch's fake ones, on a GPU where this torch knows one and else on
 the other within a step or needs a value on the host raises. Prints how many ops the steps made.
 """
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -121,4 +122,6 @@ def main(name: str) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    status = main(sys.argv[1])
+    sys.stdout.flush()
+    os._exit(status)  # past the interpreter's end, at which PyTorch's threads of such a device sometimes abort the process
