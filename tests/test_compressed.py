@@ -170,12 +170,17 @@ def test_long_rows_and_many(outputs, inputs, density, dtype, form):
         assert torch.equal(sk.compressed_linear(x, small, bias), y)
 
 
-def test_the_format_follows_the_density():
+@pytest.mark.parametrize(("device", "limit"), [("cpu", 0.25), ("cuda", 0.5), ("unheard of", 0.25)])
+def test_the_format_follows_the_density_and_the_device(device, limit):
+    for density, form in ((0.0, "index"), (limit - 0.01, "index"), (limit, "bitmap"), (1.0, "bitmap")):
+        assert compressed.faster_format(int(density * 4000), 4000, device) == form
+
+
+def test_compress_takes_the_faster_format_of_its_device():
     weight = torch.randn(40, 100)
-    for density, form in ((0.01, "index"), (0.2, "index"), (0.3, "bitmap"), (1.0, "bitmap")):
-        bits = sk.select(weight, int(density * 4000))
+    for density in (0.01, 0.24, 0.25, 0.3, 0.5, 1.0):
+        bits, form = sk.select(weight, int(density * 4000)), compressed.faster_format(int(density * 4000), 4000, DEVICE)
         assert sk.compress(weight, bits).format == form
-    assert sk.compress(weight, sk.select(weight, int(compressed.INDEX_BELOW * 4000))).format == "bitmap"
 
 
 def test_a_snapshot():

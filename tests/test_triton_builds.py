@@ -50,6 +50,12 @@ def source(build):
     return ASTSource(function, signature, build.constants, aligned)
 
 
+def compile(build, target):
+    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(OUT / "compiled")):
+        options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
+        return triton.compile(source(build), target=GPUTarget("cuda", target, 32), options=options)
+
+
 def figures(build, target):
     """Registers a thread, bytes of shared memory a block, spilled bytes and stack a thread, of a build compiled for a target."""
     what = (
@@ -65,9 +71,7 @@ def figures(build, target):
     if kept.exists():
         return json.loads(kept.read_text())
     kept.parent.mkdir(parents=True, exist_ok=True)
-    with mock.patch.dict(os.environ, TRITON_CACHE_DIR=str(OUT / "compiled")):
-        options = {"num_warps": build.num_warps, "num_stages": build.num_stages}
-        compiled = triton.compile(source(build), target=GPUTarget("cuda", target, 32), options=options)
+    compiled = compile(build, target)
     cubin = kept.with_suffix(".cubin")
     cubin.write_bytes(compiled.asm["cubin"])
     usage = subprocess.run([TOOLS / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True)
@@ -103,6 +107,17 @@ def test_compiles_within_budget(build, target):
     assert row["shared"] <= SHARED[target]
     assert row["registers"] <= BUDGETS[key(build)], f"{key(build)} in triton_registers.json"
     assert row["spill_bytes"] == 0 or not build.hot
+
+
+@pytest.mark.parametrize("target", SHARED)
+def test_counts_are_read_before_they_are_zeroed(target):
+    """Every warp reads what one warp then zeroes: a barrier is in between, which the interpreter would not miss."""
+    from subnet_kernels.triton import select
+
+    found = re.findall(r"\b(ld\.global|st\.global|bar\.sync)", compile(select._DECIDE, target).asm["ptx"])
+    last_load = len(found) - found[::-1].index("ld.global")
+    first_store = found.index("st.global")
+    assert "bar.sync" in found[last_load:first_store]
 
 
 def test_resources_are_listed():

@@ -16,9 +16,12 @@ from subnet_kernels.ops.masked import _autocasts
 
 FORMATS = ("bitmap", "index")
 
-# Kept share below which columns are faster than a bitmap. Measured, 4096 x 4096 float32, one thread, columns over bitmap: one row 1.2x
-# at .2 and .9x to 1.2x at .3; four rows 1.1x and .7x to .85x; sixteen rows, where a lane is a row, above 2x at both.
-INDEX_BELOW = 0.25
+# Kept share below which columns are faster than a bitmap, by device.
+# CPU, 4096 x 4096 float32, one thread, columns over bitmap: one row 1.2x at .2 and .9x to 1.2x at .3; four rows 1.1x and .7x to .85x;
+# sixteen rows, where a lane is a row, above 2x at both.
+# H100, 4096 x 4096 bfloat16: one row 1.3x at .03 and .1, 1.1x at .3; eight rows 1.4x, 1.3x and 1.3x; denser was not measured, and
+# lines through these times meet beyond .5.
+INDEX_BELOW = {"cpu": 0.25, "cuda": 0.5}
 
 _compressed_linear = define(
     "compressed_linear(Tensor x, Tensor values, Tensor positions, Tensor offsets, Tensor? bias=None) -> Tensor",
@@ -73,11 +76,16 @@ class CompressedLinear(torch.autograd.Function):
         return d_x, None, None, None, grad.reshape(-1, grad.shape[-1]).sum(0) if need_bias else None
 
 
+def faster_format(kept: int, weights: int, device: str) -> str:
+    """The faster format of so many weights where so many are kept, on a type of device; on an unknown one, the CPU's."""
+    return "index" if kept < INDEX_BELOW.get(device, INDEX_BELOW["cpu"]) * weights else "bitmap"
+
+
 def compress(weight: Tensor, bits: Tensor, format: str | None = None) -> Compressed:
     """The open weights of a linear layer and where they are, for `compressed_linear`.
 
     weight: (O, I) float; bits: uint8 (ceil(O*I/512)*64,); format: ``"bitmap"`` (1/8 byte a weight beside the values), ``"index"`` (2
-    bytes a value), or None for the faster one at this density. The values are copies: they do not follow the weight.
+    bytes a value), or None for the faster one at this density on this device. The values are copies: they do not follow the weight.
     Waits for the device. Raises ValueError on a bad argument.
     """
     check.floating("compress", "weight", weight)
@@ -91,7 +99,7 @@ def compress(weight: Tensor, bits: Tensor, format: str | None = None) -> Compres
     mask = unpack(bits, weight.shape)
     values = weight[mask]
     if format is None:
-        format = "index" if values.numel() < INDEX_BELOW * weight.numel() else "bitmap"
+        format = faster_format(values.numel(), weight.numel(), weight.device.type)
     offsets = F.pad(mask.sum(1).cumsum(0), (1, 0))
     if format == "index":
         positions = mask.nonzero()[:, 1].to(torch.uint16 if inputs <= 1 << 16 else torch.int32)

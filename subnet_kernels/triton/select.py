@@ -188,9 +188,11 @@ def _decide_kernel(
         own = tl.zeros((BINS,), tl.int64)
         for copy in range(COPIES):
             own += tl.load(counts + copy * BINS + place).to(tl.int64)
-            tl.store(counts + copy * BINS + place, tl.zeros((BINS,), tl.int32))
         copies = COPIES * BINS + tl.arange(0, COPIES)
         need = k - tl.sum(tl.load(counts + copies).to(tl.int64), 0)  # of the interval's keys
+        tl.debug_barrier()  # every warp reads all copies: none may find the zeros of a faster one
+        for copy in range(COPIES):
+            tl.store(counts + copy * BINS + place, tl.zeros((BINS,), tl.int32))
         tl.store(counts + copies, tl.zeros((COPIES,), tl.int32))
         within = tl.sum(own, 0)
         upwards = within - tl.cumsum(own, 0) + own  # keys of a bin and of those above it
