@@ -1,12 +1,12 @@
-# make setup · demo · test · test-long · bench · lint · clean
+# make setup · demo · test · test-long · bench · cuda · resources · gpu-check · lint · clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-stamp
 # What an installed environment depends on: when one of these changes, setup runs again.
-INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp)
+INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
 
-.PHONY: setup demo test test-long bench lint format clean
+.PHONY: setup demo test test-long bench cuda resources gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -29,16 +29,30 @@ bench: setup
 	$(BIN)/python -m pytest bench -s
 	$(BIN)/python bench/readme.py
 
+# The CUDA library, by nvcc: neither a GPU nor a PyTorch with CUDA is needed.
+cuda: setup
+	$(BIN)/python csrc/build.py cuda
+
+# docs/resources.md: registers, shared memory and spills of every GPU kernel, for every target.
+resources: cuda
+	$(BIN)/python -m pytest tests/test_triton_builds.py
+	$(BIN)/python bench/resources.py
+
+# On a machine with a GPU, in whatever Python has PyTorch there: neither a virtual environment nor an install is made.
+# make gpu-check ARGS="--only tests,bench --again"
+gpu-check:
+	PYTHONPATH=.:python_api $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) bench/gpu_check.py $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/python bench/readme.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 
 clean:
 	rm -rf build dist subnet_kernels/*.so *.egg-info $(VENV)

@@ -1,25 +1,29 @@
 """Builds the compiled libraries. Everything else about the package is in pyproject.toml.
 
-SUBNET_KERNELS_BUILD=auto  (default) the CPU library where torch and a C++ compiler are there, else a pure Python package
+SUBNET_KERNELS_BUILD=auto  (default) the CPU library where torch and a C++ compiler are there, and the CUDA library where torch has
+                           CUDA and nvcc is there; else a pure Python package
                      none  nothing compiled
                      cpu   the CPU library, or fail
-                     cuda  the CPU and the CUDA library, or fail
+                     cuda  the CPU and the CUDA library, or fail; torch need not have CUDA, nor the machine a GPU
 
 The environment is read, never the hardware. torch must be importable to compile: ``pip install --no-build-isolation .``
 """
 
 import os
+import sys
 import warnings
 from pathlib import Path
 
 from setuptools import setup
+
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))
+import build as csrc_build
 
 CHOICES = ("auto", "none", "cpu", "cuda")
 BUILD = os.environ.get("SUBNET_KERNELS_BUILD", "auto")
 if BUILD not in CHOICES:
     raise SystemExit(f"SUBNET_KERNELS_BUILD must be one of {', '.join(CHOICES)}, got {BUILD!r}")
 
-STABLE_ABI = ["-DTORCH_STABLE_ONLY", "-DTORCH_TARGET_VERSION=0x020b000000000000"]  # torch 2.11 and later, any Python
 CPU_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -31,7 +35,7 @@ CPU_FLAGS = [
     "-Wno-uninitialized",  # GCC 12 says it of its own AVX-512 header, hundreds of times
     "-Wno-maybe-uninitialized",
     "-Werror=return-type",
-    *STABLE_ABI,
+    *csrc_build.STABLE_ABI,
 ]
 
 
@@ -39,9 +43,8 @@ def extensions():
     """The extensions to build and the command that builds them; empty for a pure Python package."""
     if BUILD == "none":
         return {}
-    if BUILD == "cuda":
-        raise SystemExit("SUBNET_KERNELS_BUILD=cuda: this version has no CUDA sources; use auto, cpu or none")
     try:
+        import torch
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
         if BUILD != "auto":
@@ -61,6 +64,20 @@ def extensions():
                     raise
                 warnings.warn(f"subnet-kernels is installed without compiled kernels: {error}", stacklevel=1)
                 self.extensions = []
+            if BUILD == "cuda" or (BUILD == "auto" and torch.version.cuda is not None):
+                self.build_cuda()
+
+        def build_cuda(self):
+            """By nvcc and not by PyTorch's own extension class, which refuses where torch has no CUDA."""
+            try:
+                library = csrc_build.cuda()
+            except SystemExit as error:
+                if BUILD != "auto":
+                    raise
+                warnings.warn(f"subnet-kernels is installed without compiled CUDA kernels: {error}", stacklevel=1)
+                return
+            if not self.inplace and not self.editable_mode:
+                self.copy_file(str(library), str(Path(self.build_lib, "subnet_kernels", library.name)))
 
         def copy_extensions_to_source(self):
             self.extensions = [e for e in self.extensions if Path(self.build_lib, self.get_ext_filename(e.name)).exists()]

@@ -59,7 +59,7 @@ def select_kthvalue_compare(scores: Tensor, density: float) -> Tensor:
 
 def pack_float(mask: Tensor) -> Tensor:
     """A float mask to bytes in eager PyTorch: groups of eight, shifted and summed."""
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
+    weights = (1 << torch.arange(8, device=mask.device)).to(torch.uint8)
     return ((mask.view(-1, 8) > 0).to(torch.uint8) * weights).sum(1, dtype=torch.uint8)
 
 
@@ -181,7 +181,7 @@ def mixed_linear_loop(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) 
 
 def mixed_linear_where(x: Tensor, weight: Tensor, masks: Tensor, ids: list[int]) -> Tensor:
     """The same with bool masks, and closed weights not multiplied."""
-    zero = torch.zeros((), dtype=weight.dtype)
+    zero = torch.zeros((), dtype=weight.dtype, device=weight.device)
     return torch.stack([torch.nn.functional.linear(row, torch.where(masks[t], weight, zero)) for row, t in zip(x, ids)])
 
 

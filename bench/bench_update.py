@@ -1,13 +1,16 @@
 """Optimizer steps with 30 % of the weights frozen, beside torch's fused steps without any mask and what people write instead.
 
 A case is one whole `step()` of either side over the same parameters, Python included, with gradients that are not zero.
-Only our step leaves frozen weights where they are: zeroed gradients still let momentum and weight decay move them.
+Only our step leaves frozen weights where they are: zeroed gradients still let momentum and weight decay move them. On a GPU: within 1.05
+of torch's fused step without a mask, 1.3 times masked_fill_ before it, 3 times what is published, within 1.2 of the bytes at copy speed;
+straight-through and Adam in one pass 1.6 times as fast as in two.
 """
 
+import measure as clock
 import pytest
 import torch
 from baselines import resnet18
-from measure import compiled, measure, record, table
+from measure import compiled, measure, on_cpu, record, sizes, table
 from torch import nn
 
 from subnet_kernels import optim, reference
@@ -25,7 +28,9 @@ CASES = {
     "1 weight, 2,359,296": ([(512, 512, 3, 3)], False),
     "20 weights, 11,166,912": (resnet18(), False),
     "10 weights, 10,000,000": ([(1000, 1000)] * 10, False),
+    "10 weights, 100,000,000": ([(10_000, 1000)] * 10, False),
 }
+LARGE = ("10 weights, 10,000,000", "10 weights, 100,000,000")
 
 RULES = {
     "adam": (optim.Adam, torch.optim.Adam, dict(lr=1e-3), dict(fused=True)),
@@ -53,10 +58,10 @@ def states_of(optimizer, p):
     return [s for s in optimizer.state[p].values() if isinstance(s, torch.Tensor) and s.shape == p.shape]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", sizes([*CASES][:-1], ["40 weights and 40 scores, 176,800", "20 weights, 11,166,912", *LARGE]))
 @pytest.mark.parametrize("rule", RULES)
 def bench_step(monkeypatch, thread_count, rule, case):
-    if case.startswith("10 ") and rule != "adam":
+    if case in LARGE and rule != "adam":
         pytest.skip("one rule is enough of this size")
     shapes, scores = CASES[case]
     ours_class, torch_class, options, fast = RULES[rule]
@@ -80,6 +85,8 @@ def bench_step(monkeypatch, thread_count, rule, case):
         return optimizer, step
 
     name = next(iter(fast))
+    if not on_cpu() and rule != "sgd-momentum":
+        fast = fast | dict(capturable=True)  # their steps are captured as ours are
     plain, plain_step = rival(fast)
     rivals = {
         f"{name}, no mask": plain_step,
@@ -97,7 +104,7 @@ def bench_step(monkeypatch, thread_count, rule, case):
         torch.testing.assert_close(p.detach()[live], q.detach()[live], rtol=1e-5, atol=1e-7)
 
     notes = {}
-    if case.startswith("10 ") and thread_count == 1:
+    if case in LARGE and thread_count == 1:
         default, _ = rival({})
         fast, notes = compiled(default.step)
         rivals |= {f"{label}, no mask": f for label, f in fast.items()}
@@ -114,17 +121,23 @@ def bench_step(monkeypatch, thread_count, rule, case):
     rivals["floor: same bytes (add_, mul_)"] = floor
     times = measure(
         {"ours, 30 % frozen": ours.step, "ours, none frozen": unmasked.step, **rivals},
-        seconds=3.0 if case.startswith("10 ") else 1.5,
+        seconds=3.0 if case in LARGE else 1.5,
     )
-    print("\n" + table(f"{rule}, {case}", times, "ours, 30 % frozen"))
-    record("update", f"{rule}, {case}", times, notes)
+    targets = {}
+    if rule == "adam":
+        count = sum(p.numel() for p in params)
+        times |= clock.floor(28 * count + sum(map(torch.numel, masks)) / 8)
+        targets = {f"{name}, no mask": 1 / 1.05, f"grad.masked_fill_, {name}": 1.3, "grad[M] = 0, default": 3}
+        targets |= {"floor: the bytes at copy speed": 1 / 1.2} if case in LARGE else {}
+    print("\n" + table(f"{rule}, {case}", times, "ours, 30 % frozen", targets))
+    record("update", f"{rule}, {case}", times, notes, targets)
     ratio = times["ours, 30 % frozen"].min / times[f"{name}, no mask"].min
-    assert ratio <= GATE or rule != "adam" or thread_count > 1, (
+    assert ratio <= GATE or rule != "adam" or thread_count != 1, (
         f"{ratio:.2f} times the unmasked {name} step, at most {GATE} allowed"
     )
 
 
-@pytest.mark.parametrize("n", [78_400, 10_000_000])
+@pytest.mark.parametrize("n", sizes([78_400, 10_000_000], [10_000_000, 100_000_000]))
 def bench_fused_straight_through(n, thread_count):
     """Gradients of weight and scores made inside the step (fuse_ste), beside the op that makes them and the step after it."""
     mask, frozen = torch.rand(n) < SHARE, torch.rand(n) < SHARE
@@ -154,9 +167,10 @@ def bench_fused_straight_through(n, thread_count):
     assert torch.equal(one[0][1][frozen], made[1][frozen])
     for ours, theirs in zip(one[0] + one[1] + one[2], two[0] + two[1] + two[2]):
         assert torch.equal(ours, theirs)
-    times = measure({"update, fused": fused, "straight_through, then update": separate}, seconds=1.0)
-    print("\n" + table(f"straight-through and Adam, {n:,} weights and as many scores", times, "update, fused"))
-    record("update", f"straight-through and adam, 2 x {n}", times)
+    times = measure({"update, fused": fused, "straight_through, then update": separate}, seconds=1.0) | clock.floor(52.25 * n)
+    targets = {"straight_through, then update": 1.6}
+    print("\n" + table(f"straight-through and Adam, {n:,} weights and as many scores", times, "update, fused", targets))
+    record("update", f"straight-through and adam, 2 x {n}", times, targets=targets)
     if thread_count == 1 and n == 10_000_000:
         ratio = times["straight_through, then update"].min / times["update, fused"].min
         assert ratio >= 1.3, f"{ratio:.2f}x, below 1.3x"

@@ -24,7 +24,7 @@ WIN, LOSS, ASIDE = "#0072B2", "#D55E00", "#999999"
 
 
 class Group(NamedTuple):
-    """One case of a benchmark on so many threads: which callable is ours, its microseconds, and the others' times over it."""
+    """One case of a benchmark on so many threads, 0 on a GPU: which callable is ours, its microseconds, and the others' times over it."""
 
     bench: str
     case: str
@@ -32,6 +32,12 @@ class Group(NamedTuple):
     name: str
     us: float
     ratios: dict[str, float]
+    targets: dict[str, float] = {}  # of some of the others: the ratio they were to have at least
+
+    @property
+    def where(self) -> str:
+        """The number of threads, for a heading; nothing on a GPU."""
+        return f", {self.threads} thread{'s' if self.threads > 1 else ''}" if self.threads else ""
 
     def is_rival(self, name: str) -> bool:
         """Whether it is another's way to do the same, and no memory floor or variant of ours."""
@@ -41,13 +47,28 @@ class Group(NamedTuple):
 def groups(rows: Sequence[dict]) -> list[Group]:
     """The cases of a result file's rows."""
     cases: dict[tuple[str, str, int], dict[str, float]] = {}
+    targets: dict[tuple[str, str, int], dict[str, float]] = {}
     for row in rows:
-        cases.setdefault((row["bench"], row["case"], row["threads"]), {})[row["name"]] = row["min"]
+        key = row["bench"], row["case"], row["threads"]
+        cases.setdefault(key, {})[row["name"]] = row["min"]
+        if "target" in row:
+            targets.setdefault(key, {})[row["name"]] = row["target"]
     found = []
-    for (bench, case, threads), times in cases.items():
-        name = next((n for n in (bench, *OURS) if n in times), next(iter(times)))
-        found.append(Group(bench, case, threads, name, times[name], {n: t / times[name] for n, t in times.items() if n != name}))
+    for key, times in cases.items():
+        name = next((n for n in (key[0], *OURS) if n in times), next(iter(times)))
+        ratios = {n: t / times[name] for n, t in times.items() if n != name}
+        found.append(Group(*key, name, times[name], ratios, targets.get(key, {})))
     return found
+
+
+def misses(found: Sequence[Group]) -> list[str]:
+    """A line for each target that was missed."""
+    lines = []
+    for g in found:
+        for name, target in g.targets.items():
+            if g.ratios.get(name, target) < target:
+                lines.append(f"MISS {g.bench}, {g.case}: {name} takes {text(g.ratios[name])} of ours, target {text(target)}")
+    return lines
 
 
 def text(ratio: float) -> str:
@@ -59,9 +80,10 @@ def table(found: Sequence[Group]) -> str:
     """A line for each case and each other callable of it; losses are marked."""
     lines = ["", "times ours: above 1 ours is faster, minima of one run"]
     for g in found:
-        lines.append(f"\n{g.bench}, {g.case}, {g.threads} thread{'s' if g.threads > 1 else ''}: {g.name} {g.us:,.1f} us")
+        lines.append(f"\n{g.bench}, {g.case}{g.where}: {g.name} {g.us:,.1f} us")
         for name, ratio in g.ratios.items():
-            note = "" if not g.is_rival(name) else "  <- LOSS" if ratio < 1 else ""
+            note = "  <- LOSS" if g.is_rival(name) and ratio < 1 else ""
+            note += f"  <- MISS of {text(g.targets[name])}" if ratio < g.targets.get(name, 0) else ""
             lines.append(f"  {text(ratio):>8} x  {name}{note}")
     return "\n".join(lines)
 
@@ -75,7 +97,7 @@ def draw(found: Sequence[Group], title: str, path: Path) -> None:
     lines: list[tuple[float, str, Group | None, str]] = []  # (place, label, group or a heading's None, name)
     place = 0.0
     for g in found:
-        lines.append((place, f"{g.case}, {g.threads} thread{'s' if g.threads > 1 else ''}", None, ""))
+        lines.append((place, f"{g.case}{g.where}", None, ""))
         for name in g.ratios:
             place += 1
             lines.append((place, name, g, name))

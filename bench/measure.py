@@ -3,10 +3,12 @@
 ``times = measure({"ours": f, "rival": g})`` runs the callables in turn in one process, so that a busy neighbour slows all alike;
 ``record(...)`` keeps the rows in ``bench/results/cpu-<model>.json``, each with its unit, threads, versions and commit.
 A name that begins with "floor" is the time of reading, or of reading and writing, the same bytes in the same run.
+With `--device cuda` the same benchmarks run on a GPU (`on_cuda.py`), at sizes of their own, and write ``bench/results/<card>.json``.
 pytest-benchmark is not used to time: it measures one callable after the other, minutes apart, and here ratios are the result.
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
@@ -14,7 +16,7 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,25 +24,65 @@ import torch
 
 RESULTS = Path(__file__).parent / "results"
 RECORDED: set[tuple[Path, str, str, int]] = set()  # (file, bench, case, threads) of this process
+DEVICE = "cpu"  # `use` changes it, before a benchmark is imported
+
+
+def use(device: str) -> None:
+    """Make `device` the one that benchmarks run on, and PyTorch's default."""
+    global DEVICE
+    DEVICE = device
+    torch.set_default_device(device)
+
+
+def on_cpu() -> bool:
+    """Whether the benchmarks run on the CPU, where their gates hold; on a GPU they have targets, and a missed one is printed."""
+    return DEVICE == "cpu"
+
+
+def sizes(cpu: list, cuda: list) -> list:
+    """The cases of a benchmark on the device in use."""
+    return cpu if on_cpu() else cuda
+
+
+def only_on(device: str):
+    """The mark of a benchmark whose sizes are those of one device."""
+    import pytest
+
+    return pytest.mark.skipif(device != DEVICE, reason=f"has the sizes of another device than {DEVICE}")
 
 
 class Timing(NamedTuple):
-    """Microseconds of one callable: the minimum is what gates read, the median shows how noisy the machine was."""
+    """Microseconds of one callable: the minimum is what gates read, the median shows how noisy the machine was.
+
+    timed and eager: on a GPU how the call was timed, and what it costs on the host; see `on_cuda`.
+    """
 
     min: float
     median: float
     calls: int
+    timed: str = ""
+    eager: float | None = None
 
 
 def measure(
-    callables: dict[str, Callable[[], object]], seconds: float = 1.0, rounds: int = 5, burst: int = 4, slow: int = 2
+    callables: dict[str, Callable[[], object]],
+    seconds: float = 1.0,
+    rounds: int = 5,
+    burst: int = 4,
+    slow: int = 2,
+    eager: Collection[str] = (),
 ) -> dict[str, Timing]:
-    """Times each callable, all of them interleaved.
+    """Times each callable, all of them interleaved; on a GPU by `on_cuda.measure`, for at most .4 s, and those in `eager` on the host.
 
     A round gives every callable in turn one call that is not counted, which brings its data into the caches, and `burst` that are;
     of one that takes 5 ms or more, the first is counted and there is no other, and one that takes a second or more has `slow` calls
     in all. Rounds go on until the time is used, and for at least `rounds`.
     """
+    if not on_cpu():
+        import on_cuda
+
+        found = on_cuda.measure(callables, min(seconds, 0.4), 3, burst, slow, eager)
+        return {name: Timing(*timing) for name, timing in found.items()}
     spent: dict[str, list[int]] = {name: [] for name in callables}
     began = time.perf_counter()
     done = 0
@@ -73,6 +115,16 @@ def compiled(expression: Callable, *example) -> tuple[dict[str, Callable[[], obj
     return {"torch.compile": lambda: function(*example)}, {}
 
 
+def floor(count: float) -> dict[str, Timing]:
+    """On a GPU the time of moving so many bytes at the speed of its copy of 1 GB, as a row of its own; nothing on the CPU."""
+    if on_cpu():
+        return {}
+    import on_cuda
+
+    us = count / on_cuda.copy_rate()
+    return {"floor: the bytes at copy speed": Timing(us, us, 0, "computed")}
+
+
 @contextlib.contextmanager
 def threads(count: int):
     """torch on `count` threads inside the block."""
@@ -85,7 +137,11 @@ def threads(count: int):
 
 
 def machine() -> dict[str, object]:
-    """The processor, as the operating system names it."""
+    """The processor, as the operating system names it, or the card."""
+    if not on_cpu():
+        import on_cuda
+
+        return on_cuda.machine()
     model = platform.processor() or platform.machine()
     flags = ""
     with contextlib.suppress(OSError):
@@ -98,6 +154,8 @@ def machine() -> dict[str, object]:
 
 
 def _commit() -> str:
+    if known := os.environ.get("SUBNET_KERNELS_COMMIT"):  # where a copy of the tree runs without its history
+        return known
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run(
@@ -109,20 +167,46 @@ def _commit() -> str:
     return commit + ("+changes" if [line for line in changed.splitlines() if "bench/results/" not in line] else "")
 
 
-def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, object] | None = None) -> Path:
-    """Writes a row for each callable of a case, in place of all rows of the same bench, case and threads; returns the file."""
+@functools.cache
+def _file() -> tuple[Path, dict[str, object], dict[str, str]]:
+    """Where results go, the machine they are of, and the versions."""
     from subnet_kernels import __version__
 
     here = machine()
-    path = RESULTS / f"cpu-{re.sub('[^a-z0-9]+', '-', str(here['model']).lower()).strip('-')}.json"
-    results = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
-    where = {"bench": bench, "case": case, "threads": torch.get_num_threads()}
     versions = {"subnet_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    rows = [
-        {**where, "name": name, "unit": "us", "min": round(t.min, 2), "median": round(t.median, 2), "calls": t.calls}
-        | {"commit": _commit(), "versions": versions, **(notes or {})}
-        for name, t in times.items()
-    ]
+    if not on_cpu():
+        import on_cuda
+
+        versions |= on_cuda.versions()
+    slug = re.sub("[^a-z0-9]+", "-", str(here["model"]).lower()).strip("-")
+    return RESULTS / f"{'cpu-' if on_cpu() else ''}{slug}.json", here, versions
+
+
+def record(
+    bench: str,
+    case: str,
+    times: dict[str, Timing],
+    notes: dict[str, object] | None = None,
+    targets: dict[str, float] | None = None,
+) -> Path:
+    """Writes a row for each callable of a case, in place of all rows of the same bench, case and threads; returns the file.
+
+    targets: on a GPU, how many times as long as ours another callable is to take at least; less is printed as a miss. Threads are 0
+    there.
+    """
+    path, here, versions = _file()
+    results = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
+    if not on_cpu():
+        results["machine"] = here  # the copy's speed is that of the last run
+    where = {"bench": bench, "case": case, "threads": torch.get_num_threads() if on_cpu() else 0}
+    rows = []
+    for name, t in times.items():
+        row = {**where, "name": name, "unit": "us", "min": round(t.min, 2), "median": round(t.median, 2), "calls": t.calls}
+        if t.timed:
+            row |= {"timed": t.timed} | ({} if t.eager is None else {"eager": round(t.eager, 2)})
+        if not on_cpu() and targets and name in targets:
+            row["target"] = round(targets[name], 3)
+        rows.append(row | {"commit": _commit(), "versions": versions, **(notes or {})})
     kept = [row for row in results["rows"] if any(row[key] != value for key, value in where.items())]
     results["rows"] = sorted(kept + rows, key=lambda row: (row["bench"], row["case"], row["threads"]))
     RESULTS.mkdir(exist_ok=True)
@@ -133,9 +217,21 @@ def record(bench: str, case: str, times: dict[str, Timing], notes: dict[str, obj
     return path
 
 
-def table(title: str, times: dict[str, Timing], ours: str) -> str:
+def table(title: str, times: dict[str, Timing], ours: str, targets: dict[str, float] | None = None) -> str:
     """A few lines for a person: each callable's time and how many times longer than ours it takes."""
-    lines = [f"{title}, {torch.get_num_threads()} thread(s)"]  # a rival below 1.00x is faster than ours
+    lines = [title + (f", {torch.get_num_threads()} thread(s)" if on_cpu() else "")]  # a rival below 1.00x is faster than ours
     for name, t in times.items():
-        lines.append(f"  {name:<28} {t.min:>12.1f} us   median {t.median:>12.1f}   {t.min / times[ours].min:>9.2f}x ours")
+        ratio = t.min / times[ours].min
+        line = f"  {name:<28} {t.min:>12.1f} us   median {t.median:>12.1f}   {ratio:>9.2f}x ours"
+        if t.timed:
+            line += f"   {t.timed:<8}" + ("" if t.eager is None else f" eager {t.eager:>12.1f}")
+        if not on_cpu() and targets and name in targets:
+            line += f"   {'MISS of' if ratio < targets[name] else 'met'} {targets[name]:.3g}x"
+        lines.append(line)
     return "\n".join(lines)
+
+
+def report(bench: str, case: str, times: dict[str, Timing], ours: str, targets: dict[str, float], **notes: object) -> None:
+    """Print and record a case that has targets."""
+    print("\n" + table(f"{bench}, {case}", times, ours, targets))
+    record(bench, case, times, notes, targets)

@@ -4,7 +4,7 @@ cuda      subnet_kernels/_C_cuda.so by nvcc, on any machine that has nvcc: neith
           targets in SUBNET_KERNELS_CUDA_ARCHS (default "80;90;100"). What ptxas says of every kernel, registers, shared memory and
           spills, is in build/cuda/resources.json.
 emulated  build/emulated/_C_emulated.so: the same kernels for the processor (csrc/cuda/simt.h), for tests. With `--address`, also
-          under the address sanitizer, which finds what a kernel reads or writes out of bounds.
+          under sanitizers, which find what a kernel reads or writes out of bounds or unaligned.
 
 MAX_JOBS bounds how many compilers run at a time.
 """
@@ -84,22 +84,34 @@ def cuda(library: Path | None = None) -> Path:
     """The CUDA library, and the table of what its kernels take."""
     nvcc = os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
     if nvcc is None:
-        raise SystemExit("csrc/build.py: nvcc is needed to build the CUDA library, and there is none on PATH nor in /usr/local/cuda")
+        raise SystemExit(
+            "csrc/build.py: nvcc is needed to build the CUDA library, and there is none on PATH nor in /usr/local/cuda"
+        )
     targets = os.environ.get("SUBNET_KERNELS_CUDA_ARCHS", "80;90;100").split(";")
     torch = torch_folder()
-    flags = ["-std=c++20", "-O3", "-lineinfo", "-Xcompiler", "-fPIC,-fvisibility=hidden", "-Werror", "all-warnings", "-Xptxas", "-v"]
+    flags = [
+        "-std=c++20",
+        "-O3",
+        "-lineinfo",
+        "-Xcompiler",
+        "-fPIC,-fvisibility=hidden",
+        "-Werror",
+        "all-warnings",
+        "-Xptxas",
+        "-v",
+    ]
     flags += ["-DUSE_CUDA", *STABLE_ABI, "-isystem", f"{torch}/include"]
     flags += [f"-gencode=arch=compute_{t},code=sm_{t}" for t in targets]
     folder = ROOT / "build" / "cuda"
     objects = compile_all(folder, [(p, [nvcc, *flags]) for p in sorted(SOURCES.glob("*.cu"))], run([nvcc, "--version"]))
-    rows = resources("".join(o.with_suffix(".log").read_text() for o in objects))
+    rows = [row for o in objects for row in resources(o.stem.rsplit("-", 1)[0], o.with_suffix(".log").read_text())]
     (folder / "resources.json").write_text(json.dumps(rows, indent=1) + "\n")
     where = library or ROOT / "subnet_kernels" / "_C_cuda.so"
     return link(objects, where, [nvcc, "-shared", "-cudart", "static", f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
 
 
-def resources(log: str) -> list[dict[str, object]]:
-    """A row a kernel and target of ptxas's report."""
+def resources(op: str, log: str) -> list[dict[str, object]]:
+    """A row a kernel and target of ptxas's report on one source."""
     report = re.compile(
         r"Compiling entry function '(?P<kernel>\w+)' for 'sm_(?P<target>\w+)'.*?"
         r"(?P<stack>\d+) bytes stack frame, (?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads\n"
@@ -111,10 +123,9 @@ def resources(log: str) -> list[dict[str, object]]:
     rows = []
     for f, name in zip(found, names):
         shared = re.search(r"(\d+) bytes smem", f["rest"])
-        name = re.sub(r"\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name)
         rows.append(
             {
-                "kernel": re.sub(r"\((?!.*\>).*\)$", "", name),
+                "kernel": f"{op}: {without_arguments(name)}",
                 "target": int(f["target"].rstrip("a")),
                 "registers": int(f["registers"]),
                 "shared": int(shared.group(1)) if shared else 0,
@@ -125,24 +136,34 @@ def resources(log: str) -> list[dict[str, object]]:
     return sorted(rows, key=lambda row: (row["kernel"], row["target"]))
 
 
+def without_arguments(name: str) -> str:
+    """A demangled kernel's name and template arguments: void (anonymous namespace)::f<(Rule)2>(int*) -> f<(Rule)2>."""
+    depth = at = 0
+    for at in range(len(name) - 1, -1, -1):
+        depth += {")": 1, "(": -1}.get(name[at], 0)
+        if depth == 0:
+            break
+    return re.sub(r"\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name[:at])
+
+
 def emulated(address: bool = False) -> Path:
     """The CUDA kernels for the processor."""
     torch = torch_folder()
     compiler = os.environ.get("CXX", "g++")
     flags = ["-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-Werror=return-type"]
     flags += ["-DSUBNET_KERNELS_EMULATED", *STABLE_ABI, "-isystem", f"{torch}/include"]
-    flags += ["-fsanitize=address"] if address else []
+    flags += ["-fsanitize=address,alignment", "-fno-sanitize-recover=alignment"] if address else []
     folder = ROOT / "build" / ("emulated-address" if address else "emulated")
     sources = [*sorted(SOURCES.glob("*.cu")), *sorted(SOURCES.glob("*.cpp"))]
     objects = compile_all(folder, [(p, [compiler, *flags, "-x", "c++"]) for p in sources], run([compiler, "--version"]))
-    ends = ["-fsanitize=address"] if address else []
+    ends = ["-fsanitize=address,alignment"] if address else []
     return link(objects, folder / "_C_emulated.so", [compiler, "-shared", *ends, f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("cuda", "emulated"))
-    parser.add_argument("--address", action="store_true", help="emulated: under the address sanitizer")
+    parser.add_argument("--address", action="store_true", help="emulated: under sanitizers of addresses")
     given = parser.parse_args()
     print(cuda() if given.what == "cuda" else emulated(given.address))
     sys.exit()

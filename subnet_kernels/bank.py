@@ -199,8 +199,9 @@ class MaskBank(BankFiles):
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
         """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
 
-        scores: ``"keep"`` or ``"init"`` (drawn anew, from PyTorch's global generator as the modules are); per_task: output widths of
-        Linear modules, {name: outputs}. Make a new optimizer after it: the modules are new. Raises ValueError on a bad argument.
+        scores: ``"keep"`` or ``"init"`` (drawn anew, from PyTorch's global CPU generator as the modules are, whatever the device);
+        per_task: output widths of Linear modules, {name: outputs}. Make a new optimizer after it: the modules are new. Raises ValueError
+        on a bad argument.
         """
         if scores not in ("keep", "init"):
             raise ValueError(f"begin: scores must be 'keep' or 'init', got {scores!r}")
@@ -708,17 +709,20 @@ def _like(module: nn.Module) -> Tensor:
 
 
 def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
+    """A module like this one with new parameters, drawn on the CPU so that every device gets the same ones."""
     if outputs is not None:
         if type(module) is not nn.Linear:
             raise ValueError(f"begin: module {name!r} must be a Linear to be given a width, got {type(module).__name__}")
         weight = module.weight
-        new = nn.Linear(module.in_features, outputs, module.bias is not None, device=weight.device, dtype=weight.dtype)
-        return new.train(module.training)
-    new = copy.deepcopy(module).requires_grad_(True)
+        new = nn.Linear(module.in_features, outputs, module.bias is not None, device="cpu", dtype=weight.dtype)
+        return new.to(weight.device).train(module.training)
+    new, device = copy.deepcopy(module).requires_grad_(True), _like(module).device
+    if device.type not in ("cpu", "meta"):
+        new.cpu()
     for part in new.modules():
         if hasattr(part, "reset_parameters"):
             part.reset_parameters()
-    return new
+    return new if device.type == "meta" else new.to(device)
 
 
 def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:

@@ -7,6 +7,7 @@ import platform
 
 import torch
 
+from subnet_kernels import triton
 from subnet_kernels.ops import _library
 
 NAMES = ("portable", "avx2", "avx512")
@@ -28,13 +29,15 @@ def cpu_isa(request: str | None = None) -> str | None:
 
 
 def ops() -> dict[str, dict[str, str]]:
-    """{op: {"cpu": tier, "cuda": tier}}; a tier is ``compiled`` or ``reference``."""
+    """{op: {"cpu": tier, "cuda": tier}}; a tier is ``compiled``, ``triton`` (on CUDA) or ``reference``."""
     names = sorted(name.split("::")[1] for name in torch._C._dispatch_get_all_op_names() if name.startswith("subnet_kernels::"))
     kernels = torch._C._dispatch_has_kernel_for_dispatch_key
     tiers = {}
     for name in names:
         full = f"subnet_kernels::{name}"
         tiers[name] = {key.lower(): "compiled" if kernels(full, key) else "reference" for key in ("CPU", "CUDA")}
+        if name in triton.REGISTERED:
+            tiers[name]["cuda"] = "triton"
     return tiers
 
 
@@ -48,8 +51,14 @@ def report() -> str:
         path = _library.LOADED.get(library)
         state = f"loaded from {path}" if path else f"off: {_library.MISSING[library]}"
         lines.append(f"{library}: {state}" + (f", instruction set {cpu_isa()}" if path and library == "_C_cpu" else ""))
+    served = f"{triton.installed()}, serves {len(triton.REGISTERED)} ops on CUDA" if triton.REGISTERED else _unused()
+    lines.append(f"triton: {served}")
     width = max(map(len, ops()))
     lines += ["", f"{'op':{width}} {'cpu':10} cuda"]
     lines += [f"{name:{width}} {tier['cpu']:10} {tier['cuda']}" for name, tier in ops().items()]
     lines += ["", "reference: the op's definition in plain PyTorch, exact and slow; no kernel of it is compiled for that device"]
     return "\n".join(lines)
+
+
+def _unused() -> str:
+    return f"off: {_library.MISSING['triton']}" if "triton" in _library.MISSING else "every op has a compiled CUDA kernel"

@@ -454,11 +454,17 @@ class SubnetConv3d(_SubnetConv, nn.Conv3d):
 DENSE = {nn.Linear: SubnetLinear, nn.Conv1d: SubnetConv1d, nn.Conv2d: SubnetConv2d, nn.Conv3d: SubnetConv3d}
 
 
+@torch.no_grad()
 def init_scores_(scores: Tensor) -> Tensor:
-    """Draw scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), Kaiming-uniform with a = sqrt(5): edge-popup's, SupSup's and WSN's init."""
+    """Draw scores from U(-1/sqrt(fan_in), 1/sqrt(fan_in)), Kaiming-uniform with a = sqrt(5): edge-popup's, SupSup's and WSN's init.
+
+    They are drawn on the CPU, so that every device gets the same ones; only those of a tensor subclass (DTensor) where they lie.
+    """
     fan_in = scores[0].numel() if scores.dim() and len(scores) else 0
     bound = fan_in**-0.5 if fan_in else 0.0
-    return nn.init.uniform_(scores, -bound, bound)
+    if scores.device.type == "cpu" or type(scores) not in (Tensor, nn.Parameter):
+        return nn.init.uniform_(scores, -bound, bound)
+    return scores.copy_(nn.init.uniform_(torch.empty(scores.shape, dtype=scores.dtype), -bound, bound))
 
 
 # -------------------------------------------------------------------------------------------------- once per optimizer step
@@ -595,6 +601,22 @@ def watched(optimizer: Optimizer) -> bool:
     ours = 1 + _refusing
     hooks = optimizer_module._global_optimizer_pre_hooks, optimizer_module._global_optimizer_post_hooks
     return bool(optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks) or sum(map(len, hooks)) > ours
+
+
+def before_replay(optimizer: Optimizer) -> None:
+    """Refresh those of an optimizer's layers whose scores or weight moved by hand: a captured forward does not look."""
+    stale = [layer for layer in layers_of(optimizer) if layer._seen != layer._now()]
+    if stale:
+        refresh(stale)
+
+
+def after_replay(optimizer: Optimizer) -> None:
+    """Count the versions of what a captured step of an optimizer wrote, and take its layers for refreshed, as they are."""
+    increment_version([p for group in optimizer.param_groups for p in group["params"]])
+    for *_, written, group in _plan_of(optimizer)[3]:
+        increment_version(written)
+        for layer in group:
+            layer._seen = layer._now()
 
 
 def after_step(optimizer: Optimizer, *_) -> None:

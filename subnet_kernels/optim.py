@@ -8,23 +8,50 @@ promise to any other optimizer, at the price of copies.
 With ``fuse_ste=True`` the gradients of weights and scores are made inside the step. Backward then leaves one gradient a layer, that of
 the effective weight G, in ``weight.grad`` where the weight learns, else in ``scores.grad``; clipping, logging and hooks see G. The
 mask, the weight and the scores that enter are those at the step. The optimizer made last for a layer decides how it learns.
+
+A whole training step of a converted model can be captured in a CUDA graph, with these optimizers or with ``torch.optim``'s made with
+``capturable=True`` and their lr as a tensor on the device. Make a few steps on a side stream first, so that all state is there, then::
+
+    graph = torch.cuda.CUDAGraph()
+    optimizer.zero_grad()
+    with torch.cuda.graph(graph):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        optimizer.step()  # and the refresh of the masks with it
+    for batch in batches:
+        x.copy_(batch.x), y.copy_(batch.y)
+        sk.optim.replay(graph, optimizer)
+
+`replay` does what an eager step does on the host; ``graph.replay()`` alone is right too while nobody changes learning rates or writes
+to weights and scores. Capture anew after the bank's ``begin``, ``commit`` or ``remove`` and after a ``load_state_dict`` of the optimizer:
+they put other tensors in the place of those that were captured.
 """
 
 from __future__ import annotations
 
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from subnet_kernels import ops
-from subnet_kernels.layers import after_step, frozen_bits, generation, layers_of, refuse_fused, set_fused, watched
+from subnet_kernels.layers import (
+    after_replay,
+    after_step,
+    before_replay,
+    frozen_bits,
+    generation,
+    layers_of,
+    refuse_fused,
+    set_fused,
+    watched,
+)
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 
-__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "freeze"]
+__all__ = ["SGD", "Adam", "AdamW", "RMSprop", "freeze", "replay"]
 
 
 class _Plan(NamedTuple):
@@ -158,13 +185,15 @@ class _OneCall:
                 plan = plans[id(group)] = self._plan(group, params, grads, fusion)
             if plan.one_device:
                 rate = self._rate(group, params[0].device)
-                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scaling, plan.pairs)
+                scalars = _on(params[0].device, scaling)
+                self._update(group, params, grads, plan.states, frozen_bits(params), rate, *scalars, plan.pairs)
                 continue
             grads = _apart(params, grads, plan.pairs)
             for device in sorted({p.device for p in params}, key=str):
                 some, theirs, states = zip(*(row for row in zip(params, grads, plan.states) if row[0].device == device))
                 rate = self._rate(group, device)
-                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scaling, ())
+                scalars = _on(device, scaling)
+                self._update(group, list(some), list(theirs), states, frozen_bits(some), rate, *scalars, ())
         return loss
 
     _ranged_step = torch.optim.Optimizer.profile_hook_step(_step)  # with everybody's hooks, `after_step` among them
@@ -261,16 +290,31 @@ class _OneCall:
         return _Plan(list(params), states, stateful, len({p.device for p in params}) == 1, (pairs, beside) if pairs else ())
 
     def _rate(self, group: dict, device: torch.device) -> Tensor:
-        """The group's learning rate as a 0-dim tensor; one of a float is kept until the float changes."""
+        """The group's learning rate as a 0-dim tensor on that device.
+
+        A number has one tensor there for good, which is written when it changes: a captured step goes on reading that one.
+        """
         lr = group["lr"]
         if isinstance(lr, Tensor):
-            lr = lr.detach().reshape(())
-            return lr.to(device, torch.float64 if not lr.dtype.is_floating_point else lr.dtype)
-        rates = self.__dict__.setdefault("_rates", {})
-        kept = rates.get(id(group))
-        if kept is None or kept[0] != lr or kept[1].device != device:
-            kept = rates[id(group)] = lr, torch.tensor(lr, dtype=torch.float64, device=device)
+            if lr.device == device or lr.device.type != "cpu" or torch.compiler.is_compiling():
+                lr = lr.detach().reshape(())
+                return lr.to(device, torch.float64 if not lr.dtype.is_floating_point else lr.dtype)
+            lr = lr.item()  # the host's, as those of a loaded state are: nobody waits for it, and no step copies it to the device
+        rates = self.__dict__.setdefault("_rates", {}).setdefault(id(group), {})
+        kept = rates.get(device)
+        if kept is None:
+            kept = rates[device] = [lr, torch.full((), lr, dtype=torch.float64, device=device)]
+        elif kept[0] != lr:
+            kept[0] = lr
+            kept[1].fill_(lr)
         return kept[1]
+
+    def write_rates(self) -> None:
+        """Write learning rates that have changed since the last step into the tensors that a captured step reads."""
+        rates = self.__dict__.get("_rates", {})
+        for group in self.param_groups:
+            for device in rates.get(id(group), ()):
+                self._rate(group, device)
 
     def _lists(self, params: list[Tensor], states: list[dict], names: tuple[str, ...]) -> list[list[Tensor]]:
         """The state tensors of each name, then the steps, in the order of params; a parameter without state gets zeros."""
@@ -283,6 +327,11 @@ class _OneCall:
 
     def _update(self, group, params, grads, states, frozen, lr, grad_scale, found_inf, pairs) -> None:
         raise NotImplementedError
+
+
+def _on(device: torch.device, scalars: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """What a GradScaler hands over, where the kernels read it: it has its tensors on one device."""
+    return [s if s is None else s.to(device) for s in scalars]
 
 
 @torch.no_grad()
@@ -334,7 +383,9 @@ class SGD(_OneCall, torch.optim.SGD):
             else:
                 continue
             _call(update_sgd_, of[0] + of[2], *of, lr, grad_scale, found_inf, *options, first, *pairs)
-        if new and not (found_inf is not None and found_inf.item()):
+        # A skipped first step leaves zeros, from which an undampened second one makes what a first one would: nobody need look at
+        # found_inf then, and wait for it.
+        if new and not (found_inf is not None and group["dampening"] and found_inf.item()):
             for i in new:
                 states[i]["momentum_buffer"] = buffers[i]
 
@@ -381,7 +432,7 @@ class _Freezing:
 
     def __init__(self, optimizer: torch.optim.Optimizer, bank):
         self.bank = bank
-        self.kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []
+        self.kept: list[tuple[Tensor, Tensor, dict[str, Tensor]]] = []  # weight, what is frozen of it, its state before the step
         self.hooks = [optimizer.register_step_pre_hook(self._save), optimizer.register_step_post_hook(self._put_back)]
 
     def _like(self, optimizer, weight: Tensor) -> dict[str, Tensor]:
@@ -395,22 +446,18 @@ class _Freezing:
         for layer in self.bank.layers():
             weight, frozen = layer.weight, layer.frozen
             if frozen is not None and id(weight) in owned:
-                mask = ops.unpack(frozen, weight.shape)
-                self.kept.append((weight, frozen, {name: t[mask] for name, t in self._like(optimizer, weight).items()}))
+                before = {name: t.clone() for name, t in self._like(optimizer, weight).items()}
+                self.kept.append((weight, ops.unpack(frozen, weight.shape), before))
 
     @torch.no_grad()
     def _put_back(self, optimizer, *_) -> None:
-        states, bits, values = [], [], []
-        for weight, frozen, before in self.kept:
+        for weight, mask, before in self.kept:
             for name, t in self._like(optimizer, weight).items():
-                if name not in before:
-                    before[name] = t.new_zeros(int(ops.count(frozen)))  # the step made this state
-                states.append(t)
-                bits.append(frozen)
-                values.append(before[name])
+                if name in before:
+                    t.copy_(torch.where(mask, before[name], t))
+                else:
+                    t.masked_fill_(mask, 0)  # the step made this state
         self.kept = []
-        if states:
-            ops.restore_(states, bits, values)
 
     def remove(self) -> None:
         """Take the hooks off again."""
@@ -427,3 +474,30 @@ def freeze(optimizer: torch.optim.Optimizer, bank) -> _Freezing:
     optimizer: owns the weights; bank: its ``layers()`` are watched -> a handle whose ``remove()`` ends it.
     """
     return _Freezing(optimizer, bank)
+
+
+class Replayed(Protocol):
+    """What `replay` asks of a graph: a ``torch.cuda.CUDAGraph``."""
+
+    def replay(self) -> None: ...
+
+
+def replay(graph: Replayed, *optimizers: torch.optim.Optimizer) -> None:
+    """Replay a captured training step, with what an eager one does on the host beside it.
+
+    Before: layers whose scores or weight somebody wrote to are refreshed, and learning rates that have changed are written into the
+    tensors that the step reads (those of ``torch.optim`` must be such tensors already). After: the versions of what the step wrote are
+    counted, so that autograd notices it. graph: its ``replay()`` is called; optimizers: those whose steps it holds.
+    """
+    for optimizer in optimizers:
+        prepare_replay(optimizer)
+    graph.replay()
+    for optimizer in optimizers:
+        after_replay(optimizer)
+
+
+def prepare_replay(optimizer: torch.optim.Optimizer) -> None:
+    """What `replay` does before, and what a capture needs before it too, or else it would record it."""
+    before_replay(optimizer)
+    if isinstance(optimizer, _OneCall):
+        optimizer.write_rates()

@@ -39,8 +39,8 @@ def pack(mask: Tensor) -> Tensor:
     flat = mask.reshape(-1).to(torch.uint8)
     padded = flat.new_zeros(nbytes(flat.numel()) * 8)
     padded[: flat.numel()] = flat
-    weights = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8, device=mask.device)
-    return (padded.view(-1, 8) * weights).sum(1, dtype=torch.uint8)
+    shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
+    return (padded.view(-1, 8) << shifts).sum(1, dtype=torch.uint8)
 
 
 def unpack(bits: Tensor, shape: Sequence[int]) -> Tensor:
@@ -94,7 +94,9 @@ def overlap(bank: Sequence[Tensor]) -> Tensor:
 
 
 def _key(scores: Tensor, by: str) -> Tensor:
-    return scores.abs() if by == "magnitude" else scores
+    """What selection sorts: every NaN the same one and no -0.0, for torch.sort on a GPU goes by their bits."""
+    key = scores.abs() if by == "magnitude" else scores
+    return torch.where(key.isnan(), torch.full((), float("nan"), dtype=key.dtype, device=key.device), key + 0.0)
 
 
 def select(scores: Sequence[Tensor], k: Sequence[int], by: str = "magnitude", ties: str = "last") -> list[Tensor]:
@@ -114,11 +116,11 @@ def _select(scores: Tensor, k: int, by: str, ties: str) -> Tensor:
     mask = torch.zeros(key.numel(), dtype=torch.bool, device=key.device)
     if k > 0:
         if ties == "first":
-            mask[key.sort(descending=True, stable=True).indices[:k]] = True
+            mask.index_fill_(0, key.sort(descending=True, stable=True).indices[:k], True)
         else:
             order = key.sort(stable=True)
             if ties == "last":
-                mask[order.indices[key.numel() - k :]] = True
+                mask.index_fill_(0, order.indices[key.numel() - k :], True)
             else:
                 least = order.values[key.numel() - k]
                 mask = (key >= least) | key.isnan()
@@ -158,7 +160,7 @@ def threshold(scores: Sequence[Tensor], value: float, inclusive: bool = True) ->
     scores: list of float tensors, any shapes and strides -> list of uint8 (nbytes(N),). The comparison is PyTorch's in the
     scores' dtype: NaN compares false, -0.0 equals +0.0, and value is rounded to that dtype first.
     """
-    cuts = [torch.tensor(value, dtype=s.dtype, device=s.device) for s in scores]
+    cuts = [torch.full((), value, dtype=torch.float64, device=s.device).to(s.dtype) for s in scores]
     return [pack(s.detach() >= v if inclusive else s.detach() > v) for s, v in zip(scores, cuts)]
 
 
@@ -325,7 +327,9 @@ def superpose_counts(weight: Tensor, counts: Tensor, tasks: int) -> Tensor:
 
     weight: (*shape) float; counts: (*shape) int32; tasks: K -> (*shape), weight's dtype, contiguous.
     """
-    return _where_open(counts > 0, weight * (counts.to(weight.dtype) / tasks))
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    of = torch.full((), tasks, dtype=wide, device=weight.device)  # a tensor: a number would be inverted on a GPU, for one rounding more
+    return _where_open(counts > 0, weight * (counts.to(weight.dtype).to(wide) / of).to(weight.dtype))
 
 
 def _where_open(opened: Tensor, product: Tensor) -> Tensor:

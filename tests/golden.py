@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from device import DEVICE
 
 FOLDER = Path(os.environ.get("SUBNET_GOLDEN") or Path(__file__).resolve().parents[2] / "shared" / "golden")
 
@@ -49,7 +50,7 @@ class Golden(dict):
                 if value.ndim == 0:
                     self[name] = value.item()
                 else:
-                    self[name] = value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value)
+                    self[name] = value.tolist() if value.dtype.kind == "U" else torch.from_numpy(value).to(DEVICE)
 
     def mask(self, name: str) -> torch.Tensor:
         """A mask, saved as 0 and 1, as bool."""

@@ -4,10 +4,10 @@ import itertools
 
 import pytest
 import torch
+from device import compiled_only, cpu_only, cuda_kernels, no_sync
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 from subnet_kernels.ops.apply import straight_through
 
 SIZES = [0, 1, 7, 63, 64, 65, 511, 512, 513, 1021]  # around a byte, a word and a tile; a prime
@@ -96,6 +96,16 @@ def test_padding_is_not_trusted(cpu_isa):
         assert storage[n:].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_apply_from_anywhere(cpu_isa, dtype):
+    """Weights that begin one to three elements after a multiple of 16 bytes, bits that begin anywhere; more than a block takes."""
+    for offset, n in itertools.product((1, 2, 3), (1, 15, 130, 5003)):
+        weight, bits = values(n + offset, dtype)[offset:], torch.cat([torch.zeros(3, dtype=torch.uint8), random_bits(n)])[3:]
+        assert torch.equal(as_bytes(sk.apply(weight, bits)), as_bytes(reference.apply(weight, bits)))
+    weight, bits = values(70_001, dtype), random_bits(70_001, 0.03)
+    assert torch.equal(as_bytes(sk.apply(weight, bits)), as_bytes(reference.apply(weight, bits)))
+
+
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4)])
 def test_apply_gradients(shape):
     weight = torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -156,6 +166,42 @@ def test_restore_many_layers(cpu_isa):
             assert torch.equal(w.reshape(-1)[m], v[m])
 
 
+@pytest.mark.parametrize("count", [70, 500])
+def test_restore_long_lists(cpu_isa, count):
+    """Lists of any length, of several dtypes and strides, with empty and closed ones among them, and memory that begins anywhere."""
+    weights, masks, kept, before = [], [], [], []
+    for i in range(count):
+        n, dtype = (0, 1, 33, 600, 9_000)[i % 5] if i % 50 < 5 else i % 7, (torch.float32, torch.uint8, torch.complex128)[i % 3]
+        weights.append(values(2 * n + 1, dtype)[1::2] if i % 4 == 0 else values(n + 3, dtype)[3:])
+        masks.append(torch.rand(n) < (0.0, 0.3, 0.9, 1.0)[i % 4 if i % 50 else 1])
+        kept.append(values(n + 1, dtype)[1:][masks[-1]])
+        before.append(weights[-1].clone())
+    sk.restore_(weights, [reference.pack(mask) for mask in masks], kept)
+    for weight, mask, value, old in zip(weights, masks, kept, before):
+        assert torch.equal(as_bytes(weight[mask]), as_bytes(value))
+        assert torch.equal(as_bytes(weight[~mask]), as_bytes(old[~mask]))
+
+
+def test_restore_a_large_one(cpu_isa):
+    """So many weights that a block of the CUDA kernels takes several pieces of them, one after another."""
+    n = 2048 * 8192 + 12_345
+    mask, kept = torch.rand(n) < 0.001, torch.randint(1, 255, (n,), dtype=torch.uint8)
+    weight = torch.zeros(n, dtype=torch.uint8)
+    sk.restore_([weight], [sk.pack(mask)], [kept[mask]])
+    assert torch.equal(weight, torch.where(mask, kept, 0))
+
+
+@cuda_kernels
+@pytest.mark.parametrize("given", [0, 2, 4, 100])
+def test_restore_leaves_alone_what_has_a_wrong_number_of_values(given):
+    """Where counting would wait for the device: neither read beyond the values nor half written; the others are restored."""
+    bits = reference.pack(torch.tensor([1, 0, 1, 1], dtype=torch.bool))
+    weights = [torch.zeros(4) for _ in range(3)]
+    sk.restore_(weights, [bits] * 3, [torch.ones(3), torch.ones(given), torch.ones(3)])
+    assert [w.tolist() for w in weights] == [[1, 0, 1, 1], [0, 0, 0, 0], [1, 0, 1, 1]]
+
+
+@no_sync
 @pytest.mark.parametrize("given", [0, 2, 4, 100])
 def test_restore_refuses_a_wrong_number_of_values(cpu_isa, given):
     """Neither read beyond the values nor half written: the layer before the wrong one is left alone too."""
@@ -257,6 +303,21 @@ def test_straight_through_any_strides(cpu_isa):
         same(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_straight_through_from_anywhere(cpu_isa, dtype):
+    """Memory that begins between multiples of 16 bytes; frozen bits that do too; more than a block takes."""
+    for offset, n in ((0, 3001), (1, 2500), (3, 70)):
+        grad, weight, scores = (special(n + offset, dtype)[offset:] for _ in range(3))
+        bits, frozen = random_bits(n), torch.cat([torch.zeros(1, dtype=torch.uint8), random_bits(n, 0.5)])[1:]
+        for needs in ((True, True), (False, True), (True, False)):
+            for ours, theirs in zip(
+                straight_through(grad, weight, scores, bits, frozen, "magnitude", *needs),
+                reference.straight_through(grad, weight, scores, bits, frozen, "magnitude", *needs),
+            ):
+                same(ours, theirs)
+
+
+@cpu_only
 def test_threads_agree(cpu_isa):
     n = 200_003
     grad, weight, scores, bits, frozen = torch.randn(n), torch.randn(n), torch.randn(n), random_bits(n), random_bits(n)
@@ -281,7 +342,7 @@ def test_bad_arguments_get_a_sentence():
         sk.restore_([weight], [bits], [weight.double()])
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     ops, bits, x = torch.ops.subnet_kernels, random_bits(10), torch.randn(10)
     with pytest.raises(RuntimeError, match="64 bytes for 10 weights, got 128"):

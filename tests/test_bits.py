@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from device import compiled_only, cpu_only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 
 SIZES = [0, 1, 7, 8, 31, 63, 64, 65, 511, 512, 513, 1021]  # around a byte, a word and a tile; a prime
 TASKS = [1, 3, 4, 5, 16, 17, 64, 65, 130]  # around the steps of overlap and a block
@@ -39,8 +39,8 @@ def test_padding_is_zero():
 @pytest.mark.parametrize("n", SIZES)
 def test_numpy_agrees(cpu_isa, n):
     mask = random_mask(n)
-    bits = sk.pack(mask).numpy()
-    expected = np.packbits(mask.numpy(), bitorder="little")
+    bits = sk.pack(mask).cpu().numpy()
+    expected = np.packbits(mask.cpu().numpy(), bitorder="little")
     assert np.array_equal(bits[: len(expected)], expected)
     assert not bits[len(expected) :].any()
 
@@ -111,6 +111,7 @@ def test_odd_bool_bytes(cpu_isa):
     assert torch.equal(sk.pack(mask.view(torch.bool)), reference.pack(mask != 0))
 
 
+@cpu_only
 def test_threads_agree(cpu_isa):
     n = 4_300_013
     mask = random_mask(n)
@@ -175,7 +176,7 @@ def test_bad_arguments_get_a_sentence():
         sk.overlap([])
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     """Called past the public functions, a kernel still refuses sizes that would read beyond a tensor."""
     ops, bits = torch.ops.subnet_kernels, torch.zeros(64, dtype=torch.uint8)

@@ -4,10 +4,12 @@ import re
 
 import pytest
 import torch
+from device import ON_CPU, name_of_device, no_sync
 
 import subnet_kernels as sk
 
 META = torch.device("meta")
+HERE = name_of_device()
 NAN = float("nan")
 
 x = torch.randn(3, 6)
@@ -98,12 +100,12 @@ BAD = {
         (lambda: sk.select(scores.cfloat(), 3), "scores must be of a floating dtype", "torch.complex64"),
         (lambda: sk.select(None, 3), "scores must be a list of tensors", "NoneType"),
         (lambda: sk.select([1.0], 3), "scores[0] must be a tensor", "float"),
-        (lambda: sk.select([scores, scores.to(META)], 3), "scores[1] must be on cpu", "meta"),
+        (lambda: sk.select([scores, scores.to(META)], 3), f"scores[1] must be on {HERE}", "meta"),
     ],
     "threshold": [
         (lambda: sk.threshold(scores.int(), 0.0), "scores must be of a floating dtype", "torch.int32"),
         (lambda: sk.threshold([scores, mask], 0.0), "scores[1] must be of a floating dtype", "torch.bool"),
-        (lambda: sk.threshold([scores, scores.to(META)], 0.0), "scores[1] must be on cpu", "meta"),
+        (lambda: sk.threshold([scores, scores.to(META)], 0.0), f"scores[1] must be on {HERE}", "meta"),
         (lambda: sk.threshold(None, 0.0), "scores must be a list of tensors", "NoneType"),
         (lambda: sk.threshold(scores, "0"), "value must be a number", "'0'"),
         (lambda: sk.threshold(scores, None), "value must be a number", "None"),
@@ -132,13 +134,13 @@ BAD = {
     ],
     "union_": [
         (lambda: sk.union_(bits.clone(), twice), "bits must have 64 bytes", "128"),
-        (lambda: sk.union_(bits.clone(), bits.to(META)), "bits must be on cpu", "meta"),
+        (lambda: sk.union_(bits.clone(), bits.to(META)), f"bits must be on {HERE}", "meta"),
         (lambda: sk.union_(mask, bits), "owned must be packed bits", "torch.bool"),
         (lambda: sk.union_(bits.clone(), mask), "bits must be packed bits", "torch.bool"),
     ],
     "stats": [
         (lambda: sk.stats(twice, bits), "bits must have 64 bytes", "128"),
-        (lambda: sk.stats(bits.to(META), bits), "bits must be on cpu", "meta"),
+        (lambda: sk.stats(bits.to(META), bits), f"bits must be on {HERE}", "meta"),
         (lambda: sk.stats(bits, mask), "owned must be packed bits", "torch.bool"),
         (lambda: sk.stats(mask, bits), "bits must be packed bits", "torch.bool"),
     ],
@@ -152,7 +154,7 @@ BAD = {
         (lambda: sk.overlap([bank[0], bank[0].repeat(2, 1, 1)]), "bank[1] must be uint8 of shape (1, k, 64)", "(2, 5, 64)"),
         (lambda: sk.overlap([bank[0].repeat(1, 13, 1)]), "bank[0] must hold 1 to 64 tasks", "65"),
         (lambda: sk.overlap([bank[0][:, :0]]), "bank[0] must hold 1 to 64 tasks", "0"),
-        (lambda: sk.overlap([bank[0], bank[0].to(META)]), "bank[1] must be on cpu", "meta"),
+        (lambda: sk.overlap([bank[0], bank[0].to(META)]), f"bank[1] must be on {HERE}", "meta"),
     ],
     "pack_bank": [
         (lambda: sk.pack_bank(weight), "masks must be bool of shape (K, *shape) with K >= 1", "torch.float32"),
@@ -163,7 +165,7 @@ BAD = {
     "apply": [
         (lambda: sk.apply(weight, twice), "bits must have 64 bytes for 24 weights", "128"),
         (lambda: sk.apply(weight, mask), "bits must be packed bits", "torch.bool"),
-        (lambda: sk.apply(weight, bits.to(META)), "bits must be on cpu", "meta"),
+        (lambda: sk.apply(weight, bits.to(META)), f"bits must be on {HERE}", "meta"),
         (lambda: sk.apply(None, bits), "weight must be a tensor", "NoneType"),
         (lambda: sk.apply(weight, None), "bits must be a tensor", "NoneType"),
     ],
@@ -174,11 +176,11 @@ BAD = {
         (restore(w=None), "weights[0] must be a tensor", "NoneType"),
         (restore(b=mask), "bits[0] must be packed bits", "torch.bool"),
         (restore(b=twice), "bits[0] must have 64 bytes for 24 weights", "128"),
-        (restore(b=bits.to(META)), "bits[0] must be on cpu", "meta"),
+        (restore(b=bits.to(META)), f"bits[0] must be on {HERE}", "meta"),
         (restore(v=None), "values[0] must be a tensor", "NoneType"),
         (restore(v=values.double()), "values[0] must be one-dimensional torch.float32", "torch.float64"),
         (restore(v=values[None]), "values[0] must be one-dimensional", f"(1, {len(values)})"),
-        (restore(v=values.to(META)), "values[0] must be one-dimensional torch.float32 on cpu", "meta"),
+        (restore(v=values.to(META)), f"values[0] must be one-dimensional torch.float32 on {HERE}", "meta"),
     ],
     "masked_linear": [
         (linear(x=x[:, :5]), "x must be (..., I) and weight (O, I)", "(3, 5) and (4, 6)"),
@@ -188,13 +190,13 @@ BAD = {
         (linear(x=x.int()), "x must be of a floating dtype", "torch.int32"),
         (linear(weight=weight.int()), "weight must be of a floating dtype", "torch.int32"),
         (linear(x=None), "x must be a tensor", "NoneType"),
-        (linear(x=x.to(META)), "x must be on cpu", "meta"),
+        (linear(x=x.to(META)), f"x must be on {HERE}", "meta"),
         (linear(bits=twice), "bits must have 64 bytes for 24 weights", "128"),
         (linear(bits=mask), "bits must be packed bits", "torch.bool"),
-        (linear(bits=bits.to(META)), "bits must be on cpu", "meta"),
+        (linear(bits=bits.to(META)), f"bits must be on {HERE}", "meta"),
         (linear(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
         (linear(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
-        (linear(bias=bias.to(META)), "bias must be on cpu", "meta"),
+        (linear(bias=bias.to(META)), f"bias must be on {HERE}", "meta"),
         (linear(bias=1.0), "bias must be a tensor", "float"),
     ],
     "masked_conv": [
@@ -210,9 +212,9 @@ BAD = {
         (conv(dilation=3, padding=0), "x must be at least as large as the dilated kernel (7,)", "(5,) padded by [0]"),
         (conv(x=image.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
         (conv(x=image.int()), "x must be of a floating dtype", "torch.int32"),
-        (conv(x=image.to(META)), "x must be on cpu", "meta"),
+        (conv(x=image.to(META)), f"x must be on {HERE}", "meta"),
         (conv(bits=twice), "bits must have 64 bytes for 36 weights", "128"),
-        (conv(bits=kernel_bits.to(META)), "bits must be on cpu", "meta"),
+        (conv(bits=kernel_bits.to(META)), f"bits must be on {HERE}", "meta"),
         (conv(bias=bias[:2]), "bias must have shape (4,)", "(2,)"),
         (conv(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
     ],
@@ -220,15 +222,15 @@ BAD = {
         *[(subnet(k=k), "k must be an int between 0 and 24", repr(k)) for k in (-1, 25, True, 0.5, None)],
         (subnet(scores=scores[:3]), "scores must have the shape of weight, (4, 6)", "(3, 6)"),
         (subnet(scores=mask), "scores must be of a floating dtype", "torch.bool"),
-        (subnet(scores=scores.to(META)), "scores must be on cpu", "meta"),
+        (subnet(scores=scores.to(META)), f"scores must be on {HERE}", "meta"),
         (subnet(by="size"), "by must be one of 'magnitude', 'value'", "'size'"),
         (subnet(ties="some"), "ties must be one of 'last', 'first', 'all'", "'some'"),
         (subnet(frozen=mask), "frozen must be packed bits", "torch.bool"),
         (subnet(frozen=twice), "frozen must have 64 bytes for 24 weights", "128"),
-        (subnet(frozen=bits.to(META)), "frozen must be on cpu", "meta"),
+        (subnet(frozen=bits.to(META)), f"frozen must be on {HERE}", "meta"),
         (subnet(x=x[:, :5]), "x must be (..., I) and weight (O, I)", "(3, 5) and (4, 6)"),
         (subnet(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
-        (subnet(x=x.to(META)), "x must be on cpu", "meta"),
+        (subnet(x=x.to(META)), f"x must be on {HERE}", "meta"),
         (subnet(bias=bias.double()), "bias must have the dtype of weight, torch.float32", "torch.float64"),
         (subnet(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
     ],
@@ -237,30 +239,33 @@ BAD = {
         (superpose(weight=torch.randn(600)), "bank[0] must be uint8 of shape (2, k, 64)", "(1, 5, 64)"),
         (superpose(bank=[]), "bank must hold at least one block", "an empty list"),
         (superpose(bank=bank[0]), "bank must be a list of blocks from pack_bank", "Tensor"),
-        (superpose(bank=[bank[0].to(META)]), "bank[0] must be on cpu", "meta"),
+        (superpose(bank=[bank[0].to(META)]), f"bank[0] must be on {HERE}", "meta"),
         (superpose(alphas=alphas[:3]), "alphas must have shape (5,)", "(3,)"),
         (superpose(alphas=alphas.int()), "alphas must be of a floating dtype", "torch.int32"),
         (superpose(alphas=[0.2] * 5), "alphas must be a tensor", "list"),
-        (superpose(alphas=alphas.to(META)), "alphas must be on cpu", "meta"),
+        (superpose(alphas=alphas.to(META)), f"alphas must be on {HERE}", "meta"),
         (superpose(alphas=None, counts=counts.long()), "counts must be int32 of shape (4, 6)", "torch.int64"),
         (superpose(alphas=None, counts=counts[:3]), "counts must be int32 of shape (4, 6)", "(3, 6)"),
-        (superpose(alphas=None, counts=counts.to(META)), "counts must be on cpu", "meta"),
+        (superpose(alphas=None, counts=counts.to(META)), f"counts must be on {HERE}", "meta"),
         (superpose(alphas=None, counts=3), "counts must be a tensor", "int"),
     ],
     "mixed_linear": [
         (mixed(x=x[:, :5]), "x must be (..., I) and weight (O, I)", "(3, 5) and (4, 6)"),
         (mixed(x=x[None]), "x must be (B, I)", "(1, 3, 6)"),
         (mixed(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
-        (mixed(x=x.to(META)), "x must be on cpu", "meta"),
+        (mixed(x=x.to(META)), f"x must be on {HERE}", "meta"),
         (mixed(weight=weight.int()), "weight must be of a floating dtype", "torch.int32"),
         (mixed(bank=[]), "bank must hold at least one block", "an empty list"),
-        (mixed(bank=[bank[0].to(META)]), "bank[0] must be on cpu", "meta"),
+        (mixed(bank=[bank[0].to(META)]), f"bank[0] must be on {HERE}", "meta"),
         (mixed(task_ids=[4, 0, 4]), "task_ids must be a tensor", "list"),
         (mixed(task_ids=ids.int()), "task_ids must be int64 of shape (3,)", "torch.int32"),
         (mixed(task_ids=ids[:2]), "task_ids must be int64 of shape (3,)", "(2,)"),
-        (mixed(task_ids=ids.to(META)), "task_ids must be on cpu", "meta"),
-        (mixed(task_ids=ids + 1), "task_ids must be between 0 and 4", "5"),
-        (mixed(task_ids=ids - 1), "task_ids must be between 0 and 4", "-1"),
+        (mixed(task_ids=ids.to(META)), f"task_ids must be on {HERE}", "meta"),
+        *[
+            (mixed(task_ids=ids + d), "task_ids must be between 0 and 4", str(came))
+            for d, came in ((1, 5), (-1, -1))
+            if ON_CPU  # elsewhere that would wait for the device
+        ],
         (mixed(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
     ],
     "compress": [
@@ -268,7 +273,7 @@ BAD = {
         (compress(weight=weight[None]), "weight must be (O, I)", "(1, 4, 6)"),
         (compress(bits=mask), "bits must be packed bits", "torch.bool"),
         (compress(bits=twice), "bits must have 64 bytes for 24 weights", "128"),
-        (compress(bits=bits.to(META)), "bits must be on cpu", "meta"),
+        (compress(bits=bits.to(META)), f"bits must be on {HERE}", "meta"),
         (compress(format="csr"), "format must be one of 'bitmap', 'index'", "'csr'"),
     ],
     "compressed_linear": [
@@ -277,10 +282,10 @@ BAD = {
         (compressed(x=x[:, :5]), "x must be (..., 6)", "(3, 5)"),
         (compressed(x=3), "x must be a tensor", "int"),
         (compressed(x=x.double()), "x must have the dtype of the weight's values, torch.float32", "torch.float64"),
-        (compressed(x=x.to(META)), "x must be on cpu", "meta"),
+        (compressed(x=x.to(META)), f"x must be on {HERE}", "meta"),
         (compressed(bias=bias.double()), "bias must have the dtype of the weight's values", "torch.float64"),
         (compressed(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
-        (compressed(bias=bias.to(META)), "bias must be on cpu", "meta"),
+        (compressed(bias=bias.to(META)), f"bias must be on {HERE}", "meta"),
     ],
     "alpha_grad": [
         (alpha_grad(x=x[:, :5]), "x must be (B, I), grad_y (B, O) and weight (O, I)", "(3, 5), (3, 4) and (4, 6)"),
@@ -290,8 +295,8 @@ BAD = {
         (alpha_grad(grad_y=grad_y.int()), "grad_y must be of a floating dtype", "torch.int32"),
         (alpha_grad(x=x.double()), "x must have the dtype of weight, torch.float32", "torch.float64"),
         (alpha_grad(grad_y=grad_y.bfloat16()), "grad_y must have the dtype of weight, torch.float32", "torch.bfloat16"),
-        (alpha_grad(x=x.to(META)), "x must be on cpu", "meta"),
-        (alpha_grad(grad_y=grad_y.to(META)), "grad_y must be on cpu", "meta"),
+        (alpha_grad(x=x.to(META)), f"x must be on {HERE}", "meta"),
+        (alpha_grad(grad_y=grad_y.to(META)), f"grad_y must be on {HERE}", "meta"),
         (alpha_grad(bank=[]), "bank must hold at least one block", "an empty list"),
     ],
 }  # fmt: skip
@@ -317,6 +322,7 @@ def test_every_function_is_here():
     assert functions == set(BAD)
 
 
+@no_sync
 @pytest.mark.parametrize("few", [0, 1])
 def test_restore_checks_the_number_of_values(few):
     """Fewer kept values than bits is not seen from the sizes alone; a kernel must not read past them."""

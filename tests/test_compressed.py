@@ -3,12 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, compiled_only, cpu_only, cuda_kernels, no_sync
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 from subnet_kernels.ops import compressed
-from subnet_kernels.ops._library import LOADED
 
 OPS = torch.ops.subnet_kernels
 FORMATS = ["bitmap", "index"]
@@ -69,7 +69,8 @@ def test_reference(form):
     assert torch.equal(reference.decompress(*small[:3], 70), where_open(mask, weight))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference multiplies as PyTorch does")
+@cpu_only
+@compiled_only
 @pytest.mark.parametrize("form", FORMATS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_instruction_sets_and_threads_agree(form, dtype):
@@ -140,6 +141,35 @@ def test_many_inputs(cpu_isa):
             )
 
 
+@cuda_kernels
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "density"),
+    [(1, 5000, 0.1), (3, 9217, 0.4), (130, 200, 0.3), (7, 2048, 1.0), (5, 20_000, 0.02), (2, 34_001, 0.01)],
+)
+def test_long_rows_and_many(outputs, inputs, density, dtype, form):
+    """Rows that several warps share, and of more columns than they decode at a time; more rows than a grid has warps; rows of x in
+    all the numbers that are taken together, and more of them than shared memory holds; memory that begins anywhere."""
+    _, weight, mask, bias = draw(1, outputs, inputs, density, dtype)
+    small = sk.compress(weight, sk.pack(mask), form)
+    assert torch.equal(small.dense(), where_open(mask, weight))
+    for rows in (1, 2, 3, 8, 9, 65) if outputs * inputs < 20_000 else (1, 3, 5):
+        x = torch.randn(rows * inputs + 1).to(dtype)[1:].view(rows, inputs)
+        y = sk.compressed_linear(x, small, bias)
+        exact = F.linear(x.double(), where_open(mask, weight).double(), bias.double())
+        if dtype == torch.float64:
+            torch.testing.assert_close(y, exact, rtol=1e-11, atol=1e-11)
+            continue
+        error = lambda y: (y.double() - exact).pow(2).mean().sqrt()  # noqa: B023, E731
+        norm = (
+            (x.double().pow(2) @ where_open(mask, weight).double().pow(2).t()).sqrt().max()
+        )  # of what is summed: one sum may cancel
+        least = torch.finfo(dtype).eps * exact.abs().max() / 2 + 2 * torch.finfo(torch.float32).eps * norm
+        assert error(y) <= 2 * error(F.linear(x, where_open(mask, weight), bias)) + least
+        assert torch.equal(sk.compressed_linear(x, small, bias), y)
+
+
 def test_the_format_follows_the_density():
     weight = torch.randn(40, 100)
     for density, form in ((0.01, "index"), (0.2, "index"), (0.3, "bitmap"), (1.0, "bitmap")):
@@ -176,7 +206,7 @@ def test_gradients(form, shape):
 def test_autocast(form):
     x, weight, mask, bias = draw(3, 5, 70, 0.3)
     small = sk.compress(weight.bfloat16(), sk.pack(mask), form)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = sk.compressed_linear(x, small, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), F.linear(x, where_open(mask, weight), bias), rtol=3e-2, atol=0.2)
@@ -190,15 +220,51 @@ def test_vmap(form):
     torch.testing.assert_close(torch.vmap(lambda x: sk.compressed_linear(x, small))(x), sk.compressed_linear(x, small))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     x, weight, mask, _ = draw(2, 4, 6, 0.5)
     values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
     with pytest.raises(RuntimeError, match="columns must be one for each"):
         OPS.compressed_linear(x, values, columns[:-1].contiguous(), offsets)
+    with pytest.raises(RuntimeError, match="must be a uint8 bitmap, or uint16 or int32 columns"):
+        OPS.compressed_linear(x, values, columns.long(), offsets)
+
+
+@compiled_only
+@no_sync
+def test_dispatched_calls_check_offsets():
+    x, weight, mask, _ = draw(2, 4, 6, 0.5)
+    values, columns, offsets = sk.compress(weight, sk.pack(mask), "index")[:3]
     with pytest.raises(RuntimeError, match="offsets must go from 0 to"):
         OPS.compressed_linear(x, values, columns, offsets + 1)
     with pytest.raises(RuntimeError, match="offsets must grow by at most 6 a row"):
         OPS.compressed_linear(x, values, columns, offsets.flip(0)[[-1, 0, 0, 0, 0]])
-    with pytest.raises(RuntimeError, match="must be a uint8 bitmap, or uint16 or int32 columns"):
-        OPS.compressed_linear(x, values, columns.long(), offsets)
+
+
+@cuda_kernels
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_contents_are_not_trusted(dtype, form):
+    """Offsets and positions that no weight has lead nowhere outside of it (which a sanitizer sees); a column that is none takes no
+    part."""
+    x, weight, mask, _ = draw(3, 40, 70, 0.5, dtype)
+    values, positions, offsets, _, _ = sk.compress(weight, sk.pack(mask), form)
+    huge = torch.randint(-(1 << 62), 1 << 62, (41,))
+    anything = torch.randint(0, 256, (positions.numel() * positions.element_size(),), dtype=torch.uint8)
+    anything = anything.view(positions.dtype).view(positions.shape)
+    for wrong in (offsets + 1, offsets - 1, offsets.flip(0), offsets * 1000, huge, torch.zeros_like(offsets)):
+        for where in (positions, anything):
+            assert OPS.compressed_linear(x, values, where, wrong).shape == (3, 40)
+            assert OPS.decompress(values, where, wrong, 70).shape == (40, 70)
+    if form == "index":
+        beyond = torch.full_like(positions, 70)
+        beyond[0] = 3
+        row = OPS.compressed_linear(x.abs(), values.abs(), beyond, offsets)[:, 0]
+        assert torch.equal(row, (x.abs()[:, 3].to(torch.promote_types(dtype, torch.float32)) * values[0].abs()).to(dtype))
+        assert OPS.decompress(values, beyond, offsets, 70).count_nonzero() <= 1
+    else:
+        dirty = positions.clone()
+        dirty[:, 70 // 8] |= 0xC0
+        dirty[:, 70 // 8 + 1 :] = 0xFF
+        assert torch.equal(OPS.compressed_linear(x, values, dirty, offsets), OPS.compressed_linear(x, values, positions, offsets))
+        assert torch.equal(OPS.decompress(values, dirty, offsets, 70), where_open(mask, weight))

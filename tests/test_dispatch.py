@@ -21,7 +21,8 @@ OPS = sorted(
 )
 MUTATING = [name for name in OPS if name.endswith("_")]
 FUNCTIONAL = [name for name in OPS if not name.endswith("_")]
-SOURCES = sorted((Path(__file__).resolve().parents[1] / "csrc" / "cpu").glob("*.cpp"))
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+SOURCES = sorted([*(CSRC / "cpu").glob("*.cpp"), *(CSRC / "cuda").glob("*.cu")])
 
 
 def op_of(name):
@@ -385,8 +386,9 @@ def test_schema_against_cpp(path, name, function):
     assert disagreements(op_of(name)._schema, path.read_text(), function) == []
 
 
-def test_one_kernel_an_op():
-    names = [name for _, name, _ in REGISTERED]
+@pytest.mark.parametrize("folder", ["cpu", "cuda"])
+def test_one_kernel_an_op(folder):
+    names = [name for path, name, _ in REGISTERED if path.parent.name == folder]
     assert len(names) == len(set(names))
 
 
@@ -396,7 +398,9 @@ def test_compiled_library_is_registered():
 
     if "_C_cpu" not in LOADED:
         pytest.skip(f"no compiled CPU ops: {MISSING['_C_cpu']}")
-    assert [name for name in OPS if has_kernel(name, "CPU")] == sorted(name for _, name, _ in REGISTERED)
+    assert [name for name in OPS if has_kernel(name, "CPU")] == sorted(
+        name for path, name, _ in REGISTERED if path.parent.name == "cpu"
+    )
 
 
 # ----------------------------------------------------------------------------------------------- vmap and torch.func

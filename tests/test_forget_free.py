@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, generator
 from torch import nn
 
 import subnet_kernels as sk
@@ -38,17 +39,17 @@ OPTIMIZERS = {
 
 
 def data(task, n=8):
-    generator = torch.Generator().manual_seed(100 + task)
-    return torch.randn(n, 2, 4, 4, generator=generator), torch.randint(WIDTHS[task], (n,), generator=generator)
+    chance = generator(100 + task)
+    return torch.randn(n, 2, 4, 4, generator=chance), torch.randint(WIDTHS[task], (n,), generator=chance)
 
 
 def train(model, optimizer, task, how, steps=4):
     model.train()
     x, y = data(task)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=how == "amp")
+    scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10, enabled=how == "amp")
     for _ in range(steps):
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=how == "amp"):
+        with torch.autocast(DEVICE, torch.bfloat16, enabled=how == "amp"):
             loss = F.cross_entropy(model(x).float(), y)
         scaler.scale(loss).backward()
         if how == "clipping":

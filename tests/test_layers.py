@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
+from device import DEVICE, ON_CPU, cpu_only, generator
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,12 +35,13 @@ def net(train_weights=True, **config):
 class Naive(nn.Module):
     """The yardstick: it selects at every forward with the reference, and has the straight-through rule by autograd alone.
 
-    Its product is that of the library, or PyTorch's where the model is compiled, so that training agrees to the bit.
+    Its product is the library's where the layer takes that, or PyTorch's, so that training agrees to the bit.
     """
 
-    def __init__(self, layer, product):
+    compiled = False  # whether the model that this one is compared with is compiled, which has PyTorch's product
+
+    def __init__(self, layer):
         super().__init__()
-        self.product = product
         self.kind, self.rule, self.k = copy.deepcopy(layer), layer.rule, layer.k
         self.weight = nn.Parameter(layer.weight.detach().clone(), requires_grad=layer.weight.requires_grad)
         self.scores = nn.Parameter(layer.scores.detach().clone())
@@ -56,19 +58,13 @@ class Naive(nn.Module):
         key = self.scores.abs() if self.rule.key == "magnitude" else self.scores
         weight = self.weight * (self.mask().to(self.weight.dtype) + (key - key.detach()))
         if isinstance(self.kind, nn.Linear):
-            return self.product(x, weight, self.bias)
+            own = not self.compiled and self.kind._plainly(x)
+            return EagerMaskedLinear.apply(x, weight, None, self.bias) if own else F.linear(x, weight, self.bias)
         return self.kind._conv_forward(x, weight, self.bias)
 
 
-def own_product(x, weight, bias):
-    """The product of the compiled library, where a layer would take it."""
-    if x.dtype == torch.float32 and layers.COMPILED and not torch.is_autocast_enabled("cpu"):
-        return EagerMaskedLinear.apply(x, weight, None, bias)
-    return F.linear(x, weight, bias)
-
-
-def naive(model, product=own_product):
-    return nn.Sequential(*(Naive(m, product) if isinstance(m, SubnetLayer) else copy.deepcopy(m) for m in model))
+def naive(model):
+    return nn.Sequential(*(Naive(m) if isinstance(m, SubnetLayer) else copy.deepcopy(m) for m in model))
 
 
 def masked(model):
@@ -93,12 +89,12 @@ def assert_invariant(model):
 
 def train(model, optimizers, steps=5, accumulate=1, run=None, after=None, shape=(6, 8)):
     run = run or model
-    generator = torch.Generator().manual_seed(3)
+    chance = generator(3)
     for _ in range(steps):
         for optimizer in optimizers:
             optimizer.zero_grad()
         for _ in range(accumulate):
-            x = torch.randn(*shape, generator=generator)
+            x = torch.randn(*shape, generator=chance)
             run(x).square().mean().backward()
         for optimizer in optimizers:
             optimizer.step()
@@ -380,13 +376,16 @@ def test_gradients_of_gradients_when_fused():
 def test_fullgraph_compile_trains_as_the_twin(backend):
     torch._dynamo.reset()
     model = net()
-    twin = naive(model, F.linear)
+    twin = naive(model)
+    for layer in twin:
+        layer.compiled = True
     counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     optimizers = [torch.optim.Adam(m.parameters(), 1e-2) for m in (model, twin)]
     train(model, optimizers[:1], run=compiled, after=lambda: assert_invariant(model))
-    train(twin, optimizers[1:])
-    assert_twins(model, twin)
+    if ON_CPU or backend != "inductor":  # whose sums are those of PyTorch's own kernels on the CPU alone
+        train(twin, optimizers[1:])
+        assert_twins(model, twin)
     assert counter.frame_count == 1
     x = torch.randn(6, 8)
     assert_close = torch.testing.assert_close
@@ -539,7 +538,7 @@ def test_to_empty_and_back_from_meta():
     assert model[0].bits.is_meta
     assert model[0].scores.is_meta
     model(torch.empty(2, 8, device="meta"))
-    model.to_empty(device="cpu")
+    model.to_empty(device=DEVICE)
     source = net()
     model.load_state_dict(source.state_dict())
     assert_invariant(model)
@@ -558,7 +557,7 @@ def test_autocast():
 
     def under(m):
         def run(x):
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y = m(x)
             assert y.dtype == torch.bfloat16
             return y.float()
@@ -783,6 +782,7 @@ if __name__ == "__main__":
 """
 
 
+@cpu_only
 def test_data_parallel_has_the_bits_of_one_process(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from device import DEVICE, ON_CPU, cpu_only
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -80,7 +81,10 @@ class TestProducts:
         y = torch.ops.subnet_kernels.masked_linear(x, weight, bits, bias)
         assert near(y, F.linear(x, effective, bias), F.linear(x.double(), effective.double(), bias.double()))
         strided = torch.ops.subnet_kernels.masked_linear(x.t().contiguous().t(), weight.t().contiguous().t(), bits, bias)
-        assert torch.equal(strided, y)
+        if ON_CPU:
+            assert torch.equal(strided, y)
+        else:  # another order of sums
+            torch.testing.assert_close(strided, y, rtol=1e-4, atol=1e-4)
 
     def test_grad_input(self, cpu_isa, case):
         _, grad, weight, effective, bits = case
@@ -108,6 +112,7 @@ class TestProducts:
             reference.apply(total, bits & ~frozen),
         )
 
+    @cpu_only
     def test_instruction_sets_and_threads_agree(self, case):
         """To the bit: the order of every sum is fixed."""
         x, grad, weight, _, bits = case
@@ -132,6 +137,7 @@ class TestProducts:
             assert all(torch.equal(a, b) for a, b in zip(found[0], other))
 
 
+@cpu_only
 @pytest.mark.parametrize("rows", [1, 10, 40])
 def test_large_products_agree_on_threads(rows):
     """Large enough that two threads share the work."""
@@ -422,7 +428,7 @@ class TestAutocast:
 
         def run(layer):
             x, weight, bias = leaves(*inputs)
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(DEVICE, torch.bfloat16):
                 y = layer(x, weight, bias)
             y.float().square().sum().backward()
             return y, x.grad, weight.grad, bias.grad
@@ -447,13 +453,13 @@ class TestAutocast:
         scores = torch.full((2, 8), 1.0)
         scores[0, 3] += 1e-4
         x, weight = torch.eye(8), torch.ones(2, 8)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             y = sk.subnet_linear(x, weight, scores, 1)
         assert y.nonzero().tolist() == [[3, 0]]
 
     def test_double_is_left_alone(self):
         x, weight, bits = torch.randn(3, 6).double(), torch.randn(4, 6).double(), sk.pack(mask_of((4, 6)))
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(DEVICE, torch.bfloat16):
             assert sk.masked_linear(x, weight, bits).dtype == torch.float64
 
 

@@ -3,11 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from device import CUDA_KERNELS, DEVICE, compiled_only, cpu_only, cuda_kernels
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
 from subnet_kernels import reference
-from subnet_kernels.ops._library import LOADED
 
 OPS = torch.ops.subnet_kernels
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -24,6 +24,7 @@ SHAPES = [
     (300, 65, 10, 2),
     (90, 513, 3, 66),
     (3, 5, 200, 130),
+    (20, 640, 40, 3),
 ]
 
 
@@ -55,9 +56,9 @@ def assert_as_good(result, theirs, exact):
     assert error(result) <= 2 * error(theirs) + torch.finfo(result.dtype).eps * largest / 2
 
 
-def all_three(x, weight, bank, ids, bias, grad):
+def all_three(x, weight, bank, ids, bias, grad, forward=sk.mixed_linear):
     return (
-        sk.mixed_linear(x, weight, bank, ids, bias),
+        forward(x, weight, bank, ids, bias),
         OPS.mixed_linear_grad_input(grad, weight, bank, ids),
         OPS.mixed_linear_grad_weight(grad, x, bank, ids),
     )
@@ -104,7 +105,8 @@ def test_against_the_reference(cpu_isa, shape, dtype):
     )
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference multiplies as PyTorch does")
+@cpu_only
+@compiled_only
 def test_instruction_sets_and_threads_agree():
     """The same bits on every instruction set and number of threads, where no task has a product of its own."""
     from conftest import switch_isa
@@ -131,7 +133,11 @@ def test_a_row_does_not_depend_on_the_others(cpu_isa):
     order = torch.randperm(50)
     assert torch.equal(sk.mixed_linear(x[order], weight, bank, ids[order], bias), y[order])
     for row in (0, 17, 49):
-        assert torch.equal(sk.mixed_linear(x[row : row + 1], weight, bank, ids[row : row + 1], bias), y[row : row + 1])
+        alone = sk.mixed_linear(x[row : row + 1], weight, bank, ids[row : row + 1], bias)
+        if not CUDA_KERNELS:
+            assert torch.equal(alone, y[row : row + 1])
+        else:  # how many rows there are may choose the order of a sum
+            torch.testing.assert_close(alone, y[row : row + 1], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [8, 140])  # 140: the task has a product of its own
@@ -158,6 +164,36 @@ def test_closed_weights_do_not_get_out(cpu_isa, rows):
         (own(x, weight, masks, ids), grad @ where_open(masks[0], clean), where_open(masks[0], grad.t() @ x)),
     ):
         torch.testing.assert_close(result, right, equal_nan=True, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("inputs", [70, 136, 256])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_rows_keep_to_themselves(cpu_isa, dtype, inputs):
+    """Weights that are NaN where one task is open and another closed, and rows that are not finite: other rows hear nothing of them."""
+    masks = torch.rand(3, 40, inputs) < 0.5
+    masks[2] = ~masks[0]
+    bank, ids = sk.pack_bank(masks), torch.tensor([0, 2, 1, 0, 0, 2, 1, 0, 2, 2, 2, 0])
+    x, grad, clean = torch.randn(12, inputs).to(dtype), torch.randn(12, 40).to(dtype), torch.randn(40, inputs).to(dtype)
+    weight = torch.where(masks[0], clean, torch.tensor(nan, dtype=dtype))
+    expected = all_three(x, clean, bank, ids, None, grad)
+    for result, right in zip(all_three(x, weight, bank, ids, None, grad)[:2], expected):
+        assert torch.equal(result[ids == 0], right[ids == 0])
+        assert result[ids != 0].isnan().all()
+    x[3, 5], grad[4, 7] = inf, nan
+    for result, right, row in zip(all_three(x, clean, bank, ids, None, grad)[:2], expected, (3, 4)):
+        others = torch.arange(12) != row
+        assert torch.equal(result[others], right[others])
+        assert not result[row].isfinite().any()
+
+
+def test_many_rows(cpu_isa):
+    """More than are taken at a time."""
+    masks, bank, ids, x, weight, bias = draw(8200, 3, 2, 5)
+    grad = torch.randn(8200, 2)
+    y, d_x, _ = all_three(x, weight, bank, ids, bias, grad)
+    effective = where_open(masks, weight)[ids]
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", effective, x) + bias, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_x, torch.einsum("boi,bo->bi", effective, grad), rtol=1e-4, atol=1e-5)
 
 
 def test_strides_and_uneven_blocks(cpu_isa):
@@ -208,7 +244,7 @@ def test_gradients_are_those_of_the_rows(cpu_isa):
 def test_autocast():
     masks, bank, ids, x, weight, bias = draw(6, 70, 9, 3)
     x.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(DEVICE, torch.bfloat16):
         y = sk.mixed_linear(x, weight, bank, ids, bias)
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y.float(), own(x, weight, masks, ids, bias), rtol=3e-2, atol=0.2)
@@ -226,14 +262,60 @@ def test_vmap_over_models_and_rows():
     torch.testing.assert_close(result, torch.stack([own(b, weight, masks, t) for b, t in zip(batches, tasks)]))
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 def test_dispatched_calls_check_too():
     _, bank, ids, x, weight, _ = draw(5, 6, 4, 3)
-    with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
-        OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
+    if not CUDA_KERNELS:  # values are not looked at where that would wait for the device
+        with pytest.raises(RuntimeError, match="task_ids must be between 0 and 2, got 3 for row 2"):
+            OPS.mixed_linear(x, weight, bank, torch.tensor([0, 1, 3, 0, 0]))
     with pytest.raises(RuntimeError, match="one id for each of 5 rows, got 4"):
         OPS.mixed_linear(x, weight, bank, ids[:4])
     with pytest.raises(RuntimeError, match="for 24 weights"):
         OPS.mixed_linear(x, weight, sk.pack_bank(torch.rand(3, 600) < 0.5), ids)
     with pytest.raises(RuntimeError, match="x and weight must have one dtype"):
         OPS.mixed_linear(x, weight.double(), bank, ids)
+
+
+@cuda_kernels
+@pytest.mark.parametrize("rows", [7, 300])
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_ids_that_are_no_task_on_a_gpu(rows, dtype):
+    """Their rows are NaN, the others are as without them, and they take no part in dW."""
+    _, bank, ids, x, weight, bias = draw(rows, 70, 9, 5, dtype)
+    grad = torch.randn(rows, 9).to(dtype)
+    wrong = torch.arange(rows) % 3 == 1
+    ids[wrong] = torch.tensor([5, -1, 2**40, -(2**63), 2**63 - 1]).repeat(rows)[: int(wrong.sum())]
+    y, d_x, d_weight = all_three(x, weight, bank, ids, bias, grad, OPS.mixed_linear)
+    right = all_three(x[~wrong], weight, bank, ids[~wrong], bias, grad[~wrong])
+    assert y[wrong].isnan().all()
+    assert d_x[wrong].isnan().all()
+    for result, expected in zip((y[~wrong], d_x[~wrong], d_weight), right):
+        assert torch.equal(result, expected)
+    none = all_three(x, weight, bank, torch.full_like(ids, 5), bias, grad, OPS.mixed_linear)
+    assert all(t.isnan().all() for t in none[:2])
+    assert torch.equal(none[2], torch.zeros_like(weight))
+
+
+# Rows up to 256 are sorted by comparing each with each, more of them digit by digit in pieces of 1,024.
+@pytest.mark.parametrize("rows", [1, 2, 255, 256, 257, 1024, 1025, 3000])
+@pytest.mark.parametrize("pattern", ["equal", "distinct", "sorted", "reversed", "random", "two"])
+def test_rows_in_any_order(rows, pattern):
+    """Ids of one, two and three digits; a bank of many blocks."""
+    tasks = 300 if rows < 3000 else 2100
+    masks = torch.rand(tasks, 3, 5) < 0.5
+    bank = sk.pack_bank(masks)
+    ids = {
+        "equal": lambda: torch.full((rows,), tasks - 1),
+        "distinct": lambda: torch.randperm(max(rows, tasks))[:rows] % tasks,
+        "sorted": lambda: torch.arange(rows) * tasks // rows,
+        "reversed": lambda: tasks - 1 - torch.arange(rows) * tasks // rows,
+        "random": lambda: torch.randint(0, tasks, (rows,)),
+        "two": lambda: torch.arange(rows) % 2 * (tasks - 1),
+    }[pattern]()
+    x, weight, grad = torch.randn(rows, 5), torch.randn(3, 5), torch.randn(rows, 3)
+    y, d_x, d_weight = all_three(x, weight, bank, ids, None, grad)
+    effective = where_open(masks, weight)[ids]
+    torch.testing.assert_close(y, torch.einsum("boi,bi->bo", effective, x), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(d_x, torch.einsum("boi,bo->bi", effective, grad), rtol=1e-4, atol=1e-5)
+    exact = torch.einsum("bo,bi,boi->oi", grad.double(), x.double(), masks[ids].double())
+    torch.testing.assert_close(d_weight.double(), exact, rtol=1e-4, atol=1e-3)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from device import DEVICE, generator
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -32,8 +33,8 @@ with_state = pytest.mark.parametrize(("name", "options"), WITH_STATE)
 
 
 def parameters(dtype=torch.float64):
-    generator = torch.Generator().manual_seed(1)
-    return [nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in ((), (5,), (17, 31), (4, 3, 3, 3))]
+    chance = generator(1)
+    return [nn.Parameter(torch.randn(s, generator=chance).to(dtype)) for s in ((), (5,), (17, 31), (4, 3, 3, 3))]
 
 
 def pair(name, options, dtype=torch.float64):
@@ -47,10 +48,10 @@ def params_of(optimizer):
 
 def steps(optimizers, count=20, seed=2, without=()):
     """The same random gradients for all optimizers; parameters in `without` get none."""
-    generator = torch.Generator().manual_seed(seed)
+    chance = generator(seed)
     for _ in range(count):
         for i, same in enumerate(zip(*(params_of(o) for o in optimizers))):
-            grad = torch.randn(same[0].shape, generator=generator).to(same[0].dtype)
+            grad = torch.randn(same[0].shape, generator=chance).to(same[0].dtype)
             for p in same:
                 p.grad = None if i in without else grad.clone()
         for o in optimizers:
@@ -62,7 +63,8 @@ def assert_alike(ours, theirs, rtol=1e-12, atol=1e-14):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol)
         assert set(ours.state.get(a, {})) == set(theirs.state.get(b, {}))
         for key, value in theirs.state.get(b, {}).items():
-            torch.testing.assert_close(ours.state[a][key], value, rtol=rtol, atol=atol, check_dtype=key != "step")
+            same = dict(check_dtype=key != "step", check_device=key != "step")  # torch keeps its steps on the CPU
+            torch.testing.assert_close(ours.state[a][key], value, rtol=rtol, atol=atol, **same)
 
 
 @every_option
@@ -191,7 +193,7 @@ def test_closure():
 def test_grad_scaler(name, options, unscale):
     """Overflowed steps change nothing, and others see the unscaled gradient."""
     both = pair(name, options, torch.float32)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2) for _ in both]
+    scalers = [torch.amp.GradScaler(DEVICE, init_scale=1024.0, growth_interval=2) for _ in both]
     for i in range(6):
         for o, scaler in zip(both, scalers):
             o.zero_grad()
@@ -406,9 +408,9 @@ def twins(
 
 
 def train(net, optimizer, count=10, scaler=None, forward=None):
-    generator = torch.Generator().manual_seed(5)
+    chance = generator(5)
     for i in range(count):
-        x, y = torch.randn(7, 2, 8, 8, generator=generator), torch.randint(0, 4, (7,), generator=generator)
+        x, y = torch.randn(7, 2, 8, 8, generator=chance), torch.randint(0, 4, (7,), generator=chance)
         optimizer.zero_grad()
         loss = nn.functional.cross_entropy((net if forward is None else forward)(x), y)
         if scaler is None:
@@ -464,7 +466,7 @@ def test_fused_is_unfused_bit_for_bit(cpu_isa, name, options, rule, train_weight
 def test_fused_under_a_grad_scaler(name, options):
     nets, optimizers = twins(name, options)
     for net, optimizer in zip(nets, optimizers):
-        train(net, optimizer, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
+        train(net, optimizer, scaler=torch.amp.GradScaler(DEVICE, init_scale=1024.0))
     assert_equal_twins(nets, optimizers)
 
 

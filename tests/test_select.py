@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 import torch
+from device import DEVICE, ON_CPU, compiled_only, cpu_only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 from subnet_kernels.ops import refresh_
-from subnet_kernels.ops._library import LOADED
 
 inf, nan = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -26,7 +26,7 @@ def packed(n, kept):
     """The bits of n weights of which `kept` are open, by numpy."""
     mask = np.zeros((n + 511) // 512 * 512, dtype=bool)
     mask[list(kept)] = True
-    return torch.from_numpy(np.packbits(mask, bitorder="little"))
+    return torch.from_numpy(np.packbits(mask, bitorder="little")).to(DEVICE)
 
 
 # scores, k, by, {ties: kept indices}
@@ -225,6 +225,7 @@ def test_list_of_tensors(cpu_isa):
     assert sk.select([], []) == []
 
 
+@cpu_only
 @pytest.mark.parametrize("n", [150_000, 66_000])
 def test_thread_counts_give_equal_bits(cpu_isa, n):
     """Ties straddle the border between the threads' shares."""
@@ -345,7 +346,9 @@ def test_no_hint_changes_a_bit(cpu_isa, hint):
         for h in layers.hints:
             h.copy_(torch.tensor(hint, dtype=torch.float64))
         layers.check(by)
-        for h, s in zip(layers.hints, layers.scores):
+        for h, s in (
+            zip(layers.hints, layers.scores) if ON_CPU else ()
+        ):  # a kernel that takes no window of a small layer writes none
             assert h.isfinite().all(), h
             assert h[1] > 0, h
             assert 0 <= h[2] <= s.numel(), h
@@ -368,9 +371,11 @@ def test_wide_window_overflows_the_list_of_candidates(cpu_isa):
     layers = Layers([torch.rand(100_000) + 1])
     layers.hints[0][:2] = torch.tensor([float(0x3FC00000), float(0x200000)])
     layers.check()
-    assert layers.hints[0][3] >= 1
+    if ON_CPU:  # how many are listed is the kernel's affair
+        assert layers.hints[0][3] >= 1
 
 
+@cpu_only
 def test_many_layers_on_two_threads(cpu_isa):
     """The threads' shares end inside a layer."""
     layers = Layers([torch.randn(n) for n in (60_000, 10, 80_000, 1030)])
@@ -556,7 +561,7 @@ def test_select_refuses(arguments, sentence):
         ({"ties": "none"}, "ties must be 'last', 'first' or 'all', got 'none'"),
     ],
 )
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="no compiled CPU ops")
+@compiled_only
 def test_refresh_refuses(change, sentence):
     good = {
         "scores": [torch.randn(4)],

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import torch
+from device import DEVICE, compiled_only
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 from subnet_kernels.ops import refresh_threshold_
-from subnet_kernels.ops._library import LOADED
 
 inf, nan = float("inf"), float("nan")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -23,7 +23,7 @@ def packed(n, open_):
     """The bits of n weights of which those in `open_` are open, by numpy."""
     mask = np.zeros((n + 511) // 512 * 512, dtype=bool)
     mask[list(open_)] = True
-    return torch.from_numpy(np.packbits(mask, bitorder="little"))
+    return torch.from_numpy(np.packbits(mask, bitorder="little")).to(DEVICE)
 
 
 # scores, value, open where score >= value, open where score > value
@@ -151,7 +151,7 @@ def test_refresh_writes_bits_and_effective_weight(cpu_isa, weight_dtype):
         ({"scores": [torch.zeros(4, dtype=torch.int32)]}, "scores must be float16, bfloat16, float32 or float64"),
     ],
 )
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="no compiled CPU ops")
+@compiled_only
 def test_refresh_refuses(change, sentence):
     good = {
         "scores": [torch.randn(4)],

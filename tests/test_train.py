@@ -329,7 +329,7 @@ def test_finetune_resumes(tmp_path):
 
 
 def test_the_loop_knows_no_method():
-    for name in ("train", "evaluate", "folder", "checkpoint", "metrics", "report"):
+    for name in ("train", "graph", "evaluate", "folder", "checkpoint", "metrics", "report"):
         text = (HERE / f"{name}.py").read_text().lower()
         for method in METHODS:
             assert not re.search(rf"\b{re.escape(method)}\b", text), f"{name}.py names {method}"

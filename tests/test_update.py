@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import switch_isa
+from device import ON_CPU, compiled_only, cpu_only
 
 from subnet_kernels import ops, reference
-from subnet_kernels.ops._library import LOADED
+from subnet_kernels.ops._library import LOADED, MISSING
 
 SIZES = [0, 1, 15, 16, 17, 511, 512, 513, 3001]  # around a vector and a tile; prime
 SPECIAL = [math.nan, math.inf, -math.inf, -0.0, 1e-40, 3e38]
@@ -70,8 +71,10 @@ def clone(tensors):
 def call(module, case, tensors, frozen, lr=0.01, grad_scale=None, found_inf=None, **changed):
     rule, options = CASES[case]
     options = options | changed  # pairs and beside come last
-    scalars = [None if v is None else torch.tensor(v) for v in (grad_scale, found_inf)]
-    getattr(module, f"update_{rule}_")(*tensors, frozen, torch.tensor(lr, dtype=torch.float64), *scalars, *options.values())
+    device = tensors[0][0].device if tensors[0] else None
+    scalars = [None if v is None else torch.tensor(v, device=device) for v in (grad_scale, found_inf)]
+    rate = torch.tensor(lr, dtype=torch.float64, device=device)
+    getattr(module, f"update_{rule}_")(*tensors, frozen, rate, *scalars, *options.values())
     return tensors
 
 
@@ -85,10 +88,26 @@ def assert_same_bits(got, want):
             assert torch.equal(raw(a), raw(b))
 
 
+def assert_like_the_reference(got, want, frozen=()):
+    """The reference's bits; elsewhere than on the CPU, where PyTorch contracts and divides as it likes, within some roundings."""
+    if ON_CPU:
+        assert_same_bits(got, want)
+        return
+    for some, others in zip(got, want, strict=True):
+        for a, b in zip(some, others, strict=True):
+            eps = torch.finfo(a.dtype).eps
+            torch.testing.assert_close(a, b, rtol=8 * eps, atol=8 * eps, equal_nan=True)
+    for p, q, bits in zip(got[0], want[0], frozen):
+        if bits is not None:
+            mask = reference.unpack(bits, p.shape)
+            assert torch.equal(raw(p)[mask], raw(q)[mask])
+
+
 @pytest.fixture
 def exact_roots(monkeypatch):
     """Correctly rounded square roots in the reference: torch's own are off by one unit in the last place now and then."""
-    monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.as_tensor(np.sqrt(t.numpy())))
+    if ON_CPU:
+        monkeypatch.setattr(torch.Tensor, "sqrt", lambda t: torch.as_tensor(np.sqrt(t.numpy())))
 
 
 @every_case
@@ -97,7 +116,7 @@ def test_bits_of_the_reference(cpu_isa, exact_roots, case, grad_scale):
     tensors = problem(case)
     frozen = some_frozen(tensors[0])
     want = call(reference, case, clone(tensors), frozen, grad_scale=grad_scale)
-    assert_same_bits(call(ops, case, tensors, frozen, grad_scale=grad_scale), want)
+    assert_like_the_reference(call(ops, case, tensors, frozen, grad_scale=grad_scale), want, frozen)
 
 
 @every_case
@@ -107,7 +126,8 @@ def test_float64(cpu_isa, exact_roots, case):
     want = call(reference, case, clone(tensors), frozen)
     for some, others in zip(call(ops, case, tensors, frozen), want):
         for a, b in zip(some, others):
-            torch.testing.assert_close(a, b, rtol=1e-15, atol=1e-17)  # powers of beta may differ in the last place
+            # powers of beta may differ in the last place, and PyTorch contracts elsewhere than on the CPU
+            torch.testing.assert_close(a, b, **(dict(rtol=1e-15, atol=1e-17) if ON_CPU else dict(rtol=2e-15, atol=2e-15)))
 
 
 @every_case
@@ -211,6 +231,7 @@ def test_gradient_of_another_dtype():
     assert_same_bits([got[0], *got[2:]], [want[0], *want[2:]])
 
 
+@cpu_only
 @every_case
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_instruction_sets_agree(cpu_isa, case, dtype):
@@ -221,6 +242,7 @@ def test_instruction_sets_agree(cpu_isa, case, dtype):
     assert_same_bits(got, call(ops, case, tensors, frozen))
 
 
+@cpu_only
 @pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
 def test_threads_agree(case):
     tensors = problem(case, [100_000, 7, 70_001, 30_000])
@@ -287,7 +309,7 @@ BAD = {
 }
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 @pytest.mark.parametrize("sentence", BAD)
 def test_bad_arguments_get_a_sentence(sentence):
     tensors = problem("adam", [5, 700])
@@ -339,9 +361,9 @@ def separate(tensors, pairs, beside):
     return tensors
 
 
-def assert_same_but_gradients(got, want):
+def assert_same_but_gradients(got, want, same=assert_same_bits):
     nan = lambda some: [torch.where(t.isnan(), torch.full_like(t, math.nan), t) for t in some]  # noqa: E731
-    assert_same_bits([nan(some) for some in (got[0], *got[2:])], [nan(some) for some in (want[0], *want[2:])])
+    same([nan(some) for some in (got[0], *got[2:])], [nan(some) for some in (want[0], *want[2:])])
 
 
 @every_case
@@ -360,9 +382,11 @@ def test_pairs_are_straight_through_and_a_step(cpu_isa, case, fixed, grad_scale)
 def test_pairs_of_the_reference(exact_roots, case, fixed):
     tensors, frozen, extra = paired(case, fixed=fixed)
     want = call(reference, case, clone(tensors), frozen, **extra)
-    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want, assert_like_the_reference)
 
 
+@cpu_only
+@cpu_only
 @pytest.mark.parametrize("case", ["sgd-momentum-dampening", "rmsprop", "adam-amsgrad"])
 def test_threads_agree_on_pairs(case):
     tensors, frozen, extra = paired(case, [100_003, 7, 70_001])
@@ -417,7 +441,7 @@ BAD_PAIRS = {
 }
 
 
-@pytest.mark.skipif("_C_cpu" not in LOADED, reason="the reference checks nothing")
+@compiled_only
 @pytest.mark.parametrize("sentence", BAD_PAIRS)
 def test_bad_pairs_get_a_sentence(sentence):
     tensors, frozen, extra = paired("adam", [5])
@@ -426,3 +450,250 @@ def test_bad_pairs_get_a_sentence(sentence):
     with pytest.raises(RuntimeError, match=sentence):
         call(ops, "adam", tensors, frozen, **extra)
     assert all(torch.equal(raw(a), raw(b)) for some, others in zip(tensors, before) for a, b in zip(some, others))
+
+
+# -------------------------------------------------------------------------------- how the work is cut, and where tensors begin
+
+BORDERS = [2047, 2048, 2049, 4095, 4096, 4097, 8191, 8192, 8193]  # around what a block of the CUDA kernels takes, for each dtype
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+every_dtype = pytest.mark.parametrize("dtype", DTYPES)
+
+
+@every_case
+@every_dtype
+def test_a_tensor_is_stepped_as_its_pieces_are(case, dtype):
+    n, piece = 8200, 100
+    tensors = problem(case, [n], dtype)
+    mask = torch.rand(n) < 0.3
+    mask[2000:3000] = mask[8192:] = True
+    counted = CASES[case][0] != "sgd"
+    lists = tensors[:-1] if counted else tensors
+    pieces = [[t.clone() for t in some[0].split(piece)] if some else [] for some in lists]
+    pieces += [[tensors[-1][0].clone() for _ in pieces[0]]] if counted else []
+    call(ops, case, tensors, [reference.pack(mask)], grad_scale=3.0)
+    call(ops, case, pieces, [reference.pack(m) for m in mask.split(piece)], grad_scale=3.0)
+    assert_same_bits(lists, [[torch.cat(some)] if some else [] for some in pieces[: len(lists)]])
+
+
+def anywhere(t, by):
+    """A copy that begins `by` elements after its storage does."""
+    store = torch.full((t.numel() + by + 3,), math.nan, dtype=t.dtype, device=t.device)
+    view = store[by : by + t.numel()].view(t.shape)
+    view.copy_(t)
+    return view
+
+
+def assert_nothing_beside(t, by):
+    store = torch.empty(0, dtype=t.dtype, device=t.device).set_(t.untyped_storage())
+    assert store[:by].isnan().all()
+    assert store[by + t.numel() :].isnan().all()
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("alone", [None, 0, 1, 2])
+def test_tensors_may_begin_anywhere(case, dtype, alone):
+    """All of them, or those of one list alone."""
+    tensors = problem(case, [1, 9, 2061], dtype)
+    frozen = [reference.pack(torch.rand(p.shape) < 0.3) for p in tensors[0]]
+    want = call(ops, case, clone(tensors), frozen)
+    lists = [i for i, some in enumerate(tensors) if some and some[0].dim() == 1 and alone in (None, i)]
+    for i in lists:
+        tensors[i] = [anywhere(t, 1 + i) for t in tensors[i]]
+    assert_same_bits(call(ops, case, tensors, frozen), want)
+    for i in lists:
+        for t in tensors[i]:
+            assert_nothing_beside(t, 1 + i)
+
+
+def joined(problems):
+    return [[t for some in lists for t in some] for lists in zip(*problems)]
+
+
+@pytest.mark.parametrize("case", ["sgd", "sgd-nesterov", "rmsprop-centered-momentum", "adamw-amsgrad"])
+@pytest.mark.parametrize("count", [6, 7, 24, 25, 300, 330])
+def test_many_tensors_of_all_dtypes_in_one_call(case, count):
+    sizes = [(37 * i) % 151 for i in range(count)]
+    problems = [problem(case, [n], DTYPES[i * i % 7 % 4], step=i % 5) for i, n in enumerate(sizes)]
+    frozen = [some_frozen([p[0][0]] * 2)[i % 2] for i, p in enumerate(problems)]
+    want = joined([call(ops, case, clone(p), [f]) for p, f in zip(problems, frozen)])
+    assert_same_bits(call(ops, case, joined(problems), frozen), want)
+
+
+@pytest.mark.parametrize("case", ["rmsprop", "adam"])
+def test_steps_are_counted_exactly(case):
+    """Also of tensors without elements; not where gradients overflowed; and up to where float32 can count."""
+    tensors = problem(case, [0, 5, 5000, 0], step=0)
+    tensors[-1][3].fill_(2.0**24 - 1)
+    before = [int(t) for t in tensors[-1]]
+    for i, found_inf in enumerate([None, 0.0, 1.0, None]):
+        call(ops, case, tensors, [None] * 4, found_inf=found_inf)
+        counted = (1, 2, 2, 3)[i]
+        assert [int(t) for t in tensors[-1]] == [min(b + counted, 2**24) for b in before]
+
+
+@every_case
+@pytest.mark.parametrize("alone", [None, 1, 2])
+def test_pairs_may_begin_anywhere(case, alone):
+    """All tensors, or of each pair the weight, or the scores, alone."""
+    tensors, frozen, extra = paired(case, [1, 9, 4097])
+    want = call(ops, case, clone(tensors), frozen, **extra)
+    for i, some in enumerate(tensors):
+        if some and some[0].dim() == 1:
+            tensors[i] = [anywhere(t, 1 + i) if alone in (None, k % 3) else t for k, t in enumerate(some)]
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+
+
+@every_case
+def test_a_weight_beside_scores_may_begin_anywhere(case):
+    tensors, frozen, extra = paired(case, [9, 4097], fixed=True)
+    want = call(ops, case, clone(tensors), frozen, **extra)
+    extra["beside"] = [anywhere(t, 1) for t in extra["beside"]]
+    assert_same_but_gradients(call(ops, case, tensors, frozen, **extra), want)
+
+
+@pytest.mark.parametrize("case", ["sgd-nesterov", "rmsprop", "adam-amsgrad"])
+@pytest.mark.parametrize("fixed", [False, True])
+def test_pairs_of_any_size(case, fixed):
+    tensors, frozen, extra = paired(case, BORDERS, fixed)
+    want = call(ops, case, separate(tensors, **extra), frozen, grad_scale=3.0)
+    assert_same_but_gradients(call(ops, case, tensors, frozen, grad_scale=3.0, **extra), want)
+
+
+@pytest.mark.parametrize("shape", [(40, 23, 3, 3), (64, 129), (5, 1, 7, 11, 13), (3, 2, 3, 2, 5, 2, 3)])
+@pytest.mark.parametrize("case", ["sgd-nesterov", "adam"])
+@every_dtype
+def test_memory_order(case, shape, dtype):
+    """Dense tensors in any one order: dimensions reversed, all but the first reversed, the second last, and every other first."""
+    dims = list(range(len(shape)))
+    orders = [dims[::-1], [0, *dims[:0:-1]], [0, *dims[2:], 1], dims[1::2] + dims[::2]]
+    tensors = problem(case, [shape] * len(orders), dtype)
+    frozen = [reference.pack(torch.rand(shape) < 0.3) for _ in orders]
+    want = call(ops, case, clone(tensors), frozen)
+    back = [sorted(dims, key=order.__getitem__) for order in orders]
+    ordered = [
+        [t.permute(o).contiguous().permute(b) for t, o, b in zip(some, orders, back)] if some and some[0].dim() else some
+        for some in tensors
+    ]
+    assert_same_bits([[t.contiguous() for t in some] for some in call(ops, case, ordered, frozen)], want)
+
+
+# ----------------------------------------------------------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def cuda():
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    if "_C_cuda" not in LOADED:
+        pytest.skip(f"no compiled CUDA ops: {MISSING['_C_cuda']}")
+    with torch.device("cpu"):  # whatever the default device is, these compare the two
+        yield torch.device("cuda")
+
+
+def moved(tensors, device):
+    """Copies on a device with the same strides."""
+    return [None if t is None else t.clone().to(device) for t in tensors]
+
+
+def assert_bits_of_the_cpu(case, tensors, frozen, dtype=torch.float32, **arguments):
+    """The CUDA op gives what the CPU op gives, NaNs by whatever bits: to the bit but in float64, whose powers of beta may differ."""
+    of = {}
+    for device in ("cuda", "cpu"):
+        there = [moved(some, device) for some in tensors]
+        extra = {k: moved(v, device) if k == "beside" else v for k, v in arguments.items()}
+        of[device] = call(ops, case, there, moved(frozen, device), **extra)
+        assert [[t.stride() for t in some] for some in there] == [[t.stride() for t in some] for some in tensors]
+    for got, want in zip((of["cuda"][0], *of["cuda"][2:]), (of["cpu"][0], *of["cpu"][2:])):
+        for a, b in zip(moved(got, "cpu"), want, strict=True):
+            if dtype == torch.float64:
+                torch.testing.assert_close(a, b, rtol=1e-14, atol=1e-16, equal_nan=True)
+            else:
+                assert torch.equal(a.isnan(), b.isnan())
+                assert torch.equal(raw(a)[~b.isnan()], raw(b)[~b.isnan()])
+
+
+@every_case
+@every_dtype
+@pytest.mark.parametrize("grad_scale", [None, 3.0])
+def test_cuda_gives_the_bits_of_the_cpu(cuda, case, dtype, grad_scale):
+    tensors = problem(case, [*SIZES, *BORDERS, 100_003], dtype)
+    assert_bits_of_the_cpu(case, tensors, some_frozen(tensors[0]), dtype, grad_scale=grad_scale)
+
+
+@every_case
+@every_dtype
+def test_cuda_keeps_the_bits_of_frozen_entries(cuda, case, dtype):
+    tensors = problem(case, [*SIZES, 4097], dtype)
+    frozen = some_frozen(tensors[0])
+    masks = [torch.zeros(p.shape) > 0 if f is None else reference.unpack(f, p.shape) for p, f in zip(tensors[0], frozen)]
+    lists = [i for i, some in enumerate(tensors) if some and some[0].dim() == 1]  # all but the steps
+    for i in lists:
+        for t, mask in zip(tensors[i], masks):
+            t[mask] = torch.tensor(SPECIAL).to(dtype)[torch.randint(len(SPECIAL), (int(mask.sum()),))]
+    there = [moved(some, cuda) for some in tensors]
+    call(ops, case, there, moved(frozen, cuda), lr=0.1)
+    for i in lists:
+        for a, b, mask in zip(*(moved(some, "cpu") for some in (there[i], tensors[i], masks))):
+            assert torch.equal(raw(a)[mask], raw(b)[mask])
+            assert a[~mask].isfinite().all()
+
+
+@every_case
+@pytest.mark.parametrize("fixed", [False, True])
+def test_cuda_pairs_give_the_bits_of_the_cpu(cuda, case, fixed):
+    tensors, frozen, extra = paired(case, [*SIZES, *BORDERS], fixed)
+    assert_bits_of_the_cpu(case, tensors, frozen, grad_scale=3.0, **extra)
+
+
+@every_case
+@every_dtype
+def test_cuda_strides_give_the_bits_of_the_cpu(cuda, case, dtype):
+    shape = (24, 10, 3, 5)
+    tensors = problem(case, [shape] * 4, dtype)
+    frozen = some_frozen(tensors[0])
+    layouts = [
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+    ]
+    for change in (lambda i, j: 0, lambda i, j: 1, lambda i, j: (i + j) % 2):
+        strided = [
+            [layouts[change(i, j)](t) if t.dim() == 4 else t.clone() for j, t in enumerate(some)]
+            for i, some in enumerate(tensors)
+        ]
+        assert_bits_of_the_cpu(case, strided, frozen, dtype)
+
+
+@pytest.mark.parametrize("case", ["sgd-nesterov", "rmsprop", "adam-amsgrad"])
+def test_cuda_steps_in_a_graph_and_without_waiting(cuda, case):
+    tensors, frozen, extra = paired(case, [513, 4097])
+    tensors = [moved([t.nan_to_num(posinf=1.0) for t in some], cuda) for some in tensors]
+    frozen, extra["beside"] = moved(frozen, cuda), moved(extra["beside"], cuda)
+    eager = clone(tensors)
+    rule, options = CASES[case]
+    scalars = [torch.tensor(0.01, device=cuda), torch.tensor(2.0, device=cuda), torch.tensor(0.0, device=cuda)]
+    step = lambda some: getattr(ops, f"update_{rule}_")(*some, frozen, *scalars, *options.values(), *extra.values())  # noqa: E731
+    step(clone(tensors))
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step(tensors)
+    for found_inf in (0.0, 1.0, 0.0, 0.0):
+        scalars[2].fill_(found_inf)
+        graph.replay()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(eager)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert_same_but_gradients(tensors, eager)
+
+
+def test_cuda_refuses_tensors_elsewhere(cuda):
+    tensors = [moved(some, cuda) for some in problem("adam", [5, 700])]
+    options = ADAM.values()
+    with pytest.raises(RuntimeError, match="update_adam_: lr must be on cuda:0, as the first tensor is"):
+        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device="cpu"), None, None, *options)
+    tensors[5][1] = tensors[5][1].cpu()
+    with pytest.raises(RuntimeError, match="update_adam_: every step must be on cuda:0, as the first tensor is"):
+        ops.update_adam_(*tensors, [None, None], torch.tensor(0.01, device=cuda), None, None, *options)

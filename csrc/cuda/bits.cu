@@ -37,9 +37,7 @@ __global__ void __launch_bounds__(kThreads) pack_kernel(const uint8_t* mask, uin
 }
 
 // Four bits to four bytes of 0 or 1.
-__device__ unsigned spread_bits(unsigned bits) {
-  return (bits & 1u) | (bits & 2u) << 7 | (bits & 4u) << 14 | (bits & 8u) << 21;
-}
+__device__ unsigned spread_bits(unsigned bits) { return (bits & 1u) | (bits & 2u) << 7 | (bits & 4u) << 14 | (bits & 8u) << 21; }
 
 __global__ void __launch_bounds__(kThreads) unpack_kernel(const uint16_t* bits, uint8_t* mask, int64_t n) {
   const int64_t first = item() * 16;
@@ -80,8 +78,8 @@ Tensor unpack_cuda(const Tensor& bits_, std::vector<int64_t> shape) {
 
 // out[0] += ones of a; with Both also out[2] += ones of a & b, and out[1] += the rest of a.
 template <bool Both>
-__global__ void __launch_bounds__(kThreads) count_kernel(const uint8_t* a, const uint8_t* b, int64_t bytes,
-                                                         unsigned long long* out) {
+__global__ void __launch_bounds__(kThreads)
+    count_kernel(const uint8_t* a, const uint8_t* b, int64_t bytes, unsigned long long* out) {
   __shared__ long long shared[kWarpSize];
   long long all = 0, both = 0;
   const int64_t quads = bytes / 16, stride = int64_t{gridDim.x} * kThreads;
@@ -136,8 +134,8 @@ Tensor stats_cuda(const Tensor& bits_, const Tensor& owned_) {
   Tensor result = place.empty({3}, aoti_torch_dtype_int64());
   place.zero(result.mutable_data_ptr(), 24);
   place.launch(count_kernel<true>, counting_grid(place, bits.numel()), kThreads, 0,
-               static_cast<const uint8_t*>(bits.const_data_ptr()), static_cast<const uint8_t*>(owned.const_data_ptr()), bits.numel(),
-               static_cast<unsigned long long*>(result.mutable_data_ptr()));
+               static_cast<const uint8_t*>(bits.const_data_ptr()), static_cast<const uint8_t*>(owned.const_data_ptr()),
+               bits.numel(), static_cast<unsigned long long*>(result.mutable_data_ptr()));
   return result;
 }
 
@@ -171,14 +169,15 @@ void union_cuda(Tensor owned, const Tensor& bits_) {
 
 // ---------------------------------------------------------------------------------------------------------------------- overlap
 
-constexpr int kPairs = 16;   // tasks of either side of a block of pairs; a thread a pair
-constexpr int kStage = 4;    // tiles in shared memory at a time
-constexpr int kRow = kStage * kTileBytes / 16 + 1;  // 16-byte words of a task's row there; the odd one keeps rows off each other's banks
+constexpr int kPairs = 16;  // tasks of either side of a block of pairs; a thread a pair
+constexpr int kStage = 4;   // tiles in shared memory at a time
+constexpr int kRow =
+    kStage * kTileBytes / 16 + 1;  // 16-byte words of a task's row there; the odd one keeps rows off each other's banks
 
 // Pairs of 16 tasks (blockIdx.y) with 16 not before them (blockIdx.z), over a range of tiles (blockIdx.x); sums into out.
 template <class Table>
-__global__ void __launch_bounds__(kPairs* kPairs) overlap_kernel(const __grid_constant__ Table bank, int64_t tiles,
-                                                                 int64_t tiles_a_block, unsigned long long* out) {
+__global__ void __launch_bounds__(kPairs* kPairs)
+    overlap_kernel(const __grid_constant__ Table bank, int64_t tiles, int64_t tiles_a_block, unsigned long long* out) {
   if (blockIdx.z < blockIdx.y) return;  // symmetric
   __shared__ uint4 rows[2][kPairs][kRow];
   const int i = threadIdx.x / kPairs, j = threadIdx.x % kPairs;

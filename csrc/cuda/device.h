@@ -126,12 +126,24 @@ class Place {
 #endif
   }
 
+  // Shared memory that a block may ask for, in bytes; a little less where the kernel has some of its own.
+  size_t shared_memory() const {
+#ifndef SUBNET_KERNELS_EMULATED
+    static int known[64] = {};
+    int& bytes = known[device_ & 63];
+    if (bytes == 0) cuda_check(op_, cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device_));
+    return static_cast<size_t>(bytes);
+#else
+    return 64 << 10;
+#endif
+  }
+
   // Runs a kernel on the stream; nothing is launched for an empty grid.
   template <class... P, class... A>
   void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared, A&&... arguments) const {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
 #ifndef SUBNET_KERNELS_EMULATED
-    if (shared > 48 << 10) {  // more than a kernel gets unasked
+    if (shared > 32 << 10) {  // a kernel gets 48 KB unasked, and what it declares itself counts
       cuda_check(op_, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
                                            static_cast<int>(shared)));
     }

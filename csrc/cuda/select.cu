@@ -208,7 +208,7 @@ __device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] 
 // Writes where the k-th largest score stands now, and how wide the next window should be: from how far it moved, and how many
 // scores a step of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread; out
 // of line because its divisions are long.
-__device__ SK_NOINLINE void learn(double* hint, double now, double n, double places, double within, double span, int missed) {
+__device__ __noinline__ void learn(double* hint, double now, double n, double places, double within, double span, int missed) {
   const double each = span / within, all = n * each / 2;  // half-widths: all * share holds about that share of all scores
   double next = all / 64;
   if (makes_sense(hint)) next = max(4 * fabs(now - hint[0]) * places, missed ? 0 : .75 * hint[1] * places);
@@ -541,10 +541,10 @@ __device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const 
 
 // What comes next for a layer whose window has missed, once and twice. Out of line: rare, they would take registers from what is
 // not.
-__device__ SK_NOINLINE void sample_again(const Job& job, Attempt& attempt, uint64_t* sample, Ranking& ranking) {
+__device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, uint64_t* sample, Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) { guess_by_sample(attempt, job, c, 1, sample, ranking); });
 }
-__device__ SK_NOINLINE void select_from_all(const Job& job, Ranking& ranking) {
+__device__ __noinline__ void select_from_all(const Job& job, Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) { select_in_block(job, c, 2, ranking); });
 }
 

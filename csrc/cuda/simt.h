@@ -1,10 +1,10 @@
 // What a kernel needs of the machine that it runs on, for two machines.
 //
-// Compiled by nvcc this is CUDA. Compiled by a C++ compiler with SUBNET_KERNELS_EMULATED, the same kernels run on the processor: every
-// CUDA thread is a fibre, a barrier or a warp's exchange switches to the next one, and fibres are taken in an order drawn anew for
-// every block, so that a missing barrier shows. That library takes the place of the CPU kernels under test (tests/test_emulated.py):
-// the algorithms are proven, ties, tails and all, before there is a GPU. Blocks run one after the other, so a kernel may not wait for
-// another block; counting finished blocks is fine.
+// Compiled by nvcc this is CUDA. Compiled by a C++ compiler with SUBNET_KERNELS_EMULATED, the same kernels run on the processor:
+// every CUDA thread is a fibre, a barrier or a warp's exchange switches to the next one, and fibres are taken in an order drawn
+// anew for every block, so that a missing barrier shows. That library takes the place of the CPU kernels under test
+// (tests/test_emulated.py): the algorithms are proven, ties, tails and all, before there is a GPU. Blocks run one after the
+// other, so a kernel may not wait for another block; counting finished blocks is fine.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -13,11 +13,10 @@
 #include <cuda_runtime.h>
 
 #define SK_KEY CUDA
-#define SK_NOINLINE __noinline__
 using Stream = cudaStream_t;
 // The block's dynamic shared memory, as an array of T; one declaration a kernel.
-#define SK_DYNAMIC_SHARED(T, name)                              \
-  extern __shared__ __align__(16) unsigned char sk_dynamic[];  \
+#define SK_DYNAMIC_SHARED(T, name)                            \
+  extern __shared__ __align__(16) unsigned char sk_dynamic[]; \
   T* name = reinterpret_cast<T*>(sk_dynamic)
 
 #else
@@ -33,7 +32,7 @@ using Stream = cudaStream_t;
 #define __device__
 #define __host__
 #define __forceinline__ inline
-#define SK_NOINLINE __attribute__((noinline))
+#define __noinline__
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __shared__ static
@@ -220,6 +219,12 @@ inline int __ffs(int x) { return x ? std::countr_zero(static_cast<unsigned>(x)) 
 inline int __ffsll(long long x) { return x ? std::countr_zero(static_cast<unsigned long long>(x)) + 1 : 0; }
 inline unsigned __funnelshift_r(unsigned low, unsigned high, unsigned shift) {
   return static_cast<unsigned>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
+  const uint64_t bytes = uint64_t{y} << 32 | x;
+  unsigned picked = 0;
+  for (int i = 0; i < 4; i++) picked |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+  return picked;
 }
 inline unsigned __float_as_uint(float x) { return std::bit_cast<unsigned>(x); }
 inline int __float_as_int(float x) { return std::bit_cast<int>(x); }

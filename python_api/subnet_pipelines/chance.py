@@ -27,7 +27,7 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
     For code that takes no generator, such as the default initialisation of layers built on the CPU.
     """
     before = torch.get_rng_state()
-    torch.manual_seed(seed_of(seed, *purpose))
+    torch.default_generator.manual_seed(seed_of(seed, *purpose))  # torch.manual_seed would move the GPUs' generators too
     try:
         yield
     finally:
@@ -35,10 +35,10 @@ def seeded(seed: int, *purpose: str | int) -> Iterator[None]:
 
 
 def generators(states: dict[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
-    """The states of torch's global generators, CPU and the current CUDA device; set first where they are given."""
+    """The states of torch's global generators, CPU and the current CUDA device where one is used; set first where they are given."""
     if states is not None:
         torch.set_rng_state(states["cpu"])
-        if "cuda" in states and torch.cuda.is_available():
+        if "cuda" in states and torch.cuda.is_initialized():
             torch.cuda.set_rng_state(states["cuda"])
-    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    cuda = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_initialized() else {}
     return {"cpu": torch.get_rng_state(), **cuda}

@@ -126,7 +126,9 @@ def train(argv: list[str]) -> int:
         group = parser.add_argument_group(f"settings of {known.method} on {known.benchmark}")
         for field, text in settings.help.items():
             default = f"(default {settings.values[field]})".replace("%", "%%")
-            group.add_argument(flag(field), metavar="X", default=argparse.SUPPRESS, help=f"{text.replace('%', '%%')} {default}")
+            bare = {"nargs": "?", "const": "true"} if settings.types[field] is bool else {}
+            words = f"{text.replace('%', '%%')} {default}"
+            group.add_argument(flag(field), metavar="X", default=argparse.SUPPRESS, help=words, **bare)
     given, rest = parser.parse_known_args(argv)
     if rest:
         word = rest[0].split("=")[0]

@@ -20,12 +20,12 @@ from typing import Any, Literal, Union
 from subnet_pipelines.benchmarks import BENCHMARKS
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import RunConfig
+from subnet_pipelines.folder import FREE
 from subnet_pipelines.methods import METHODS
 
 CONFIGS = Path(__file__).parent / "configs"
 FIDELITIES = ("sound", "code", "paper")
 ABOUT = ("expected", "source")  # keys of a YAML that are about the run, not settings of it
-NOT_HASHED = ("tasks", "fidelity")  # may change at resume: the stream may grow, and the preset is expanded
 
 
 @lru_cache
@@ -116,8 +116,8 @@ class Settings:
         return tuple(made)
 
     def hash(self) -> str:
-        """Eight hex digits that name this config, whatever its seed and the length of its stream."""
-        kept = {k: v for k, v in self.values.items() if k not in NOT_HASHED}
+        """Eight hex digits that name this config, whatever its seed and what may change at resume."""
+        kept = {k: v for k, v in self.values.items() if k not in FREE}
         return hashlib.blake2b(json.dumps(kept, sort_keys=True).encode(), digest_size=4).hexdigest()
 
 

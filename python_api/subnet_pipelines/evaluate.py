@@ -17,7 +17,7 @@ from subnet_pipelines.methods.base import Clock, Method
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Settings of measuring."""
+    """Settings of the loop."""
 
     eval_rows: Literal["auto", "all", "last"] = "auto"
     """Measure every learnt task after each task (all), or only the one just learnt until the end (last); auto is all up to 50 tasks."""
@@ -25,6 +25,8 @@ class RunConfig:
     """Rows of a test batch."""
     eval_future: bool = False
     """Measure tasks not learnt yet too, for forward transfer."""
+    cuda_graph: bool = False
+    """On a GPU, record a training step as one CUDA graph in each phase and replay it: the same bits, without the host's work."""
 
     def check(self) -> None:
         """Raise Refusal where a field is out of range."""

@@ -12,6 +12,9 @@ from subnet_pipelines import checkpoint
 from subnet_pipelines.benchmarks.base import SCENARIOS
 from subnet_pipelines.errors import Refusal
 
+# What may change at resume: the stream may grow, the preset is expanded into fields, a graph gives the same bits.
+FREE = ("tasks", "fidelity", "cuda_graph")
+
 
 def refuse_run(path: Path) -> None:
     """Raise Refusal where a run was begun in that folder."""
@@ -21,7 +24,7 @@ def refuse_run(path: Path) -> None:
 
 def compare(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raise Refusal, naming the fields, unless a run with record `old` can go on with record `new`; `tasks` may grow."""
-    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in ("tasks", "fidelity")]
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name) and name not in FREE]
     if changed:
         fields = ", ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in changed)
         raise Refusal(f"{where}: was made with another config: {fields}")

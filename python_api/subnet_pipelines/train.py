@@ -19,6 +19,7 @@ from subnet_pipelines.chance import generators, seed_of, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import Matrix, RunConfig, validate
 from subnet_pipelines.folder import Folder
+from subnet_pipelines.graph import GraphedSteps, refuse_graph
 from subnet_pipelines.interrupt import Interrupted, Stop
 from subnet_pipelines.methods.base import Clock, Method, Phase
 from subnet_pipelines.progress import Quiet
@@ -57,9 +58,12 @@ def run(
 
     resume goes on at the batch where `out` stopped, to the same final bits; method must then be fresh. save_every: seconds between
     checkpoints; note: more fields for the recorded config. Raises Refusal where `out` holds a run and resume is false, where it was made
-    with another config, or where a loss is not finite; Interrupted at SIGTERM or SIGINT, after a checkpoint.
+    with another config, where cuda_graph cannot be had, or where a loss is not finite; Interrupted at SIGTERM or SIGINT, after a
+    checkpoint.
     """
     config.check()
+    if config.cuda_graph:
+        refuse_graph(method)
     method.out = Path(out)
     record = {"method": method.name, "benchmark": benchmark.name, "seed": method.seed}
     record |= {**asdict(method.config), **asdict(benchmark.config), **asdict(config), **(note or {})}
@@ -87,6 +91,7 @@ class Run:
         self.saved, self.stop, self.clock = self.started, stop, Clock()
         self.opt: torch.optim.Optimizer | None = None
         self.plateau: Plateau | None = None
+        self.step: Callable = method.step
         self.waiting: dict[str, Any] = {}  # a loaded optimizer's and schedule's state, until the phase has made them
         tree = folder.tree or {}
         self.cursor = Cursor(**tree.get("cursor", {}))
@@ -138,6 +143,8 @@ class Run:
         if self.plateau is not None and self.waiting.get("left") is not None:
             self.plateau.left = self.waiting["left"]
         self.waiting = {}
+        graphed = self.config.cuda_graph and self.opt is not None
+        self.step = GraphedSteps(self.method, self.opt, phase.batch_size) if graphed else self.method.step
         settle()  # after the optimizer, whose first one imports the most
         while self.cursor.part < len(parts):
             self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
@@ -150,6 +157,7 @@ class Run:
             phase.then()
         self.cursor = Cursor(task=self.cursor.task, phase=self.cursor.phase + 1)
         self.opt = self.plateau = self.best = None
+        self.step = self.method.step  # a graph goes with its phase, and its memory with it
 
     def part(self, phase: Phase, task: Task, index: int | None, rates: list[float]) -> None:
         """All epochs of a phase over one task's rows."""
@@ -174,16 +182,16 @@ class Run:
 
     def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
         """The batches of (the rest of) an epoch."""
-        c, clock, method, opt, stop = self.cursor, self.clock, self.method, self.opt, self.stop
+        c, clock, step, opt, stop = self.cursor, self.clock, self.step, self.opt, self.stop
         window: list[dict[str, Tensor]] = []
-        method.train()
+        self.method.train()
         begun, due = self.watch(), self.saved + self.save_every
         for batch in feed:
             clock.batch, clock.step = c.batch, c.step
             if schedule is not None:
                 for group, rate in zip(opt.param_groups, rates):
                     set_lr(group, rate * schedule(clock.progress))
-            window.append(method.step(batch, opt, clock))
+            window.append(step(batch, opt, clock))
             c.batch += 1
             c.step += 1
             if len(window) == WINDOW or stop.signum is not None or time.monotonic() >= due:

@@ -16,7 +16,7 @@ from torch import Tensor
 NAMESPACE = "subnet_kernels"
 LIB = torch.library.Library(NAMESPACE, "DEF")
 LOADED: dict[str, Path] = {}  # compiled library -> its file
-MISSING: dict[str, str] = {}  # compiled library -> why it is not here, in a sentence
+MISSING: dict[str, str] = {}  # compiled library, or triton -> why it is not here, in a sentence
 
 
 def define(schema: str, reference: Callable, fake: Callable, vmap: Callable | None = None) -> torch._ops.OpOverload:
@@ -80,7 +80,8 @@ def load(library: str) -> None:
     if library == "_C_cpu" and (other := os.environ.get("SUBNET_KERNELS_CPU_LIBRARY")):
         files = [Path(other)]  # the CUDA kernels compiled for the processor, under test
     if not files:
-        MISSING[library] = "it was not compiled: install with a C++ compiler and SUBNET_KERNELS_BUILD=auto (README, Install)"
+        how = {"_C_cpu": "a C++ compiler and SUBNET_KERNELS_BUILD=auto", "_C_cuda": "nvcc and SUBNET_KERNELS_BUILD=cuda"}[library]
+        MISSING[library] = f"it was not compiled: install with {how} (README, Two commands)"
         return
     try:
         torch.ops.load_library(files[0])
@@ -90,9 +91,12 @@ def load(library: str) -> None:
 
 
 def load_all() -> None:
-    """Load what is compiled; say once if nothing is, because the reference is slow."""
+    """Load what is compiled, then Triton's kernels for the rest; say once if nothing is compiled: the reference is slow."""
     for library in ("_C_cpu", "_C_cuda"):
         load(library)
+    from subnet_kernels import triton  # which registers into LIB
+
+    triton.register()
     if "_C_cpu" not in LOADED:
         warnings.warn(
             f"subnet_kernels runs without compiled CPU kernels, on its slow reference: {MISSING['_C_cpu']}",

@@ -116,7 +116,8 @@ def restore_(weights: Sequence[Tensor], bits: Sequence[Tensor], values: Sequence
     """Write kept values back under their bits, in place, for a list of weights in one call.
 
     weights: any dtype and strides; bits: uint8 (ceil(N/512)*64,) each; values: (count(bits),) each, weight's dtype, in logical
-    order. Raises ValueError if the lists, sizes, dtypes or devices disagree.
+    order. Raises ValueError if the lists, sizes, dtypes or devices disagree, and on the CPU RuntimeError if values are not as many as
+    open bits; on CUDA, where nothing waits for that count, such a weight is left alone and the others are restored.
     """
     weights, bits, values = (
         check.tensors("restore_", name, value) for name, value in (("weights", weights), ("bits", bits), ("values", values))

@@ -103,8 +103,9 @@ class MixedLinearGradWeight(torch.autograd.Function):
 def mixed_linear(x: Tensor, weight: Tensor, bank: Sequence[Tensor], task_ids: Tensor, bias: Tensor | None = None) -> Tensor:
     """y[b] = (W where the mask of task task_ids[b] is open) x[b] + bias: a batch of rows of different tasks.
 
-    x: (B, I); weight: (O, I), x's dtype; bank: blocks of K masks from `pack_bank`; task_ids: int64 (B,), each in 0..K-1 (on a GPU
-    that is not checked, it would wait for the device); bias: (O,) or None -> (B, O). Differentiable (twice) in x, weight and bias.
+    x: (B, I); weight: (O, I), x's dtype; bank: blocks of K masks from `pack_bank`; task_ids: int64 (B,), each in 0..K-1; bias: (O,) or
+    None -> (B, O). On a GPU ids are not checked, which would wait for the device: a row with another id is NaN there, and adds nothing
+    to the gradient of the weight. Differentiable (twice) in x, weight and bias.
     Under autocast x, weight and bias are cast as for ``F.linear``. float16 and bfloat16 are summed in float32 and rounded once.
     Raises ValueError on a bad argument.
     """

@@ -85,13 +85,17 @@ class MethodConfig:
 class Method(nn.Module):
     """The base of all methods. A subclass builds its network in __init__ and overrides `plan` and what it does differently.
 
-    All that must survive an interruption is a parameter, a buffer, or in `facts`. No .item(), print or progress in a method.
+    All that must survive an interruption is a parameter, a buffer, or in `facts`. No .item(), print or progress in a method: a step waits
+    for no device, and where `static_step` says that it does the same work every time it may be recorded once and replayed (graph.py).
     """
 
     name: str
     Config = MethodConfig
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
+    static_step = (
+        False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
+    )
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 
@@ -112,6 +116,9 @@ class Method(nn.Module):
     def plan(self, task: Task | None) -> list[Phase]:
         """The timetable of one task (None: the whole stream, borders hidden). Pure: no side effect, the same answer every time."""
         raise NotImplementedError
+
+    def ready(self, clock: Clock) -> None:
+        """What the host must have done before a step; called before each that is replayed, which does nothing on the host itself."""
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:
         """Training logits (B, classes) of batch.x (B, ...)."""

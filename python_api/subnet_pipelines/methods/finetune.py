@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
@@ -48,6 +49,7 @@ class Finetune(Method):
 
     name = "finetune"
     Config = FinetuneConfig
+    static_step = True
     scenarios = ("GG", "GNs")
 
     def __init__(self, config: FinetuneConfig, benchmark: Benchmark, seed: int):
@@ -68,7 +70,7 @@ class Finetune(Method):
                 epochs=c.epochs,
                 steps=c.iterations,
                 batch_size=c.batch_size,
-                optimizer=lambda: torch.optim.Adam([*self.model.body.parameters(), *self.head(task.index).parameters()], c.lr),
+                optimizer=lambda: optim.Adam([*self.model.body.parameters(), *self.head(task.index).parameters()], c.lr),
                 schedule=Plateau(c.patience, 2.0, c.lr_min) if self.validated else None,
                 select=c.select if self.validated else "last",
                 first=self.add_head,

@@ -72,6 +72,7 @@ class ImpressLearn(MaskedMethod):
 
     name = "impresslearn"
     Config = ImpressLearnConfig
+    static_step = True
 
     def __init__(self, config: ImpressLearnConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
@@ -121,13 +122,12 @@ class ImpressLearn(MaskedMethod):
         basis = self.config.basis
         self.alphas = nn.Parameter(torch.full((len(self.bank.layers()), basis), 1 / basis, device=self.device))
 
-    def logits(self, batch: Batch, clock: Clock) -> Tensor:
+    def ready(self, clock: Clock) -> None:
         if clock.phase != "alpha":
-            return super().logits(batch, clock)
-        if self.bank.is_live or self.bank.active is not None:
+            super().ready(clock)
+        elif self.bank.is_live or self.bank.active is not None:
             self.bank.activate(None)
             self.bank.superpose(self.alphas, over=self.bank.masks)
-        return self.model(batch.x)
 
     def loss(self, batch: Batch, clock: Clock) -> Tensor:
         loss = super().loss(batch, clock)

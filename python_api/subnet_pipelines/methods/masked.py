@@ -43,8 +43,11 @@ class MaskedMethod(Method):
         if not self.bank.is_live:
             self.bank.activate(None)
 
-    def logits(self, batch: Batch, clock: Clock) -> Tensor:
+    def ready(self, clock: Clock) -> None:
         self.run_live()
+
+    def logits(self, batch: Batch, clock: Clock) -> Tensor:
+        self.ready(clock)
         return self.model(batch.x)
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:

@@ -79,6 +79,7 @@ class SupSup(MaskedMethod):
 
     name = "supsup"
     Config = SupSupConfig
+    static_step = True
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
     scenarios = ("GG", "GNs", "GNu")
 

@@ -63,6 +63,7 @@ class WSN(MaskedMethod):
 
     name = "wsn"
     Config = WSNConfig
+    static_step = True
     FIDELITY = {"sound": {}, "code": {"ties": "all", "stored_mask": "last_step"}, "paper": {}}
 
     def __init__(self, config: WSNConfig, benchmark: Benchmark, seed: int):
@@ -102,7 +103,12 @@ class WSN(MaskedMethod):
 
     def gradients(self, clock: Clock) -> None:
         if self.config.stored_mask == "last_step":
-            self.last_bits = self.bank.live_bits()
+            live = {
+                name: layer.bits for name, layer in zip(self.bank.layer_names, self.bank.layers())
+            }  # current: forward used them
+            self.last_bits = self.last_bits or {name: torch.empty_like(bits) for name, bits in live.items()}
+            for name, bits in live.items():
+                self.last_bits[name].copy_(bits)  # into the same tensors for a whole task, as a replayed step must
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
         if not self.last_bits:
@@ -120,4 +126,4 @@ class WSN(MaskedMethod):
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(state)
-        self.last_bits = dict(state["last_bits"])
+        self.last_bits = {name: bits.to(self.device, copy=True) for name, bits in state["last_bits"].items()}

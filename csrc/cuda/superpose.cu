@@ -1,0 +1,897 @@
+// superpose, superpose_counts, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would
+// have changed.
+//
+// Sums take four masks, or four weights, at a time: the sixteen sums that their bits can choose are tabulated in shared memory
+// and looked up by the bits. The threads of a half-warp look into one table, whose sixteen entries lie in sixteen banks: whatever
+// the bits, no two of them wait for each other. Every sum is taken in an order that depends on sizes alone.
+#include "bank.h"
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------- numbers
+
+// Numbers of one of the four floating dtypes. All threads of a kernel have the same dtypes, so that a choice by them is cheap.
+struct Floats {
+  const void* data;
+  ScalarType dtype;
+};
+
+// f(T{}) with T the C++ type of the dtype.
+template <class F>
+__device__ __forceinline__ auto by_dtype(ScalarType dtype, const F& f) {
+  switch (dtype) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::Half:
+      return f(Half{});
+    case ScalarType::BFloat16:
+      return f(BFloat16{});
+    default:
+      return f(double{});
+  }
+}
+
+template <class W, class T>
+__device__ __forceinline__ W widen(T x) {
+  if constexpr (sizeof(T) == 2)
+    return static_cast<W>(static_cast<float>(x));
+  else
+    return static_cast<W>(x);
+}
+template <class T, class W>
+__device__ __forceinline__ T narrow(W x) {
+  if constexpr (sizeof(T) == 2)
+    return T(static_cast<float>(x));
+  else
+    return static_cast<T>(x);
+}
+
+// N numbers from `at` on; zero for those from `left` on. In few loads where they lie well.
+template <int N, class W>
+__device__ __forceinline__ void load(const Floats& from, int64_t at, int64_t left, W* to) {
+  by_dtype(from.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kPack = N * sizeof(T) < 16 ? N : static_cast<int>(16 / sizeof(T));
+    using Packed = Pack<T, kPack>;
+    const T* p = static_cast<const T*>(from.data) + at;
+    if (left >= N && reinterpret_cast<uintptr_t>(p) % sizeof(Packed) == 0) {
+#pragma unroll
+      for (int i = 0; i < N; i += kPack) {
+        const Packed packed = *reinterpret_cast<const Packed*>(p + i);
+#pragma unroll
+        for (int j = 0; j < kPack; j++) to[i + j] = widen<W>(packed.v[j]);
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < N; i++) to[i] = i < left ? widen<W>(p[i]) : W{};
+    }
+  });
+}
+template <class W>
+__device__ __forceinline__ W load_one(const Floats& from, int64_t at) {
+  return by_dtype(from.dtype, [&](auto zero) { return widen<W>(static_cast<const decltype(zero)*>(from.data)[at]); });
+}
+template <class W>
+__device__ __forceinline__ void store_one(void* to, ScalarType dtype, int64_t at, W value) {
+  by_dtype(dtype, [&](auto zero) { static_cast<decltype(zero)*>(to)[at] = narrow<decltype(zero)>(value); });
+}
+
+// ----------------------------------------------------------------------------------------------------------------------- tables
+
+// Four entries of a table of sixteen.
+template <class Entry>
+struct alignas(16) Quarter {
+  Entry entry[4];
+};
+
+// The table of the sums of four numbers, of each row by itself: bit i of an entry's number says whether the i-th is in the sum.
+// The order in which a warp's threads write quarters keeps them off each other's banks.
+template <class W, int Rows, class P>
+__device__ __forceinline__ void tabulate(const P (&p)[Rows][4], Quarter<Pack<W, Rows>>* table) {
+  const P none = 0;
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    const int high = (i + threadIdx.x / 2) % 4;
+    Quarter<Pack<W, Rows>> quarter;
+#pragma unroll
+    for (int r = 0; r < Rows; r++) {
+      const P upper = (high & 1 ? p[r][2] : none) + (high & 2 ? p[r][3] : none);
+      quarter.entry[0].v[r] = static_cast<W>(upper);
+      quarter.entry[1].v[r] = static_cast<W>(p[r][0] + upper);
+      quarter.entry[2].v[r] = static_cast<W>(p[r][1] + upper);
+      quarter.entry[3].v[r] = static_cast<W>((p[r][0] + p[r][1]) + upper);
+    }
+    table[high] = quarter;
+  }
+}
+
+// Where the nibbles of a word point to in a table. Their entries' offsets lie in bytes, those of even nibbles in one word and of
+// odd ones in another, each with the lowest byte of the table's own offset: one operation makes a whole offset of such a byte.
+template <class Entry>
+struct Codes {
+  static constexpr int kShift = sizeof(Entry) == 4 ? 2 : 3;
+  static constexpr uint32_t kMask = 0x0f0f0f0fu << kShift;
+  uint32_t even, odd, offset;
+  // offset: of the table in bytes, a multiple of its size
+  __device__ __forceinline__ Codes(uint32_t word, uint32_t offset_) : offset(offset_) {
+    const uint32_t low = (offset & 0xff) * 0x01010101u;
+    even = (word << kShift & kMask) | low;
+    odd = (word >> (4 - kShift) & kMask) | low;
+  }
+  // The entry that a nibble chooses in the table, or in that so many tables further on.
+  __device__ __forceinline__ Entry pick(const Entry* tables, int nibble, int further = 0) const {
+    const uint32_t at = __byte_perm(nibble % 2 ? odd : even, offset, 0x7650 | nibble / 2);
+    return *reinterpret_cast<const Entry*>(reinterpret_cast<const char*>(tables + further * 16) + at);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------------------------------- host
+
+ScalarType floating(const Place& place, const char* name, const Tensor& t) {
+  with_float(place.op(), name, t.scalar_type(), [](auto) {});
+  return t.scalar_type();
+}
+
+Floats floats(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
+
+// -------------------------------------------------------------------------------------------------------------------- superpose
+// A team of sixteen threads takes a tile, a word of 32 weights a thread, whose sums it holds in registers. Four words, one a
+// task, are turned into four words of eight codes each, one a weight: for 128 bits 16 operations, then 48 that make offsets of
+// them, 32 loads from shared memory and 32 additions. A processor does 64
+// integer operations and 32 loads a clock: a warp's 4,096 bits keep each of the two busy for 32 clocks, about as long as the
+// memory of an H100 needs for them, and the schedulers, with what goes around, for about 47.
+//
+// Where there are few tiles, several teams share one, each with its slice of the tasks: slices are added in order at the end.
+
+constexpr int kMixThreads = 256;
+constexpr int kTeam = static_cast<int>(kTileBytes) / 4;  // threads
+constexpr int kTeams = kMixThreads / kTeam;
+constexpr int kGroups = static_cast<int>(kBlockTasks) / 4;  // tables of a block of the bank
+constexpr int kStaged = 32;                                 // blocks of the bank, over the rows, whose tables are there at a time
+
+struct Mix {
+  Floats weight, alphas;  // no alphas: all one, and their sum divided by the number of tasks
+  void* out;
+  int64_t n, rows;
+  int32_t row_chunks, log_slices;
+};
+
+template <class W, int Rows, class Table>
+__global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
+    superpose_kernel(const __grid_constant__ Table bank, const Mix a) {
+  using Entry = Pack<W, Rows>;
+  SK_DYNAMIC_SHARED(W, memory);  // kTeams * kTile: first the tables, then the sums of every team
+  __shared__ uint32_t opened_words[kTeams][kTeam];
+  Entry* tables = reinterpret_cast<Entry*>(memory);
+  constexpr int kBlocks = kStaged / Rows;
+
+  const int team = threadIdx.x / kTeam, word = threadIdx.x % kTeam;
+  const int slices = 1 << a.log_slices, slice = team & (slices - 1), tiles_here = kTeams >> a.log_slices;
+  const int64_t row =
+      int64_t{blockIdx.x % a.row_chunks} * Rows;  // chunks of rows are neighbours: the bits come from the L2 cache
+  const int64_t first_tile = int64_t{blockIdx.x / a.row_chunks} * tiles_here, tile = first_tile + (team >> a.log_slices);
+
+  W sum[Rows][32] = {};
+  uint32_t opened = 0;
+  for (int first = 0; first < bank.blocks; first += kBlocks) {
+    const int blocks = min(kBlocks, bank.blocks - first);
+    __syncthreads();
+    for (int group = threadIdx.x; group < blocks * kGroups; group += kMixThreads) {
+      const BankBlock& block = bank.block[first + group / kGroups];
+      const int task = group % kGroups * 4;
+      W alphas[Rows][4];
+#pragma unroll
+      for (int r = 0; r < Rows; r++) {
+        const int left = row + r < a.rows ? block.tasks - task : 0;
+        if (a.alphas.data) {
+          load<4>(a.alphas, (row + r) * bank.tasks + block.first + task, left, alphas[r]);
+          if (a.alphas.dtype != a.weight.dtype) {  // as the reference, which has alphas in the dtype of weight
+#pragma unroll
+            for (int t = 0; t < 4; t++)
+              alphas[r][t] = by_dtype(a.weight.dtype, [&](auto zero) { return widen<W>(narrow<decltype(zero)>(alphas[r][t])); });
+          }
+        } else {
+#pragma unroll
+          for (int t = 0; t < 4; t++) alphas[r][t] = t < left ? 1 : 0;
+        }
+      }
+      tabulate<W>(alphas, reinterpret_cast<Quarter<Entry>*>(tables) + group * 4);
+    }
+    __syncthreads();
+    if (tile * kTile >= a.n) continue;
+
+    // A slice takes every so many groups of a block, of the next block those one further on: also many small blocks keep all
+    // slices at work. Two slices of a warp have groups of different parity, whose tables lie in different banks.
+    int block = -1, group = kGroups, tasks = 0;
+    const uint32_t* line = nullptr;
+    uint32_t next[4], table_next = 0;
+    int left_next = 0;
+    const auto fetch = [&] {
+      group += slices, line += slices * 4 * kTeam;
+      if (group >= kGroups) {
+        block++, group = (slice - block) & (slices - 1);
+        const BankBlock& entered = bank.block[first + block];
+        tasks = entered.tasks;
+        const uint64_t before = static_cast<uint64_t>(static_cast<uint32_t>(tile)) * (tasks * uint32_t{kTileBytes});
+        line = reinterpret_cast<const uint32_t*>(entered.data + before) + (group * 4 * kTeam + word);
+      }
+      left_next = tasks - group * 4;
+      table_next = static_cast<uint32_t>((block * kGroups + group) * (16 * sizeof(Entry)));
+      if (left_next >= 4) {
+#pragma unroll
+        for (int t = 0; t < 4; t++) next[t] = __ldg(line + t * kTeam);
+      } else {
+#pragma unroll
+        for (int t = 0; t < 4; t++) next[t] = t < left_next ? __ldg(line + t * kTeam) : 0;
+      }
+    };
+    fetch();
+    for (int round = (blocks * kGroups) >> a.log_slices; round > 0; round--) {
+      const uint32_t w[4] = {next[0], next[1], next[2], next[3]}, table = table_next;
+      const int left = left_next;
+      if (round > 1) fetch();
+      if (left <= 0) continue;
+      opened |= w[0] | w[1] | w[2] | w[3];
+      // Pairs of bits of two tasks, for even and odd weights; then codes: nibble j of codes[i] is that of weight 4 j + i.
+      constexpr uint32_t kOne = 0x55555555u, kTwo = 0x33333333u;
+      const auto mix = [](uint32_t x, uint32_t y, uint32_t of_x) { return ((x ^ y) & of_x) ^ y; };
+      const uint32_t low_even = mix(w[0], w[1] << 1, kOne), low_odd = mix(w[0] >> 1, w[1], kOne);
+      const uint32_t high_even = mix(w[2], w[3] << 1, kOne), high_odd = mix(w[2] >> 1, w[3], kOne);
+      const uint32_t codes[4] = {mix(low_even, high_even << 2, kTwo), mix(low_odd, high_odd << 2, kTwo),
+                                 mix(low_even >> 2, high_even, kTwo), mix(low_odd >> 2, high_odd, kTwo)};
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const Codes<Entry> code(codes[i], table);
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+          const Entry entry = code.pick(tables, j);
+#pragma unroll
+          for (int r = 0; r < Rows; r++) sum[r][4 * j + i] += entry.v[r];
+        }
+      }
+    }
+  }
+
+  // Through shared memory, where a thread finds the weights that lie side by side. The order within a word keeps a warp's threads
+  // off each other's banks when they write, and changes nothing when they read.
+  const auto place_of = [](int any_team, int at) {
+    return any_team * static_cast<int>(kTile) + (at & ~31) + ((at & 31) ^ (at >> 5 | (any_team & 1) << 4));
+  };
+#pragma unroll
+  for (int r = 0; r < Rows; r++) {
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 32; i++) memory[place_of(team, word * 32 + i)] = sum[r][i];
+    opened_words[team][word] = opened;
+    __syncthreads();
+    if (row + r >= a.rows) break;
+    by_dtype(a.weight.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      constexpr int kAtOnce = 8;  // loads of weights under way
+      const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, a.n - begin);
+      const T* from = static_cast<const T*>(a.weight.data) + begin;
+      T* to = static_cast<T*>(a.out) + (row + r) * a.n + begin;
+      for (int base = threadIdx.x; base < here; base += kMixThreads * kAtOnce) {
+        T weights[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++)
+          if (base + i * kMixThreads < here) weights[i] = from[base + i * kMixThreads];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; i++) {
+          const int item = base + i * kMixThreads, at = item % static_cast<int>(kTile);
+          if (item >= here) break;
+          const int first_team = item / static_cast<int>(kTile) << a.log_slices;
+          const W weight = widen<W>(weights[i]), tasks = static_cast<W>(bank.tasks);
+          if (slices == 1) {
+            const bool open = opened_words[first_team][at >> 5] >> (at & 31) & 1;
+            const W mix = memory[place_of(first_team, at)];
+            to[item] = narrow<T>(open ? weight * (a.alphas.data ? mix : mix / tasks) : W{});
+            continue;
+          }
+          uint32_t bits = 0;
+          W part[4] = {};
+#pragma unroll 1
+          for (int s = 0; s < slices; s += 4) {
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+              bits |= opened_words[first_team + s + j][at >> 5];
+              part[j] += memory[place_of(first_team + s + j, at)];
+            }
+          }
+          const bool open = bits >> (at & 31) & 1;
+          if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
+            const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
+            to[item] = narrow<T>(open ? double{weight} * mix : 0.0);
+          } else {  // counts, which are exact, and what superpose_counts makes of them
+            const W count = (part[0] + part[1]) + (part[2] + part[3]);
+            to[item] = narrow<T>(open ? weight * (count / tasks) : W{});
+          }
+        }
+      }
+    });
+  }
+}
+
+// How many teams share a tile, 1, 4 or 16: enough that every processor has work and that no team adds long sums of floats, and no
+// more than there are groups of tasks.
+int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks) {
+  int log = tasks > 1024 ? 4 : tasks > 128 ? 2 : 0;
+  while (log < 4 && (all_tiles << log) < place.processors() * 64 && (int64_t{8} << log) <= tasks) log += 2;
+  return log;
+}
+
+Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::optional<Tensor> alphas_) {
+  const Place place("superpose", weight_);
+  const Tensor weight = dense(weight_);
+  const int64_t n = weight.numel();
+  const ScalarType dtype = floating(place, "weight", weight);
+  const Bank bank(place, blocks, n);
+  STD_TORCH_CHECK(!alphas_ || ((alphas_->dim() == 1 || alphas_->dim() == 2) && alphas_->size(alphas_->dim() - 1) == bank.tasks()),
+                  "superpose: alphas must be (K,) or (R, K), one for each of ", bank.tasks(), " tasks, got ",
+                  alphas_ ? alphas_->numel() : 0);
+  const bool many = alphas_ && alphas_->dim() == 2;
+  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 1, 0};
+  std::optional<Tensor> alphas;
+  if (alphas_) {
+    place.check("alphas", *alphas_);
+    floating(place, "alphas", *alphas_);
+    alphas = dense(*alphas_);
+    mix.alphas = floats(*alphas);
+  }
+  std::vector<int64_t> sizes(weight.sizes().begin(), weight.sizes().end());
+  if (many) sizes.insert(sizes.begin(), mix.rows);
+  Tensor out = place.empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype_code(weight));
+  if (n == 0 || mix.rows == 0) return out;
+  mix.out = out.mutable_data_ptr();
+  mix.log_slices = log_of_slices(place, tiles(n), bank.tasks());
+  const int64_t tile_groups = ceil_div(tiles(n), kTeams >> mix.log_slices);
+  const auto launch = [&](auto zero, auto rows, const auto& table) {
+    using W = decltype(zero);
+    mix.row_chunks = static_cast<int32_t>(ceil_div(mix.rows, rows()));
+    place.launch(superpose_kernel<W, rows(), std::decay_t<decltype(table)>>,
+                 dim3(static_cast<unsigned>(tile_groups * mix.row_chunks)), kMixThreads, kTeams * kTile * sizeof(W), table, mix);
+  };
+  bank.with_table([&](const auto& table) {
+    if (dtype == ScalarType::Double)
+      launch(double{}, std::integral_constant<int, 1>{}, table);
+    else if (mix.rows == 1)
+      launch(float{}, std::integral_constant<int, 1>{}, table);
+    else
+      launch(float{}, std::integral_constant<int, 2>{}, table);
+  });
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------- superpose_counts
+
+constexpr int kThreads = 256;
+
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    superpose_counts_kernel(const T* weight, const int32_t* counts, Wide<T> tasks, T* out, int64_t n) {
+  using W = Wide<T>;
+  const int64_t first = (int64_t{blockIdx.x} * kThreads + threadIdx.x) * 4;
+  const auto weigh = [&](T w, int32_t count) {
+    return narrow<T>(count > 0 ? widen<W>(w) * (static_cast<W>(count) / tasks) : W{});
+  };
+  if (first + 4 <= n) {
+    using Packed = Pack<T, sizeof(T) == 8 ? 2 : 4>;
+    constexpr int kPack = sizeof(Packed) / sizeof(T);
+    const Pack<int32_t, 4> count = *reinterpret_cast<const Pack<int32_t, 4>*>(counts + first);
+#pragma unroll
+    for (int i = 0; i < 4; i += kPack) {
+      Packed w = *reinterpret_cast<const Packed*>(weight + first + i);
+#pragma unroll
+      for (int j = 0; j < kPack; j++) w.v[j] = weigh(w.v[j], count.v[i + j]);
+      *reinterpret_cast<Packed*>(out + first + i) = w;
+    }
+  } else {
+    for (int64_t i = first; i < n; i++) out[i] = weigh(weight[i], counts[i]);
+  }
+}
+
+Tensor superpose_counts_cuda(const Tensor& weight_, const Tensor& counts_, int64_t tasks) {
+  const Place place("superpose_counts", weight_);
+  place.check("counts", counts_);
+  const Tensor weight = aligned(weight_), counts = aligned(counts_);
+  const int64_t n = weight.numel();
+  floating(place, "weight", weight);
+  STD_TORCH_CHECK(counts.numel() == n && counts.scalar_type() == ScalarType::Int,
+                  "superpose_counts: counts must be int32, one for each of ", n, " weights, got ", counts.numel());
+  Tensor out = place.empty_like(weight, dtype_code(weight));
+  with_float(place.op(), "weight", weight.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    place.launch(superpose_counts_kernel<T>, dim3(static_cast<unsigned>(ceil_div(n, kThreads * 4))), kThreads, 0,
+                 static_cast<const T*>(weight.const_data_ptr()), static_cast<const int32_t*>(counts.const_data_ptr()),
+                 static_cast<Wide<T>>(tasks), static_cast<T*>(out.mutable_data_ptr()), n);
+  });
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------------------- sums for alphas
+
+// Where a block leaves its part of the sums of a row: in the result if it has all, else with the other parts.
+struct Sums {
+  double* partial;  // [row][part][task]
+  void* out;        // [row][task]
+  ScalarType dtype;
+  int32_t parts, tasks;
+
+  __device__ void put(int64_t row, int part, int task, double value) const {
+    if (parts == 1)
+      store_one(out, dtype, row * tasks + task, value);
+    else
+      partial[(row * parts + part) * tasks + task] = value;
+  }
+};
+
+constexpr int kAddRows = 32, kAddAtOnce = 8;
+
+// Adds the parts: 32 tasks a block, and for each of them 32 threads that take every 32nd part.
+__global__ void __launch_bounds__(kWarpSize* kAddRows) add_parts_kernel(const Sums sums) {
+  __shared__ double lines[kAddRows][kWarpSize + 1];
+  const int chunks = (sums.tasks + kWarpSize - 1) / kWarpSize;
+  const int64_t row = blockIdx.x / chunks;
+  const int lane = threadIdx.x % kWarpSize, line = threadIdx.x / kWarpSize;
+  const int task = static_cast<int>(blockIdx.x % chunks) * kWarpSize + lane;
+  double sum = 0;
+  if (task < sums.tasks) {
+    const double* from = sums.partial + row * sums.parts * sums.tasks + task;
+    for (int part = line; part < sums.parts; part += kAddRows * kAddAtOnce) {
+      double some[kAddAtOnce];
+#pragma unroll
+      for (int i = 0; i < kAddAtOnce; i++) {
+        const int at = part + i * kAddRows;
+        some[i] = at < sums.parts ? from[int64_t{at} * sums.tasks] : 0;
+      }
+#pragma unroll
+      for (int i = 0; i < kAddAtOnce; i++) sum += some[i];
+    }
+  }
+  lines[line][lane] = sum;
+  __syncthreads();
+  if (line > 0 || task >= sums.tasks) return;
+  for (int i = 1; i < kAddRows; i++) sum += lines[i][lane];
+  store_one(sums.out, sums.dtype, row * sums.tasks + task, sum);
+}
+
+void add_parts(const Place& place, const Sums& sums, int64_t rows) {
+  if (sums.parts == 1) return;
+  place.launch(add_parts_kernel, dim3(static_cast<unsigned>(rows * ceil_div(sums.tasks, kWarpSize))), kWarpSize * kAddRows, 0,
+               sums);
+}
+
+// ------------------------------------------------------------------------------------------------- superpose_grad, by look-up
+// A block makes the tables of one tile after another, a thread one for its four weights, and its warps take 32 tasks at a time, a
+// task a thread: all threads look into the same table. The sums of a table are taken in float64 and rounded to float once; two
+// looked-up ones are added as floats, all further in float64. That is two roundings of a number, where the reference has one, of
+// the products. For 32 tasks of a tile the look-ups keep the shared memory busy for 128 clocks, their conversions to float64 the
+// converters for as many, and the schedulers for about 170.
+
+constexpr int kDotThreads = static_cast<int>(kTile) / 4;
+constexpr int kDotWarps = kDotThreads / kWarpSize;
+constexpr int kDotTasks = 512;  // most of a block
+
+struct Dot {
+  Floats left, grad_y, weight;  // left: G, rows of n; or x, rows of `inputs`
+  int64_t n, tiles, inputs, outputs, tiles_a_part;
+  Sums sums;
+};
+
+// Four weights, and what they are multiplied by: loaded well before the products are wanted. With Outer, G is the outer product
+// of grad_y and x, and products are rounded as those of a matrix product are; without, they are exact for floats.
+template <class W, bool Outer>
+struct Factors {
+  using P = std::conditional_t<Outer, W, double>;
+  W weight[4] = {}, left[4] = {}, grad_y[4] = {};
+
+  // From `at` on; those from n on are zero.
+  __device__ __forceinline__ void load_from(const Dot& a, int64_t row, int64_t at) {
+    const int64_t there = a.n - at;
+    if (there <= 0) {
+#pragma unroll
+      for (int i = 0; i < 4; i++) weight[i] = left[i] = grad_y[i] = 0;
+      return;
+    }
+    load<4>(a.weight, at, there, weight);
+    if constexpr (Outer) {
+      int64_t output = 0;
+      if (a.n <= INT32_MAX)
+        output = static_cast<uint32_t>(at) / static_cast<uint32_t>(a.inputs);
+      else
+        output = at / a.inputs;
+      int64_t input = at - output * a.inputs;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        left[i] = i < there ? load_one<W>(a.left, row * a.inputs + input) : W{};
+        grad_y[i] = i < there ? load_one<W>(a.grad_y, row * a.outputs + output) : W{};
+        if (++input == a.inputs) input = 0, output++;
+      }
+    } else {
+      load<4>(a.left, row * a.n + at, there, left);
+    }
+  }
+  __device__ __forceinline__ P product(int i) const {
+    if constexpr (Outer)
+      return weight[i] * left[i] * grad_y[i];
+    else
+      return P{left[i]} * P{weight[i]};
+  }
+};
+
+template <class W, bool Outer, class Table>
+__global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant__ Table bank, const Dot a) {
+  using Entry = Pack<W, 1>;
+  alignas(16) __shared__ Entry tables[kDotThreads * 16];
+  __shared__ TaskLines lines[kDotTasks];
+  __shared__ double sums[kDotTasks];
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int part = static_cast<int>(blockIdx.x % a.sums.parts);
+  const int64_t row = blockIdx.x / a.sums.parts;
+  const int first = blockIdx.y * kDotTasks, tasks = min(kDotTasks, bank.tasks - first);
+  const int64_t begin = part * a.tiles_a_part, end = min(a.tiles, begin + a.tiles_a_part);
+  for (int i = threadIdx.x; i < tasks; i += kDotThreads) lines[i] = bank.task(first + i);
+  for (int i = threadIdx.x; i < kDotTasks; i += kDotThreads) sums[i] = 0;
+
+  // A round is half a tile of 32 tasks, eight words a task: a whole sector of memory. Where there are few groups of tasks, two
+  // warps
+  // share one.
+  const int groups = (tasks + kWarpSize - 1) / kWarpSize, log_shares = groups > 2 ? 0 : 1;
+  const int share = warp & log_shares, log_halves = 1 - log_shares, halves = 1 << log_halves;
+  const int group_step = kDotWarps >> log_shares, first_group = warp >> log_shares;
+  const int rounds = first_group < groups ? ((groups - 1 - first_group) / group_step + 1) << log_halves : 0;
+  uint4 next[2];
+  const auto fetch = [&](int64_t tile, int round) {
+    const int task = (first_group + (round >> log_halves) * group_step) * kWarpSize + lane;
+    if (task >= tasks) {
+      next[0] = next[1] = uint4{};
+      return;
+    }
+    const TaskLines line = lines[task];
+    const auto* from = reinterpret_cast<const uint4*>(line.first + tile * line.step) + (share + (round & (halves - 1))) * 2;
+    next[0] = __ldg(from), next[1] = __ldg(from + 1);
+  };
+
+  Factors<W, Outer> factors;
+  if (begin < end) factors.load_from(a, row, begin * kTile + threadIdx.x * 4);
+  for (int64_t tile = begin; tile < end; tile++) {
+    __syncthreads();
+    if (rounds > 0) fetch(tile, 0);
+    const typename Factors<W, Outer>::P p[1][4] = {
+        {factors.product(0), factors.product(1), factors.product(2), factors.product(3)}};
+    tabulate<W>(p, reinterpret_cast<Quarter<Entry>*>(tables) + threadIdx.x * 4);
+    if (tile + 1 < end) factors.load_from(a, row, (tile + 1) * kTile + threadIdx.x * 4);
+    __syncthreads();
+    double sum = 0, sum_odd = 0;
+    for (int round = 0; round < rounds; round++) {
+      const uint32_t words[8] = {next[0].x, next[0].y, next[0].z, next[0].w, next[1].x, next[1].y, next[1].z, next[1].w};
+      if (round + 1 < rounds) fetch(tile, round + 1);
+      const int half = round & (halves - 1);
+      const auto table = static_cast<uint32_t>((share + half) * (kDotThreads / 2 * 16 * sizeof(Entry)));
+#pragma unroll
+      for (int w = 0; w < 8; w++) {
+        const Codes<Entry> code(words[w], table);
+#pragma unroll
+        for (int j = 0; j < 8; j += 4) {
+          const int further = w * 8 + j;
+          sum += double{code.pick(tables, j, further).v[0] + code.pick(tables, j + 1, further + 1).v[0]};
+          sum_odd += double{code.pick(tables, j + 2, further + 2).v[0] + code.pick(tables, j + 3, further + 3).v[0]};
+        }
+      }
+      if (half == halves - 1) {
+        const int group = first_group + (round >> log_halves) * group_step;
+        sums[(share * groups + group) * kWarpSize + lane] += sum + sum_odd;  // this thread's alone
+        sum = sum_odd = 0;
+      }
+    }
+  }
+  __syncthreads();
+  for (int task = threadIdx.x; task < tasks; task += kDotThreads) {
+    double sum = sums[task];
+    for (int s = 1; s < 1 << log_shares; s++) sum += sums[s * groups * kWarpSize + task];
+    a.sums.put(row, part, first + task, sum);
+  }
+}
+
+constexpr int64_t kMostScratch = 64 << 20;  // bytes
+
+// out[row][task] = sum of the products of the row that the mask of the task opens. How tiles are divided depends on sizes of
+// weight and bank only, so that a row gives what it gives alone.
+template <class W, bool Outer>
+void dot_rows(const Place& place, const Bank& bank, Dot dot, int64_t rows, int64_t left_bytes, int64_t grad_y_bytes,
+              int64_t out_bytes) {
+  const int64_t task_chunks = ceil_div(bank.tasks(), kDotTasks);
+  dot.tiles_a_part = std::max<int64_t>(1, ceil_div(dot.tiles * task_chunks, place.processors() * 8));
+  dot.sums.parts = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(dot.tiles, dot.tiles_a_part)));
+  const int64_t row_bytes = dot.sums.parts == 1 ? 0 : dot.sums.parts * bank.tasks() * 8;
+  const int64_t at_once = std::clamp<int64_t>(kMostScratch / std::max<int64_t>(row_bytes, 1), 1, INT32_MAX / dot.sums.parts);
+  const Tensor scratch = place.scratch(row_bytes * std::min(rows, at_once));
+  dot.sums.partial = static_cast<double*>(scratch.mutable_data_ptr());
+  for (int64_t row = 0; row < rows; row += at_once) {
+    const int64_t some = std::min(at_once, rows - row);
+    bank.with_table([&](const auto& table) {
+      place.launch(dot_kernel<W, Outer, std::decay_t<decltype(table)>>,
+                   dim3(static_cast<unsigned>(some * dot.sums.parts), static_cast<unsigned>(task_chunks)), kDotThreads, 0, table,
+                   dot);
+    });
+    add_parts(place, dot.sums, some);
+    dot.left.data = static_cast<const char*>(dot.left.data) + some * left_bytes;
+    dot.grad_y.data = static_cast<const char*>(dot.grad_y.data) + some * grad_y_bytes;
+    dot.sums.out = static_cast<char*>(dot.sums.out) + some * out_bytes;
+  }
+}
+
+Tensor superpose_grad_cuda(const Tensor& grad_, const Tensor& weight_, std::vector<Tensor> blocks) {
+  const Place place("superpose_grad", weight_);
+  place.check("grad", grad_);
+  const Tensor grad = dense(grad_), weight = dense(weight_);
+  const int64_t n = weight.numel();
+  const bool many = grad.dim() == weight.dim() + 1;
+  const int64_t rows = many ? grad.size(0) : 1;
+  STD_TORCH_CHECK(grad.numel() == rows * n, "superpose_grad: grad must have the ", n, " elements of weight, got ",
+                  grad.numel() / std::max<int64_t>(rows, 1));
+  const ScalarType dtype = floating(place, "weight", weight);
+  const bool wide = dtype == ScalarType::Double || floating(place, "grad", grad) == ScalarType::Double;
+  const Bank bank(place, blocks, n);
+  const int64_t sizes[] = {rows, bank.tasks()};
+  Tensor out = place.empty(many ? sizes : sizes + 1, many ? 2 : 1, dtype_code(weight));
+  if (bank.tasks() == 0 || rows == 0) return out;
+  const Dot dot{floats(grad),
+                {nullptr, dtype},
+                floats(weight),
+                n,
+                tiles(n),
+                1,
+                1,
+                0,
+                {nullptr, out.mutable_data_ptr(), dtype, 1, static_cast<int32_t>(bank.tasks())}};
+  const int64_t grad_row = n * static_cast<int64_t>(grad.element_size());
+  const int64_t out_row = bank.tasks() * static_cast<int64_t>(out.element_size());
+  if (wide || bank.tasks() <= kWarpSize)  // few tasks hide tables of float64 behind the memory
+    dot_rows<double, false>(place, bank, dot, rows, grad_row, 0, out_row);
+  else
+    dot_rows<float, false>(place, bank, dot, rows, grad_row, 0, out_row);
+  return out;
+}
+
+// ----------------------------------------------------------------------------------------------------- alpha_grad, by products
+// out[b, k] = sum_o grad_y[b, o] sum_i (W * M_k)[o, i] x[b, i]: for many rows a matrix product a task, of a weight whose closed
+// elements are replaced by zeros on the way to shared memory. A block takes 64 outputs and the rows, sixteen inputs at a time;
+// every 32 inputs their sums are multiplied by grad_y and added in float64, so that no long sum of floats is taken.
+//
+// A block's share is a range of units, a unit 64 outputs and a range of inputs.
+
+constexpr int kOutputs = 64, kInputs = 16;  // of a step
+constexpr int kStepsAFold = 2;
+constexpr int kRowThreads = 16;  // threads side by side along the rows; 8 along the outputs
+
+struct Products {
+  Floats x, grad_y, weight;
+  int64_t rows, inputs, outputs, tiles;
+  int64_t units, units_a_part, input_ranges, inputs_a_range;  // a range: whole folds
+  Sums sums;
+};
+
+// Eight bits of a task from any weight on, in the two bytes that hold them. Those of weights that are not there may be any.
+struct EightBits {
+  uint8_t low, high;
+  int shift;
+  __device__ __forceinline__ void load_from(const TaskLines& line, int64_t all_tiles, int64_t at) {
+    const auto byte_at = [&](int64_t byte) { return __ldg(line.first + byte / kTileBytes * line.step + byte % kTileBytes); };
+    low = byte_at(at / 8);
+    high = byte_at(min(at / 8 + 1, all_tiles * kTileBytes - 1));
+    shift = static_cast<int>(at % 8);
+  }
+  __device__ __forceinline__ unsigned get() const { return (low | unsigned{high} << 8) >> shift; }
+};
+
+// Blocks of 128 rows on a processor. From sm_100 on two products are one instruction, which wants registers in pairs: three
+// blocks would spill there.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
+constexpr int kProductBlocks = 2;
+#else
+constexpr int kProductBlocks = 3;
+#endif
+
+template <int RowsEach, class Table>
+__global__ void __launch_bounds__(kDotThreads, RowsEach > 4 ? kProductBlocks : 4)
+    alpha_grad_kernel(const __grid_constant__ Table bank, const Products a) {
+  constexpr int kRows = kRowThreads * RowsEach, kEach = kInputs * kRows / kDotThreads;  // numbers of x that a thread fetches
+  constexpr int kPack = RowsEach < 4 ? RowsEach : 4;
+  using Four = Pack<float, 4>;
+  using Some = Pack<float, kPack>;
+  alignas(16) __shared__ float weights[2][kInputs][kOutputs + 4];
+  alignas(16) __shared__ float xs[2][kInputs][kRows + 4];
+  __shared__ double redone[kWarpSize];
+  __shared__ bool strange[kRows];
+
+  const int task = static_cast<int>(blockIdx.x % bank.tasks), part = static_cast<int>(blockIdx.y);
+  const int64_t first_row = int64_t{blockIdx.x / bank.tasks} * kRows;
+  const TaskLines line = bank.task(task);
+  const int64_t begin = part * a.units_a_part, end = min(a.units, begin + a.units_a_part);
+
+  // What this thread fetches: eight inputs of one output, and kEach inputs of one row.
+  const int fetch_output = threadIdx.x % kOutputs, fetch_input = threadIdx.x / kOutputs * 8;
+  const int fetch_row = threadIdx.x % kRows, fetch_x = threadIdx.x / kRows * kEach;
+  // What it sums: outputs 4 lane and 32 + 4 lane and on, and rows kPack of every 16 kPack.
+  const int lane = threadIdx.x % 8, place = threadIdx.x / 8;
+  const auto row_of = [&](int r) { return r / kPack * (kRowThreads * kPack) + place * kPack + r % kPack; };
+
+  double total[RowsEach] = {};
+  float sum[RowsEach][8];
+  for (int64_t unit = begin; unit < end; unit++) {
+    const int64_t first_output = unit / a.input_ranges * kOutputs, first_input = unit % a.input_ranges * a.inputs_a_range;
+    const int64_t last_input = min(a.inputs, first_input + a.inputs_a_range);
+    const int steps = static_cast<int>(last_input - first_input + kInputs - 1) / kInputs;
+    float next_weights[8], next_xs[kEach];
+    EightBits next_open;
+    const auto fetch = [&](int step) {
+      const int64_t output = first_output + fetch_output, input = first_input + step * kInputs + fetch_input;
+      const int64_t left = output < a.outputs ? last_input - input : 0;
+      load<8>(a.weight, output * a.inputs + input, left, next_weights);
+      next_open.load_from(line, a.tiles, left > 0 ? output * a.inputs + input : 0);
+      const int64_t row = first_row + fetch_row, from = first_input + step * kInputs + fetch_x;
+      load<kEach>(a.x, row * a.inputs + from, row < a.rows ? last_input - from : 0, next_xs);
+    };
+    fetch(0);
+#pragma unroll
+    for (int r = 0; r < RowsEach; r++)
+#pragma unroll
+      for (int o = 0; o < 8; o++) sum[r][o] = 0;
+    for (int step = 0; step < steps; step++) {
+      // Two buffers: who still reads the one of the step before last has not passed the last step's barrier.
+      float (*w)[kOutputs + 4] = weights[step % 2];
+      float (*x)[kRows + 4] = xs[step % 2];
+      const unsigned open = next_open.get();
+#pragma unroll
+      for (int i = 0; i < 8; i++) w[fetch_input + i][fetch_output] = open >> i & 1 ? next_weights[i] : 0;
+#pragma unroll
+      for (int i = 0; i < kEach; i++) x[fetch_x + i][fetch_row] = next_xs[i];
+      __syncthreads();
+      if (step + 1 < steps) fetch(step + 1);
+#pragma unroll
+      for (int i = 0; i < kInputs; i++) {
+        float mine[8], rows[RowsEach];
+#pragma unroll
+        for (int o = 0; o < 8; o += 4) {
+          const Four four = *reinterpret_cast<const Four*>(&w[i][o * 8 + lane * 4]);
+#pragma unroll
+          for (int j = 0; j < 4; j++) mine[o + j] = four.v[j];
+        }
+#pragma unroll
+        for (int r = 0; r < RowsEach; r += kPack) {
+          const Some some = *reinterpret_cast<const Some*>(&x[i][row_of(r)]);
+#pragma unroll
+          for (int j = 0; j < kPack; j++) rows[r + j] = some.v[j];
+        }
+#pragma unroll
+        for (int r = 0; r < RowsEach; r++)
+#pragma unroll
+          for (int o = 0; o < 8; o++) sum[r][o] += mine[o] * rows[r];
+      }
+      if (step % kStepsAFold == kStepsAFold - 1 || step + 1 == steps) {
+#pragma unroll
+        for (int r = 0; r < RowsEach; r++) {
+          const int64_t row = first_row + row_of(r);
+          float folded = 0;
+#pragma unroll
+          for (int o = 0; o < 8; o += 4) {
+            const int64_t output = first_output + o * 8 + lane * 4;
+            float grad[4];
+            load<4>(a.grad_y, row * a.outputs + output, row < a.rows ? a.outputs - output : 0, grad);
+#pragma unroll
+            for (int j = 0; j < 4; j++) folded += grad[j] * sum[r][o + j], sum[r][o + j] = 0;
+          }
+          total[r] += static_cast<double>(folded);
+        }
+      }
+    }
+    __syncthreads();  // the next unit begins with either buffer
+  }
+
+#pragma unroll
+  for (int r = 0; r < RowsEach; r++) {
+#pragma unroll
+    for (int offset = 1; offset < 8; offset *= 2) total[r] += __shfl_xor_sync(kAllLanes, total[r], offset);
+    const int64_t row = first_row + row_of(r);
+    if (lane == 0) {
+      strange[row_of(r)] = row < a.rows && !(total[r] - total[r] == 0);
+      if (row < a.rows) a.sums.put(row, part, task, total[r]);
+    }
+  }
+  // Zero times an infinite x or grad_y is NaN, though the weight is closed: such sums are taken again, of open weights alone.
+  __syncthreads();
+  for (int i = 0; i < kRows; i++) {
+    if (!strange[i]) continue;
+    const int64_t row = first_row + i;
+    double sum_again = 0;
+    for (int64_t unit = begin; unit < end; unit++) {
+      const int64_t first_output = unit / a.input_ranges * kOutputs, first_input = unit % a.input_ranges * a.inputs_a_range;
+      const int64_t last_output = min(a.outputs, first_output + kOutputs),
+                    last_input = min(a.inputs, first_input + a.inputs_a_range);
+      for (int64_t output = first_output; output < last_output; output++)
+        for (int64_t input = first_input + threadIdx.x; input < last_input; input += kDotThreads) {
+          const int64_t at = output * a.inputs + input;
+          EightBits open;
+          open.load_from(line, a.tiles, at);
+          if (!(open.get() & 1)) continue;
+          sum_again += load_one<double>(a.weight, at) * load_one<double>(a.x, row * a.inputs + input) *
+                       load_one<double>(a.grad_y, row * a.outputs + output);
+        }
+    }
+    sum_again = block_sum(sum_again, redone);
+    if (threadIdx.x == 0) a.sums.put(row, part, task, sum_again);
+  }
+}
+
+template <int RowsEach>
+void alpha_grad_products(const Place& place, const Bank& bank, Products a) {
+  constexpr int64_t kFold = kInputs * kStepsAFold;
+  const int64_t row_blocks = ceil_div(a.rows, kRowThreads * RowsEach);
+  // A product whose inputs are many is divided along them too, in ranges of about 256.
+  a.inputs_a_range = ceil_div(ceil_div(a.inputs, ceil_div(a.inputs, 256)), kFold) * kFold;
+  a.input_ranges = ceil_div(a.inputs, a.inputs_a_range);
+  a.units = ceil_div(a.outputs, kOutputs) * a.input_ranges;
+  const int64_t wanted = std::clamp<int64_t>(ceil_div(place.processors() * 8, bank.tasks() * row_blocks), 1, a.units);
+  a.units_a_part = ceil_div(a.units, wanted);
+  a.sums.parts = static_cast<int32_t>(ceil_div(a.units, a.units_a_part));
+  const Tensor scratch = place.scratch(a.sums.parts == 1 ? 0 : a.rows * a.sums.parts * bank.tasks() * 8);
+  a.sums.partial = static_cast<double*>(scratch.mutable_data_ptr());
+  bank.with_table([&](const auto& table) {
+    place.launch(alpha_grad_kernel<RowsEach, std::decay_t<decltype(table)>>,
+                 dim3(static_cast<unsigned>(bank.tasks() * row_blocks), static_cast<unsigned>(a.sums.parts)), kDotThreads, 0,
+                 table, a);
+  });
+  add_parts(place, a.sums, a.rows);
+}
+
+// Whether products take less time than tables, in clocks of a processor for a tile: a table of sums costs about 130 of them, and
+// looking up 200 for 32 tasks, used or not; a product 5.3 a row and task, of rows that are rounded up. Tables are for
+// few rows, and for many tasks where rounding adds many.
+bool by_products(int64_t rows, int64_t tasks) {
+  const int64_t rounded = rows > 32 ? ceil_div(rows, 128) * 128 : 32;
+  return static_cast<double>(rounded) * static_cast<double>(tasks) * 5.3 <
+         static_cast<double>(rows) * static_cast<double>(130 + 200 * ceil_div(tasks, kWarpSize));
+}
+
+Tensor alpha_grad_cuda(const Tensor& x_, const Tensor& grad_y_, const Tensor& weight_, std::vector<Tensor> blocks) {
+  const Place place("alpha_grad", x_);
+  place.check("grad_y", grad_y_);
+  place.check("weight", weight_);
+  const Tensor x = dense(x_), grad_y = dense(grad_y_), weight = dense(weight_);
+  STD_TORCH_CHECK(x.dim() == 2 && grad_y.dim() == 2 && weight.dim() == 2 && x.size(0) == grad_y.size(0) &&
+                      x.size(1) == weight.size(1) && grad_y.size(1) == weight.size(0),
+                  "alpha_grad: x must be (B, I), grad_y (B, O) and weight (O, I)");
+  const ScalarType dtype = floating(place, "x", x);
+  const bool wide = dtype == ScalarType::Double || floating(place, "grad_y", grad_y) == ScalarType::Double ||
+                    floating(place, "weight", weight) == ScalarType::Double;
+  const int64_t rows = x.size(0), inputs = x.size(1), outputs = grad_y.size(1), n = weight.numel();
+  const Bank bank(place, blocks, n);
+  Tensor out = place.empty({rows, bank.tasks()}, dtype_code(x));
+  if (bank.tasks() == 0 || rows == 0) return out;
+  const Sums sums{nullptr, out.mutable_data_ptr(), dtype, 1, static_cast<int32_t>(bank.tasks())};
+  if (!wide && n > 0 && by_products(rows, bank.tasks())) {
+    const Products products{floats(x), floats(grad_y), floats(weight), rows, inputs, outputs, tiles(n), 0, 0, 0, 0, sums};
+    if (rows > 32)
+      alpha_grad_products<8>(place, bank, products);
+    else
+      alpha_grad_products<2>(place, bank, products);
+    return out;
+  }
+  const Dot dot{floats(x), floats(grad_y), floats(weight), n, tiles(n), inputs, outputs, 0, sums};
+  const auto bytes = [](const Tensor& t) { return t.size(1) * static_cast<int64_t>(t.element_size()); };
+  if (wide)
+    dot_rows<double, true>(place, bank, dot, rows, bytes(x), bytes(grad_y), bytes(out));
+  else
+    dot_rows<float, true>(place, bank, dot, rows, bytes(x), bytes(grad_y), bytes(out));
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(subnet_kernels, SK_KEY, m) {
+  m.impl("superpose", TORCH_BOX(&superpose_cuda));
+  m.impl("superpose_counts", TORCH_BOX(&superpose_counts_cuda));
+  m.impl("superpose_grad", TORCH_BOX(&superpose_grad_cuda));
+  m.impl("alpha_grad", TORCH_BOX(&alpha_grad_cuda));
+}

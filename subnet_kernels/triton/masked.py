@@ -1,0 +1,618 @@
+"""Masked products: y = x (W where open)^T + b, dx = G_y (W where open), and G = G_y^T x with the straight-through rule behind it.
+
+Few rows are bound by reading W, so its mask is expanded beside it: up to `_FEW` rows in registers (`_rows_kernel`), above on the way
+to the tensor cores (`_tile_kernel`). Many rows are bound by the product, and the open weight is made once for PyTorch's own: `fuses`
+is where the two meet. A weight gradient is one product whose epilogue reads W, the scores' signs and bits, and writes dW and dS.
+
+A mask selects. Sums have a fixed order; where one is split among programs, the parts go to a workspace and are added in order.
+Offsets that a row is part of are 64-bit; what counts within a row is 32-bit.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from subnet_kernels.reference import nbytes
+from subnet_kernels.triton._build import NAMES, Build, aligned, on_device, plain, typed
+
+# ------------------------------------------------------------------------------------------------------------- crossover
+
+# Rows from which making the open weight costs less than fusing its mask. Estimates: making it moves 4.1 bytes a weight (8.1 in
+# float32) at 3.3 TB/s; a fused product loses about half of a tensor-core GEMM's time, and all of it once more in float32, whose
+# products run on the ordinary cores. A weight gradient's epilogue saves as many bytes, and its loop loses less: no mask is in it.
+_HALF, _SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
+_CROSSOVER = {
+    "masked_linear": {_HALF: 760, _SINGLE: 64},
+    "masked_linear_grad_input": {_HALF: 760, _SINGLE: 64},
+    "masked_linear_grad_weight": {_HALF: 1400, _SINGLE: 64},
+}
+_forced: ContextVar[int | None] = ContextVar("fused_up_to", default=None)
+
+
+def fuses(op: str, dtype: torch.dtype, rows: int) -> bool:
+    """Whether an op of so many rows runs the fused kernel, rather than PyTorch's product with a weight that was masked before."""
+    forced = _forced.get()
+    return rows <= (next(r for dtypes, r in _CROSSOVER[op].items() if dtype in dtypes) if forced is None else forced)
+
+
+@contextlib.contextmanager
+def fused_up_to(rows: int) -> Iterator[None]:
+    """Within it every product of at most so many rows is fused: 0 for none. For tests and benchmarks."""
+    token = _forced.set(rows)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+# ----------------------------------------------------------------------------------------------------------------- bits
+
+
+@triton.jit
+def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
+    """The 32 mask bits from weight (row, column + 32 group) on, as uint32; column is a multiple of 32.
+
+    row: int64; group, ok: of shapes that broadcast with it; words: of all the bits, beyond which nothing is read. Where rows are
+    whole words (STEP = 32) one is loaded, else two are and the bits shifted out of them. Bits of columns that do not exist may be
+    the next row's.
+    """
+    if STEP % 32 == 0:
+        place = column // 32 + group
+        found = tl.load(bits + (row * (columns // 32) + place), mask=ok & (place < columns // 32), other=0)
+        return found.to(tl.uint32, bitcast=True)
+    first = row * columns + column
+    at = (first >> 5) + group
+    low = tl.load(bits + at, mask=ok & (at < words), other=0).to(tl.uint32, bitcast=True)
+    high = tl.load(bits + at + 1, mask=ok & (at + 1 < words), other=0).to(tl.uint32, bitcast=True)
+    return ((low.to(tl.uint64) | (high.to(tl.uint64) << 32)) >> (first & 31).to(tl.uint64)).to(tl.uint32)
+
+
+@triton.jit
+def _where_open(values, words, ROWS: tl.constexpr, GROUPS: tl.constexpr):
+    """(ROWS, 32 GROUPS) values where their bits in (ROWS, GROUPS) words are set, +0.0 elsewhere.
+
+    Each bit is moved to the sign and spread from there: as integers, values need one AND and no comparison.
+    """
+    bit = tl.arange(0, 32).to(tl.uint32)
+    spread = (words[:, :, None] << (31 - bit)[None, None, :]).to(tl.int32, bitcast=True) >> 31
+    spread = tl.reshape(spread, (ROWS, GROUPS * 32))
+    if values.dtype.primitive_bitwidth == 16:
+        integer: tl.constexpr = tl.int16
+    else:
+        integer: tl.constexpr = tl.int32
+    return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
+
+
+# -------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "has_bias", "one", "words"])
+def _rows_kernel(
+    x,  # (rows, inputs)
+    weight,  # (outputs, inputs)
+    bits,  # int32 (words,)
+    bias,  # (outputs,), read if has_bias
+    y,  # (rows, outputs), written if there is one split
+    partial,  # float32 (splits, rows, outputs), else
+    rows: tl.int32,
+    outputs: tl.int32,
+    inputs: tl.int32,
+    chunk: tl.int32,
+    has_bias: tl.int32,
+    one: tl.int32,
+    words: tl.int64,
+    ROWS: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    GROUPS: tl.constexpr,
+    VEC: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Program (p, s): BLOCK_O outputs of at most ROWS rows, over the s-th chunk of the inputs."""
+    inputs = inputs // STEP * STEP  # says that rows are aligned
+    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    ok = o < outputs
+    begin = tl.program_id(1) * chunk // 32 * 32
+    end = tl.minimum(begin + chunk, inputs)
+    # A tile is (outputs, words, 32 // VEC, VEC): a thread holds VEC neighbours of one word, a 16-byte load. That words neighbour
+    # each other is hidden behind `one`, or the compiler would load them as wide vectors and hand them round between threads.
+    bit = tl.arange(0, 32 // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    inner = tl.arange(0, GROUPS)[:, None, None] * 32 + bit[None, :, :]
+    group = (tl.arange(0, GROUPS) * one)[None, :, None, None] + tl.zeros((1, 1, 32 // VEC, 1), tl.int32)
+    row, row_ok = o.to(tl.int64)[:, None, None, None], ok[:, None, None, None]
+    w_row = weight + row * inputs
+    zero = tl.zeros((BLOCK_O, GROUPS, 32 // VEC), tl.float32)
+    sums = (zero,)
+    for _ in tl.static_range(ROWS - 1):
+        sums += (zero,)
+    for k in range(begin, end, GROUPS * 32):
+        at = k + inner
+        inside = at < inputs
+        w = tl.load(w_row + at[None], mask=row_ok & inside[None], other=0.0)
+        word = _words(bits, words, row, k, group, row_ok, inputs, STEP)
+        w = tl.where((word >> bit[None, None].to(tl.uint32)) & 1 != 0, w, 0.0).to(tl.float32)
+        more = ()
+        for b in tl.static_range(ROWS):
+            v = tl.load(x + b * inputs.to(tl.int64) + at, mask=inside & (b < rows), other=0.0).to(tl.float32)
+            more += (sums[b] + tl.sum(w * v[None], 3),)
+        sums = more
+    for b in tl.static_range(ROWS):
+        total = tl.sum(tl.reshape(sums[b], (BLOCK_O, GROUPS * (32 // VEC))), 1)
+        if tl.num_programs(1) == 1:
+            if has_bias != 0:
+                total += tl.load(bias + o, mask=ok, other=0.0).to(tl.float32)
+            tl.store(y + b * outputs.to(tl.int64) + o, total.to(y.dtype.element_ty), mask=ok & (b < rows))
+        else:
+            tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64) * outputs + o, total, mask=ok & (b < rows))
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "has_bias", "words"])
+def _tile_kernel(
+    x,  # (rows, inputs)
+    weight,  # (outputs, inputs)
+    bits,  # int32 (words,)
+    bias,  # (outputs,), read if has_bias
+    y,  # (rows, outputs), written if there is one split
+    partial,  # float32 (splits, rows, outputs), else
+    rows: tl.int32,
+    outputs: tl.int32,
+    inputs: tl.int32,
+    chunk: tl.int32,
+    has_bias: tl.int32,
+    words: tl.int64,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Program (p, s): a tile of y^T = W x^T over the s-th chunk of the inputs; W on the left is masked between memory and registers."""
+    inputs = inputs // STEP * STEP  # says that rows are aligned
+    tiles = tl.cdiv(rows, BLOCK_B)  # programs of one tile of W are neighbours, so that it is read once
+    o = tl.program_id(0) // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    b = tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    o_ok, b_ok = o < outputs, b < rows
+    begin = tl.program_id(1) * chunk // 32 * 32
+    end = tl.minimum(begin + chunk, inputs)
+    inner = tl.arange(0, BLOCK_K)
+    group = tl.arange(0, BLOCK_K // 32)[None, :]
+    row = o.to(tl.int64)[:, None]
+    w_row = weight + row * inputs
+    x_row = x + b.to(tl.int64)[None, :] * inputs
+    total = tl.zeros((BLOCK_O, BLOCK_B), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        at = k + inner
+        inside = at < inputs
+        w = tl.load(w_row + at[None, :], mask=o_ok[:, None] & inside[None, :], other=0.0)
+        v = tl.load(x_row + at[:, None], mask=inside[:, None] & b_ok[None, :], other=0.0)
+        word = _words(bits, words, row, k, group, o_ok[:, None], inputs, STEP)
+        w = _where_open(w, word, BLOCK_O, BLOCK_K // 32)
+        total = tl.dot(w, v, total, input_precision="ieee")
+    ok = o_ok[:, None] & b_ok[None, :]
+    if tl.num_programs(1) == 1:
+        if has_bias != 0:
+            total += tl.load(bias + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + b.to(tl.int64)[None, :] * outputs + o[:, None], total.to(y.dtype.element_ty), mask=ok)
+    else:
+        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[None, :] * outputs + o[:, None], total, mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "words"])
+def _grad_input_kernel(
+    grad,  # (rows, outputs)
+    weight,  # (outputs, inputs)
+    bits,  # int32 (words,)
+    d_x,  # (rows, inputs), written if there is one split
+    partial,  # float32 (splits, rows, inputs), else
+    rows: tl.int32,
+    outputs: tl.int32,
+    inputs: tl.int32,
+    chunk: tl.int32,
+    words: tl.int64,
+    BLOCK_B: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Program (p, s): a tile of dx = G_y W over the s-th chunk of the outputs."""
+    inputs = inputs // STEP * STEP  # says that rows are aligned
+    if STEP >= 16:
+        outputs = outputs // 16 * 16
+    tiles = tl.cdiv(rows, BLOCK_B)
+    first = tl.program_id(0) // tiles * BLOCK_I
+    i = first + tl.arange(0, BLOCK_I)
+    b = tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)
+    i_ok, b_ok = i < inputs, b < rows
+    begin = tl.program_id(1) * chunk // 16 * 16
+    end = tl.minimum(begin + chunk, outputs)
+    inner = tl.arange(0, BLOCK_K)
+    group = tl.arange(0, BLOCK_I // 32)[None, :]
+    g_row = grad + b.to(tl.int64)[:, None] * outputs
+    total = tl.zeros((BLOCK_B, BLOCK_I), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        o = k + inner
+        inside = o < outputs
+        row = o.to(tl.int64)[:, None]
+        g = tl.load(g_row + o[None, :], mask=b_ok[:, None] & inside[None, :], other=0.0)
+        w = tl.load(weight + row * inputs + i[None, :], mask=inside[:, None] & i_ok[None, :], other=0.0)
+        word = _words(bits, words, row, first, group, inside[:, None], inputs, STEP)
+        w = _where_open(w, word, BLOCK_K, BLOCK_I // 32)
+        total = tl.dot(g, w, total, input_precision="ieee")
+    ok = b_ok[:, None] & i_ok[None, :]
+    if tl.num_programs(1) == 1:
+        tl.store(d_x + b.to(tl.int64)[:, None] * inputs + i[None, :], total.to(d_x.dtype.element_ty), mask=ok)
+    else:
+        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[:, None] * inputs + i[None, :], total, mask=ok)
+
+
+@triton.jit(do_not_specialize=["columns", "splits", "has_bias", "elements"])
+def _reduce_kernel(
+    partial,  # float32 (splits, elements)
+    bias,  # (columns,), read if has_bias
+    y,  # (elements,)
+    columns: tl.int32,
+    splits: tl.int32,
+    has_bias: tl.int32,
+    elements: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Program p: BLOCK sums over the splits, in their order, and the bias."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < elements
+    total = tl.zeros((BLOCK,), tl.float32)
+    for s in range(splits):
+        total += tl.load(partial + s * elements + at, mask=ok, other=0.0)
+    if has_bias != 0:
+        total += tl.load(bias + at % columns, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + at, total.to(y.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "has_frozen", "magnitude", "need_weight", "need_scores", "words"])
+def _grad_weight_kernel(
+    grad,  # (rows, outputs)
+    x,  # (rows, inputs)
+    weight,  # (outputs, inputs), read if need_scores
+    scores,  # (outputs, inputs), read if need_scores and magnitude
+    bits,  # int32 (words,), read if need_weight
+    frozen,  # int32 (words,), read if need_weight and has_frozen
+    d_weight,  # (outputs, inputs), written if need_weight
+    d_scores,  # (outputs, inputs), written if need_scores
+    rows: tl.int32,
+    outputs: tl.int32,
+    inputs: tl.int32,
+    has_frozen: tl.int32,
+    magnitude: tl.int32,
+    need_weight: tl.int32,
+    need_scores: tl.int32,
+    words: tl.int64,
+    BLOCK_O: tl.constexpr,
+    BLOCK_I: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Program p: a tile of G = G_y^T x over all rows, and what follows from it."""
+    inputs = inputs // STEP * STEP  # says that rows are aligned
+    if STEP >= 16:
+        outputs = outputs // 16 * 16
+    tiles = tl.cdiv(inputs, BLOCK_I)
+    o = tl.program_id(0) // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
+    first = tl.program_id(0) % tiles * BLOCK_I
+    i = first + tl.arange(0, BLOCK_I)
+    o_ok, i_ok = o < outputs, i < inputs
+    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
+    for k in range(0, rows, BLOCK_K):
+        b = k + tl.arange(0, BLOCK_K)
+        inside = b < rows
+        b = b.to(tl.int64)
+        g = tl.load(grad + b[None, :] * outputs + o[:, None], mask=o_ok[:, None] & inside[None, :], other=0.0)
+        v = tl.load(x + b[:, None] * inputs + i[None, :], mask=inside[:, None] & i_ok[None, :], other=0.0)
+        total = tl.dot(g, v, total, input_precision="ieee")
+    row = o.to(tl.int64)[:, None]
+    ok = o_ok[:, None] & i_ok[None, :]
+    if need_weight != 0:
+        group = tl.arange(0, BLOCK_I // 32)[None, :]
+        live = _words(bits, words, row, first, group, o_ok[:, None], inputs, STEP)
+        if has_frozen != 0:
+            live = live ^ (live & _words(frozen, words, row, first, group, o_ok[:, None], inputs, STEP))
+        d = _where_open(total, live, BLOCK_O, BLOCK_I // 32)
+        tl.store(d_weight + row * inputs + i[None, :], d.to(d_weight.dtype.element_ty), mask=ok)
+    if need_scores != 0:
+        slope = total * tl.load(weight + row * inputs + i[None, :], mask=ok, other=0.0).to(tl.float32)
+        if magnitude != 0:
+            s = tl.load(scores + row * inputs + i[None, :], mask=ok, other=0.0).to(tl.float32)
+            slope = slope * ((s > 0).to(tl.float32) - (s < 0).to(tl.float32))
+        tl.store(d_scores + row * inputs + i[None, :], slope.to(d_scores.dtype.element_ty), mask=ok)
+
+
+# --------------------------------------------------------------------------------------------------------------- builds
+
+# How far the sizes are aligned: rows of whole words and 16-byte loads, 16-byte loads, or neither.
+_STEPS = (32, 16, 1)
+_FEW = 4  # rows up to which every weight is multiplied where it was loaded
+_REDUCE = 1024
+_DEVICE = 132  # multiprocessors that sums are split for, where fewer programs would leave some idle; a number, so that bits stay
+
+
+def _build(
+    function, pointers: str, int32: str, int64: str, dtype: torch.dtype, constants: dict, warps: int, stages: int
+) -> Build:
+    elements = {"bits": "i32", "frozen": "i32", "partial": "fp32"}
+    signature = typed({name: elements.get(name, NAMES[dtype]) for name in pointers.split()}, int32, int64)
+    sizes = "x".join(str(size) for name, size in constants.items() if name not in ("VEC", "STEP"))
+    step = f"-step{constants['STEP']}" if "STEP" in constants else ""
+    name = f"masked-{function.__name__.strip('_').removesuffix('_kernel')}-{NAMES[dtype]}-{sizes}{step}"
+    return Build(name, function, signature, constants, warps, stages, constants.get("STEP", 32) == 32)
+
+
+def _rows_build(dtype: torch.dtype, rows: int, block_o: int, step: int, groups: int = 32, warps: int = 4) -> Build:
+    constants = {"ROWS": rows, "BLOCK_O": block_o, "GROUPS": groups, "VEC": 16 // dtype.itemsize, "STEP": step}
+    arguments = "x weight bits bias y partial", "rows outputs inputs chunk has_bias one", "words"
+    return _build(_rows_kernel, *arguments, dtype, constants, warps, 1)
+
+
+def _tile_build(dtype: torch.dtype, b: int, o: int, k: int, warps: int, stages: int, step: int) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_K": k, "STEP": step}
+    arguments = "x weight bits bias y partial", "rows outputs inputs chunk has_bias", "words"
+    return _build(_tile_kernel, *arguments, dtype, constants, warps, stages)
+
+
+def _grad_input_build(dtype: torch.dtype, b: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_I": i, "BLOCK_K": k, "STEP": step}
+    arguments = "grad weight bits d_x partial", "rows outputs inputs chunk", "words"
+    return _build(_grad_input_kernel, *arguments, dtype, constants, warps, stages)
+
+
+def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
+    constants = {"BLOCK_O": o, "BLOCK_I": i, "BLOCK_K": k, "STEP": step}
+    pointers = "grad x weight scores bits frozen d_weight d_scores"
+    int32 = "rows outputs inputs has_frozen magnitude need_weight need_scores"
+    return _build(_grad_weight_kernel, pointers, int32, "words", dtype, constants, warps, stages)
+
+
+# {(dtype, step): [(rows, build), ...]}: a launch takes the first build whose rows its own fit into, or the last.
+_Table = dict[tuple[torch.dtype, int], list[tuple[int, Build]]]
+_ROWS: _Table = {}
+_TILES: _Table = {}
+_GRAD_INPUT: _Table = {}
+_GRAD_WEIGHT: _Table = {}
+_SUMS = {
+    dtype: _build(_reduce_kernel, "partial bias y", "columns splits has_bias", "elements", dtype, {"BLOCK": _REDUCE}, 4, 1)
+    for dtype in NAMES
+}
+
+
+def _fill_tables() -> None:
+    for dtype in _HALF:
+        _ROWS[dtype, 32] = [(1, _rows_build(dtype, 1, 8, 32)), (_FEW, _rows_build(dtype, _FEW, 4, 32))]
+        _TILES[dtype, 32] = [
+            (16, _tile_build(dtype, 16, 32, 256, 4, 4, 32)),
+            (64, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        _GRAD_INPUT[dtype, 32] = [
+            (16, _grad_input_build(dtype, 16, 64, 128, 4, 4, 32)),
+            (64, _grad_input_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, _grad_input_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        _GRAD_WEIGHT[dtype, 32] = [
+            (512, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
+            (1024, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
+        ]
+        for step in (16, 1):
+            _ROWS[dtype, step] = [(_FEW, _rows_build(dtype, _FEW, 4, step))]
+            _TILES[dtype, step] = [(64, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_INPUT[dtype, step] = [(64, _grad_input_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_WEIGHT[dtype, step] = [(64, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
+    _ROWS[torch.float32, 32] = [(1, _rows_build(torch.float32, 1, 4, 32)), (_FEW, _rows_build(torch.float32, _FEW, 4, 32))]
+    _TILES[torch.float32, 32] = [
+        (16, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
+        (64, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
+    ]
+    _GRAD_INPUT[torch.float32, 32] = [
+        (16, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
+        (64, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
+    ]
+    _GRAD_WEIGHT[torch.float32, 32] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
+    for step in (16, 1):
+        _ROWS[torch.float32, step] = [(_FEW, _rows_build(torch.float32, _FEW, 4, step))]
+        _TILES[torch.float32, step] = [(32, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
+        _GRAD_INPUT[torch.float32, step] = [(32, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, step))]
+        _GRAD_WEIGHT[torch.float32, step] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
+
+
+_fill_tables()
+
+
+def builds() -> list[Build]:
+    """Every build that a launch of this module can choose."""
+    tables = (_ROWS, _TILES, _GRAD_INPUT, _GRAD_WEIGHT)
+    return [build for table in tables for choices in table.values() for _, build in choices] + list(_SUMS.values())
+
+
+def _step(inputs: int, *others: int) -> int:
+    return 1 if not aligned(inputs, *others) else 32 if inputs % 32 == 0 else 16
+
+
+def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> Build:
+    choices = table[dtype, step]
+    return next((build for limit, build in choices if rows <= limit), choices[-1][1])
+
+
+def _split(build: Build, tiles: int, terms: int, block: int) -> tuple[int, int]:
+    """(splits, terms of one) for sums of so many terms, taken in blocks: one split where tiles nearly fill the device or sums are short."""
+    fill = _DEVICE if build.num_warps == 8 else 2 * _DEVICE  # as many as fit beside each other
+    splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(fill // tiles, terms // (4 * block)))
+    chunk = _ceil(_ceil(terms, splits), block) * block
+    return _ceil(terms, chunk), chunk
+
+
+# ------------------------------------------------------------------------------------------------------------- launches
+
+
+def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor | None = None) -> Tensor:
+    """The op of `reference.masked_linear` on a GPU."""
+    op = "masked_linear"
+    rows = _rows_of(x)
+    _check_linear(op, x, weight, 1, "x must be (..., I) and weight (O, I)")
+    _check(bias is None or bias.numel() == weight.shape[0], op, "bias must have one element for each output")
+    if bits is None or not _serves(rows, x, weight, bias) or not fuses(op, x.dtype, rows):
+        return F.linear(x, _open_weight(weight, bits), bias)
+    outputs, inputs = weight.shape
+    x, weight, words = plain(x), plain(weight), _words_of(op, bits, weight.numel())
+    bias = None if bias is None else plain(bias)
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
+    step = _step(inputs)
+    if rows <= _FEW:
+        build = _choose(_ROWS, x.dtype, step, rows)
+        tiles, block, more = _ceil(outputs, build.constants["BLOCK_O"]), build.constants["GROUPS"] * 32, (1,)
+    else:
+        build = _choose(_TILES, x.dtype, step, rows)
+        tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(rows, build.constants["BLOCK_B"])
+        block, more = build.constants["BLOCK_K"], ()
+    splits, chunk = _split(build, tiles, inputs, block)
+    partial = _workspace(splits, y, words)
+    given = y if bias is None else bias
+    with on_device(x):
+        build.launch(
+            (tiles, splits), x, weight, words, given, y, partial, rows, outputs, inputs, chunk, int(bias is not None), *more, words.numel()
+        )  # fmt: skip
+        _add(partial, splits, bias, y)
+    return y
+
+
+def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
+    """The op of `reference.masked_linear_grad_input` on a GPU."""
+    op = "masked_linear_grad_input"
+    rows = _rows_of(grad_y)
+    _check_linear(op, grad_y, weight, 0, "grad_y must be (..., O) and weight (O, I)")
+    if bits is None or not _serves(rows, grad_y, weight) or not fuses(op, grad_y.dtype, rows):
+        return grad_y @ _open_weight(weight, bits)
+    outputs, inputs = weight.shape
+    grad, weight, words = plain(grad_y), plain(weight), _words_of(op, bits, weight.numel())
+    d_x = torch.empty((*grad.shape[:-1], inputs), dtype=grad.dtype, device=grad.device)
+    build = _choose(_GRAD_INPUT, grad.dtype, _step(inputs, outputs), rows)
+    tiles = _ceil(inputs, build.constants["BLOCK_I"]) * _ceil(rows, build.constants["BLOCK_B"])
+    splits, chunk = _split(build, tiles, outputs, build.constants["BLOCK_K"])
+    partial = _workspace(splits, d_x, words)
+    with on_device(grad):
+        build.launch((tiles, splits), grad, weight, words, d_x, partial, rows, outputs, inputs, chunk, words.numel())
+        _add(partial, splits, None, d_x)
+    return d_x
+
+
+def masked_linear_grad_weight(
+    grad_y: Tensor,
+    x: Tensor,
+    weight: Tensor | None = None,
+    scores: Tensor | None = None,
+    bits: Tensor | None = None,
+    frozen: Tensor | None = None,
+    by: str = "magnitude",
+    need_weight: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """The op of `reference.masked_linear_grad_weight` on a GPU."""
+    op = "masked_linear_grad_weight"
+    _check(by in ("magnitude", "value"), op, f"by must be 'magnitude' or 'value', got '{by}'")
+    _check(scores is None or (weight is not None and bits is not None), op, "scores need their weight and bits")
+    _check(frozen is None or bits is not None, op, "frozen bits need the mask's")
+    _check(grad_y.dim() >= 1 and x.dim() >= 1, op, "grad_y must be (..., O) and x (..., I)")
+    rows, outputs, inputs = _rows_of(grad_y), grad_y.shape[-1], x.shape[-1]
+    _check(_rows_of(x) == rows, op, f"grad_y and x must have the same rows, got {rows} and {_rows_of(x)}")
+    n = outputs * inputs
+    for t in (weight, scores):
+        _check(t is None or t.numel() == n, op, f"weight and scores must be (O, I), {n} elements")
+    if bits is None or not _serves(rows, grad_y, x, weight, scores) or not fuses(op, x.dtype, rows):
+        if not need_weight and scores is None:
+            return x.new_empty(0), x.new_empty(0)
+        total = grad_y.reshape(rows, outputs).t() @ x.reshape(rows, inputs)
+        if bits is None:
+            return total, x.new_empty(0)
+        own = total if weight is None else weight
+        through = torch.ops.subnet_kernels.straight_through.default
+        return through(total, own, own if scores is None else scores, bits, frozen, by, need_weight, scores is not None)
+    grad, x = plain(grad_y), plain(x)
+    words = _words_of(op, bits, n)
+    shut = words if frozen is None else _words_of(op, frozen, n)
+    empty = lambda wanted: torch.empty((outputs, inputs) if wanted else 0, dtype=x.dtype, device=x.device)  # noqa: E731
+    d_weight, d_scores = empty(need_weight), empty(scores is not None)
+    if not need_weight and scores is None:
+        return d_weight, d_scores
+    weight, scores_of = (x, x) if scores is None else (plain(weight), plain(scores))
+    build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
+    tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(inputs, build.constants["BLOCK_I"])
+    to_weight, to_scores = d_weight if need_weight else x, d_scores if scores is not None else x
+    flags = (int(flag) for flag in (frozen is not None, by == "magnitude", need_weight, scores is not None))
+    with on_device(x):
+        build.launch(
+            (tiles,), grad, x, weight, scores_of, words, shut, to_weight, to_scores, rows, outputs, inputs, *flags, words.numel()
+        )
+    return d_weight, d_scores
+
+
+def masked_conv(
+    x: Tensor,
+    weight: Tensor,
+    bits: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+) -> Tensor:
+    """The op of `reference.masked_conv` on a GPU: weights are few beside activations, so cuDNN gets the open weight."""
+    return torch.convolution(x, _open_weight(weight, bits), bias, stride, padding, dilation, False, [0] * len(stride), groups)
+
+
+def _ceil(n: int, of: int) -> int:
+    """n / of, rounded up; Triton's own takes microseconds."""
+    return -(-n // of)
+
+
+def _rows_of(t: Tensor) -> int:
+    """The product of the sizes before the last one."""
+    return t.shape[:-1].numel()
+
+
+def _check(condition: bool, op: str, sentence: str) -> None:
+    if not condition:
+        raise RuntimeError(f"{op}: {sentence}")
+
+
+def _check_linear(op: str, t: Tensor, weight: Tensor, side: int, sentence: str) -> None:
+    _check(weight.dim() == 2 and t.dim() >= 1 and t.shape[-1] == weight.shape[side], op, sentence)
+
+
+def _serves(rows: int, *tensors: Tensor | None) -> bool:
+    """Whether the kernels can: one dtype that they compute in, nothing empty, and sizes that 32 bits count with room to spare."""
+    given = [t for t in tensors if t is not None]
+    sizes = [rows, *(size for t in given for size in t.shape[-2:])]
+    return given[0].dtype in NAMES and all(t.dtype == given[0].dtype for t in given) and 0 < min(sizes) and max(sizes) < 2**30
+
+
+def _words_of(op: str, bits: Tensor, n: int) -> Tensor:
+    _check(
+        bits.dtype == torch.uint8 and bits.dim() == 1 and bits.numel() == nbytes(n),
+        op,
+        f"bits must be contiguous uint8 with {nbytes(n)} bytes for {n} weights, got {bits.numel()}",
+    )
+    return plain(bits).view(torch.int32)
+
+
+def _open_weight(weight: Tensor, bits: Tensor | None) -> Tensor:
+    return weight if bits is None else torch.ops.subnet_kernels.apply.default(weight, bits)
+
+
+def _workspace(splits: int, y: Tensor, words: Tensor) -> Tensor:
+    """Parts of y's sums, one a split; with one split nothing is written there, and words stand for it."""
+    return torch.empty((splits, y.numel()), dtype=torch.float32, device=y.device) if splits > 1 else words.view(torch.float32)
+
+
+def _add(partial: Tensor, splits: int, bias: Tensor | None, y: Tensor) -> None:
+    if splits > 1:
+        grid = (_ceil(y.numel(), _REDUCE),)
+        given = y if bias is None else bias
+        _SUMS[y.dtype].launch(grid, partial, given, y, y.shape[-1], splits, int(bias is not None), y.numel())

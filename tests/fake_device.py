@@ -1,0 +1,124 @@
+"""Run as a program: training, inference and the bank on a device that has no memory, so that tensors of two devices cannot meet unseen.
+
+    python tests/fake_device.py METHOD
+
+Tensors are PyTorch's fake ones, on a GPU where this torch knows one and else on a device of no kind; what mixes devices, goes from one to
+the other within a step or needs a value on the host raises. Prints how many ops the steps made.
+"""
+
+import sys
+from types import SimpleNamespace
+
+import torch
+from recording import NoWaiting
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from subnet_kernels import bank, reference
+from subnet_kernels.bank import MaskBank
+from subnet_pipelines import METHODS
+from subnet_pipelines.benchmarks import SCENARIOS
+from subnet_pipelines.benchmarks.base import batches
+from subnet_pipelines.methods.base import Clock
+
+FIELDS = {
+    "wsn": {"stored_mask": "last_step"},
+    "supsup": {"model": "mlp"},
+    "impresslearn": {"model": "mlp", "basis": 2, "penalty": 0.1, "controls": False},
+    "finetune": {},
+}
+
+
+def device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+    _setup_privateuseone_for_python_backend("elsewhere")
+    return "elsewhere"
+
+
+class Stream:
+    """As much of a benchmark as a method asks for."""
+
+    name, classes, input_shape = "stream", 10, (784,)
+
+    def __init__(self, scenario: str, on: torch.device):
+        self.device, self.scenario = on, SCENARIOS[scenario]
+        self.config = SimpleNamespace(scenario=scenario, val_fraction=0.1)
+
+    def __len__(self) -> int:
+        return 5
+
+
+def move(module, fn, recurse=True):
+    """``nn.Module._apply`` with new Parameters: the old ones' tensors cannot be swapped where they are fake."""
+    for child in module.children():
+        child._apply(fn)
+    for key, p in module._parameters.items():
+        if p is not None:
+            module._parameters[key] = torch.nn.Parameter(fn(p.detach()), p.requires_grad)
+    for key, buffer in module._buffers.items():
+        module._buffers[key] = None if buffer is None else fn(buffer)
+    return module
+
+
+def freeze(masks: MaskBank) -> None:
+    """What `_freeze` would do, for a number of frozen weights that is not known without values."""
+    for layer in masks.layers():
+        if layer.train_weight:
+            layer.frozen = torch.empty_like(layer.bits)
+            layer.frozen_values = torch.empty(7, device=layer.weight.device)
+
+
+def main(name: str) -> int:
+    on = torch.device(device(), 0)
+    ops = 0
+    torch.nn.Module._apply = move
+    FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # one mode for a tensor and its copies
+    MaskBank._hash, MaskBank._freeze, bank.is_padded = (lambda _: "0"), freeze, (lambda *_: True)  # which need values
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream("GNu" if name == "supsup" else "GG", on), 1)
+        x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)
+        for index in range(3):
+            task = SimpleNamespace(index=index)
+            t = torch.full((1,), index, device=on).expand(50)
+            for phase in method.plan(task):
+                clock = Clock(task=index, phase=phase.name)
+                if phase.first is not None:
+                    phase.first()
+                opt = phase.optimizer()
+                method.train()
+                order = torch.randperm(50).to(on)
+                for number, batch in enumerate(batches(x, y, t, order, 20)):
+                    if number == 2:
+                        for group in opt.param_groups:
+                            group["lr"] /= 2
+                    with NoWaiting() as watch:
+                        made = method.step(batch, opt, clock)
+                    ops += watch.seen
+                    assert made["loss"].device == on
+                method.eval()
+                with torch.no_grad():
+                    assert all(method.validate(b, clock).device == on for b in batches(x, y, t, None, 25))
+                    kept = method.snapshot()
+                    method.restore(kept)
+                if phase.then is not None:
+                    phase.then()
+            with torch.no_grad():
+                assert method.predict(x, index).logits.device == on
+            if name == "supsup":
+                assert method.infer(x).device == on
+                assert method.one_shot(x).device == on
+        tensors = [*method.parameters(), *method.buffers()]
+        for layer in method.bank.layers() if hasattr(method, "bank") else ():
+            tensors += [layer.bits, layer.w_eff, layer.hints]
+            assert layer.bits.numel() == reference.nbytes(layer.weight.numel())
+        assert all(tensor.device == on for tensor in tensors)
+        assert all(v.device == on for state in opt.state.values() for v in state.values())
+    print(ops)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
