@@ -245,10 +245,8 @@ __device__ Cut cut_in_block(int64_t items, uint64_t low, uint64_t high, uint64_t
   __syncthreads();
 #pragma unroll Flight
   for (int64_t i = thread; i < items; i += kBlock) {
-    const uint64_t own = value(i);
-    if (own < low || own > high) continue;
-    const uint64_t own_order = order(i);
-    if (own_order < first || own_order > last) continue;
+    const uint64_t own = value(i), own_order = order(i);
+    if (own < low || own > high || own_order < first || own_order > last) continue;
     const unsigned at = atomicAdd(&r.listed, 1u);
     if (at < kFew) r.few[at] = own, r.order[at] = own_order;
   }
@@ -324,7 +322,7 @@ template <class C>
 __device__ void select_in_block(const Job& job, const C& c, int missed, Ranking& ranking) {
   if (job.k == 0) return write_all(job, c, uint64_t{c.most_key()} + 1, 0);
   if (job.k == job.n) return write_all(job, c, 0, 0);
-  const Cut cut = cut_in_block<8>(
+  const Cut cut = cut_in_block<sizeof(typename C::K) == 8 ? 4 : 8>(
       job.n, 0, c.most_key(), 0, strips(job.n) * kStrip - 1, job.k, job.ties == Ties::all, ranking,
       [&](int64_t i) -> uint64_t { return c.key(i); }, [&](int64_t i) { return c.order(i); });
   write_all(job, c, cut.value, cut.order);
@@ -517,12 +515,12 @@ __global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T
   __shared__ Ranking ranking;
   const int block = static_cast<int>(blockIdx.x);
   const Job& job = job_of_block(table, &Job::first_block, block);
-  with_coordinate(job, kFirst, [&](const auto& c) {
-    if (job.large < 0)
-      select_in_block(job, c, 0, ranking);
-    else
-      begin_large(job, c, states[job.large], block - job.first_block, ranking);
-  });
+  if (job.large < 0)
+    return with_scores(job.size, job.value, [&](auto raw, auto value) {
+      using S = decltype(raw);
+      select_in_block(job, Coordinate<Key<S>>(job, kFirst, sizeof(S), decltype(value)::value), 0, ranking);
+    });
+  with_coordinate(job, kFirst, [&](const auto& c) { begin_large(job, c, states[job.large], block - job.first_block, ranking); });
 }
 
 // ------------------------------------------------------------------------------------------------------------- candidates
@@ -616,18 +614,18 @@ __device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int 
   return above;
 }
 
-// A block takes a run of strips, and counts in shared memory what it finds of each layer: the histogram of its candidates, whose
-// atomics would queue for the L2 cache, is added to the layer's once.
+// A block takes the next `run` strips of the table, and counts in shared memory what it finds of each layer: the histogram of its
+// candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, State* states, const unsigned* missed, int round) {
+    scan_kernel(const __grid_constant__ T table, State* states, const unsigned* missed, int round, int64_t run) {
   __shared__ unsigned bins[kBins];
   if (round != kFirst && *missed == 0) return;
   const int thread = threadIdx.x, warp = thread / kWarpSize;
 #pragma unroll
   for (int i = 0; i < kBins; i += kStripThreads) bins[i + thread] = 0;
-  const int64_t end = table.tiles * (int64_t{blockIdx.x} + 1) / gridDim.x;
-  for (int64_t strip = table.tiles * int64_t{blockIdx.x} / gridDim.x; strip < end;) {
+  const int64_t end = min(table.tiles, run * (int64_t{blockIdx.x} + 1));
+  for (int64_t strip = run * int64_t{blockIdx.x}; strip < end;) {
     const Job& job = table.of_tile(strip);
     Attempt& attempt = states[job.large].attempt[round == kAgain];
     const int64_t last = min(end - job.first_tile, strips(job.n));
@@ -683,13 +681,16 @@ __device__ void settle_bin(const Job& job, const C& c, State& state, const Total
   const Candidates<typename C::K> candidates(job);
   const int64_t listed = candidates.room();  // where the bin's begin
   const int64_t count = totals.count;
-  const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
-  const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
-  const uint64_t low_key = low / c.places, high_key = high / c.places;
-  // Of a bin within one key the places bound the orders.
-  const bool one = low_key == high_key && c.places > 1;
-  const uint64_t first = one ? (low - low_key * c.places) * kStrip : 0;
-  const uint64_t last = (one ? high - high_key * c.places + 1 : strips(job.n)) * kStrip - 1;
+  uint64_t low_key = 0, high_key = c.most_key(), first = 0, last = strips(job.n) * kStrip - 1;
+  if (count > kFew) {  // the bin's own range; a division is worth some hundred comparisons
+    const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
+    const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
+    low_key = low / c.places, high_key = high / c.places;
+    if (low_key == high_key && c.places > 1) {  // places bound the orders
+      first = (low - low_key * c.places) * kStrip;
+      last = (high - high_key * c.places + 1) * kStrip - 1;
+    }
+  }
   const Cut cut = cut_in_block<1>(
       count, low_key, high_key, first, last, totals.need, job.ties == Ties::all, ranking,
       [&](int64_t i) -> uint64_t { return candidates.key(listed + i); },
@@ -828,7 +829,7 @@ void run(const Place& place, std::vector<Job>& jobs) {
         job.large = large++;
         job.blocks = static_cast<int>(std::clamp<int64_t>(job.n >> 17, 2, 32));
         job.segments =
-            static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 64, 1, kMostSegments))));
+            static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 128, 1, kMostSegments))));
         job.capacity =
             static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
         segments += job.segments;
@@ -851,11 +852,12 @@ void run(const Place& place, std::vector<Job>& jobs) {
     }
     if (large) place.zero(memory, static_cast<size_t>(states_end));
     place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, states);
-    const auto scanning = static_cast<unsigned>(std::min<int64_t>(ceil_div(table.tiles, kStripWarps), place.processors() * 4));
+    const int64_t run = std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1);
+    const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
     for (const int round : {kFirst, kAgain, kTies}) {
       if (round == kTies && !all) break;
-      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, states, missed, round);
+      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, states, missed, round, run);
       if (round == kTies) break;
       place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, 0, table, states, missed, round);
     }
