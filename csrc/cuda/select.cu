@@ -46,6 +46,7 @@ struct Job : Layer {
   double* hint;  // null for `select`
   int64_t k;
   uint8_t* candidates;
+  int64_t stride;               // n by the number of scores that `begin` samples
   int first_block, blocks;      // of `begin`: those that sample it, or the one that selects from it
   int first_segment, segments;  // the candidates' list is in 2^x parts: a counter each, and a block each that settles it
   int capacity;                 // of a segment
@@ -141,6 +142,19 @@ struct State {
   unsigned sampled;  // blocks that have added to the histogram of the sample
   unsigned sample[1 << kDigit];
 };
+
+// Whether this block is the last of `blocks` that come here; it then sees what the others have written before. `came` is the
+// block's own. All threads of a block.
+__device__ bool last_to_come(unsigned* counter, int blocks, unsigned& came) {
+  __syncthreads();
+  if (threadIdx.x == 0) {  // a fence is for all that the barrier has put before it
+    __threadfence();
+    came = atomicAdd(counter, 1u);
+    __threadfence();
+  }
+  __syncthreads();
+  return came == static_cast<unsigned>(blocks - 1);
+}
 
 // ---------------------------------------------------------------------------------------------------------------- ranking
 
@@ -361,9 +375,8 @@ __device__ uint64_t hashed(uint64_t x) {  // splitmix64, shortened; 32 bits
   return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u >> 32;
 }
 
-// The place of sample `part` of `parts`: hashed, within that of as many equal parts of the scores.
-__device__ int64_t sampled_at(int64_t n, int64_t parts, int64_t part, int stream) {
-  const int64_t stride = n / parts;
+// The place of a sample: hashed, within part `part` of the scores, all of which have `stride`.
+__device__ int64_t sampled_at(int64_t stride, int64_t part, int stream) {
   const uint64_t hash = hashed((static_cast<uint64_t>(stream) << 32) + static_cast<uint64_t>(part) + 1);
   return part * stride + static_cast<int64_t>(hash * static_cast<uint64_t>(stride) >> 32);
 }
@@ -402,15 +415,16 @@ class SampleBins {
   const uint64_t* starts_;
 };
 
-// Adds samples [first, first + Own * kBlock) of `parts` to the block's bins, which it zeroes before. All threads of a block.
+// Adds samples [first, first + Own * kBlock), one of each `stride` scores, to the block's bins, which it zeroes before. All
+// threads of a block.
 template <int Own, class C>
-__device__ void take_sample(const Job& job, const C& c, int attempts, int64_t first, int64_t parts, Ranking& r) {
+__device__ void take_sample(const Job& job, const C& c, int attempts, int64_t first, int64_t stride, Ranking& r) {
   const int thread = threadIdx.x;
   typename C::K own[Own];
 #pragma unroll
-  for (int j = 0; j < Own; j++) own[j] = c.key(sampled_at(job.n, parts, first + j * kBlock + thread, 2 * attempts));
+  for (int j = 0; j < Own; j++) own[j] = c.key(sampled_at(stride, first + j * kBlock + thread, 2 * attempts));
   if (thread < kPilots) {
-    const int64_t i = sampled_at(job.n, kPilots, thread, 2 * attempts + 1);
+    const int64_t i = sampled_at(job.n / kPilots, thread, 2 * attempts + 1);
     r.order[thread] = c.of(c.key(i), i);
   }
   r.bins[thread] = r.bins[kBlock + thread] = 0;
@@ -433,7 +447,7 @@ __device__ void take_sample(const Job& job, const C& c, int attempts, int64_t fi
   const SampleBins bins(r.few);
 #pragma unroll
   for (int j = 0; j < Own; j++) {
-    const int64_t i = sampled_at(job.n, parts, first + j * kBlock + thread, 2 * attempts);
+    const int64_t i = sampled_at(stride, first + j * kBlock + thread, 2 * attempts);
     atomicAdd(&r.bins[bins.of(c.of(own[j], i))], 1u);
   }
   __syncthreads();
@@ -487,34 +501,35 @@ __device__ void begin_large(const Job& job, const C& c, State& state, int block,
   }
   constexpr int64_t kOwn = kSampled * kBlock;
   const int64_t parts = job.blocks * kOwn;
-  take_sample<kSampled>(job, c, 0, block * kOwn, parts, r);
+  take_sample<kSampled>(job, c, 0, block * kOwn, job.stride, r);
   for (int i = threadIdx.x; i < 1 << kDigit; i += kBlock)
     if (r.bins[i] != 0) atomicAdd(&state.sample[i], r.bins[i]);
-  __threadfence();
-  __syncthreads();
-  if (threadIdx.x == 0) r.listed = atomicAdd(&state.sampled, 1u);
-  __syncthreads();
-  if (r.listed != static_cast<unsigned>(job.blocks - 1)) return;
-  __threadfence();
-  guess_by_sample(attempt, job, c, 3.5, parts, state.sample, r);
+  if (last_to_come(&state.sampled, job.blocks, r.listed)) guess_by_sample(attempt, job, c, 3.5, parts, state.sample, r);
 }
 
-// The layer whose share of a launch's blocks holds `block`: the last one that begins at it or before.
-template <class T>
-__device__ const Job& job_of_block(const T& table, int Job::* first, int block) {
+// Where each layer's part of a launch's blocks, or strips, begins: apart from the layers, or looking one up would read them all.
+template <class I, class T>
+struct Firsts {
+  I of[T::kMost];
+};
+
+// The layer whose part holds `at`: the last one that begins at it or before.
+template <class I, class T>
+__device__ const Job& job_at(const T& table, const Firsts<I, T>& firsts, I at) {
   int low = 0, high = table.layers;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
-    (table.layer[middle].*first <= block ? low : high) = middle;
+    (firsts.of[middle] <= at ? low : high) = middle;
   }
   return table.layer[low];
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T table, State* states) {
+__global__ void __launch_bounds__(kBlock)
+    begin_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int, T> firsts, State* states) {
   __shared__ Ranking ranking;
   const int block = static_cast<int>(blockIdx.x);
-  const Job& job = job_of_block(table, &Job::first_block, block);
+  const Job& job = job_at(table, firsts, block);
   if (job.large < 0)
     return with_scores(job.size, job.value, [&](auto raw, auto value) {
       using S = decltype(raw);
@@ -618,7 +633,8 @@ __device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int 
 // candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, State* states, const unsigned* missed, int round, int64_t run) {
+    scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int64_t, T> firsts, State* states,
+                const unsigned* missed, int round, int64_t run) {
   __shared__ unsigned bins[kBins];
   if (round != kFirst && *missed == 0) return;
   const int thread = threadIdx.x, warp = thread / kWarpSize;
@@ -626,7 +642,7 @@ __global__ void __launch_bounds__(kStripThreads, 4)
   for (int i = 0; i < kBins; i += kStripThreads) bins[i + thread] = 0;
   const int64_t end = min(table.tiles, run * (int64_t{blockIdx.x} + 1));
   for (int64_t strip = run * int64_t{blockIdx.x}; strip < end;) {
-    const Job& job = table.of_tile(strip);
+    const Job& job = job_at(table, firsts, strip);
     Attempt& attempt = states[job.large].attempt[round == kAgain];
     const int64_t last = min(end - job.first_tile, strips(job.n));
     const int64_t first = strip - job.first_tile;
@@ -671,7 +687,6 @@ struct Totals {
   int overflow;             // a segment's list is not long enough
   int bin;                  // that holds the k-th largest: of its `count` candidates the `need` largest are open
   long long need, count;
-  int last;  // whether this is the layer's last block
 };
 
 // Selects among the candidates that are listed of the bin, and learns. All threads of a block.
@@ -723,7 +738,7 @@ __device__ void settle_bin(const Job& job, const C& c, State& state, const Total
 __device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) {
     constexpr int64_t kParts = kSampledAgain * kBlock;
-    take_sample<kSampledAgain>(job, c, 1, 0, kParts, ranking);
+    take_sample<kSampledAgain>(job, c, 1, 0, job.n / kParts, ranking);
     guess_by_sample(attempt, job, c, 5, kParts, ranking.bins, ranking);
   });
 }
@@ -788,23 +803,18 @@ __device__ void settle_segment(const Job& job, const C& c, State& state, int rou
     listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
     if (own == bin) candidates.set(candidates.room() + listed, key, index);
   }
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) totals.last = atomicAdd(&attempt.done, 1u) == static_cast<unsigned>(job.segments - 1);
-  __syncthreads();
-  if (!totals.last) return;
-  __threadfence();
-  settle_bin(job, c, state, totals, round, ranking);
+  if (last_to_come(&attempt.done, job.segments, ranking.listed)) settle_bin(job, c, state, totals, round, ranking);
 }
 
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, State* states, unsigned* missed, int round) {
+    settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int, T> firsts, State* states, unsigned* missed,
+                  int round) {
   __shared__ Ranking ranking;
   __shared__ Totals totals;
   if (round != kFirst && *missed == 0) return;
   const int block = static_cast<int>(blockIdx.x);
-  const Job& job = job_of_block(table, &Job::first_segment, block);
+  const Job& job = job_at(table, firsts, block);
   State& state = states[job.large];
   if (state.attempt[round].guess < Guess::window) return;
   with_coordinate(job, round, [&](const auto& c) {
@@ -818,16 +828,21 @@ void run(const Place& place, std::vector<Job>& jobs) {
   const auto tiles_of = [](const Job& job) { return job.n > kSmall ? strips(job.n) : 0; };  // a tile is a strip
   with_tables(jobs, tiles_of, [&](auto& table) {
     using T = std::decay_t<decltype(table)>;
+    Firsts<int, T> first_block = {}, first_segment = {};
+    Firsts<int64_t, T> first_strip = {};
     int large = 0, blocks = 0, segments = 0;
     int64_t bytes = 0;
     for (int i = 0; i < table.layers; i++) {
       Job& job = table.layer[i];
-      job.first_block = blocks, job.first_segment = segments;
+      first_block.of[i] = job.first_block = blocks;
+      first_segment.of[i] = job.first_segment = segments;
+      first_strip.of[i] = job.first_tile;
       job.large = -1, job.blocks = 1;
       if (job.n > kSmall) {
         // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
         job.large = large++;
         job.blocks = static_cast<int>(std::clamp<int64_t>(job.n >> 17, 2, 32));
+        job.stride = job.n / (int64_t{job.blocks} * kSampled * kBlock);
         job.segments =
             static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 128, 1, kMostSegments))));
         job.capacity =
@@ -851,15 +866,16 @@ void run(const Place& place, std::vector<Job>& jobs) {
       candidates += candidate_bytes(job);
     }
     if (large) place.zero(memory, static_cast<size_t>(states_end));
-    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, states);
+    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, first_block, states);
     const int64_t run = std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1);
     const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
     for (const int round : {kFirst, kAgain, kTies}) {
       if (round == kTies && !all) break;
-      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, states, missed, round, run);
+      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, first_strip, states, missed, round, run);
       if (round == kTies) break;
-      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, 0, table, states, missed, round);
+      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, 0, table, first_segment, states, missed,
+                   round);
     }
   });
 }
