@@ -30,7 +30,7 @@ constexpr int kFew = 128;                // up to so many values are ranked by c
 constexpr int kPilots = 127;             // sampled scores that divide a layer's range for the histogram of a sample
 constexpr int kParts = 16;               // bins from one pilot to the next
 constexpr int kSampled = 2;              // scores that a thread samples in the first round, in one of many blocks
-constexpr int kSampledAgain = 16;        // and in the second, in one block
+constexpr int kSampledAgain = 8;         // and in the second, in one block
 constexpr int kBinBits = 9;              // of the histogram of a window
 constexpr int kBins = 1 << kBinBits;
 constexpr int kMostSegments = 128;
@@ -117,8 +117,9 @@ __device__ void with_coordinate(const Job& job, int round, const F& f) {
 
 // What the launches tell each other of a layer, one for the first round and one for the second.
 struct Segment {
-  unsigned long long within, above;  // the window; `above` is the sum of all segments'
-  unsigned long long unused[2];      // a sector each, or atomics would queue
+  unsigned within;               // of scores in the window; 32 bits suffice below 2^39 scores
+  unsigned long long above;      // of scores above it, where the sum over the segments is meant
+  unsigned long long unused[2];  // a sector each, or atomics would queue
 };
 
 // What the window of an attempt is: none to scan; k is 0 or n, which needs no proof; the key found in the second round, for the
@@ -508,14 +509,14 @@ __device__ void begin_large(const Job& job, const C& c, State& state, int block,
 }
 
 // Where each layer's part of a launch's blocks, or strips, begins: apart from the layers, or looking one up would read them all.
-template <class I, class T>
+template <class T>
 struct Firsts {
-  I of[T::kMost];
+  int of[T::kMost];
 };
 
 // The layer whose part holds `at`: the last one that begins at it or before.
-template <class I, class T>
-__device__ const Job& job_at(const T& table, const Firsts<I, T>& firsts, I at) {
+template <class T>
+__device__ const Job& job_at(const T& table, const Firsts<T>& firsts, int at) {
   int low = 0, high = table.layers;
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -526,7 +527,7 @@ __device__ const Job& job_at(const T& table, const Firsts<I, T>& firsts, I at) {
 
 template <class T>
 __global__ void __launch_bounds__(kBlock)
-    begin_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int, T> firsts, State* states) {
+    begin_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states) {
   __shared__ Ranking ranking;
   const int block = static_cast<int>(blockIdx.x);
   const Job& job = job_at(table, firsts, block);
@@ -580,7 +581,7 @@ int64_t candidate_bytes(const Job& job) {
 
 // Scans a strip; returns how many of the lane's scores are above the window.
 template <class S, bool Value>
-__device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip, unsigned* bins) {
+__device__ __forceinline__ unsigned scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip, unsigned* bins) {
   using K = Key<S>;
   constexpr int E = kEach<S>, kUnit = key_unit(sizeof(S));
   const Coordinate<K> c(job, round, sizeof(S), Value);
@@ -599,7 +600,7 @@ __device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int 
   // Candidates are listed in the order of the tensor, so that those who share a word of the mask are settled side by side.
   unsigned listed = 0;
   int own = 0, scan = 0;
-  unsigned long long base = 0;
+  unsigned base = 0;
   const int segment = static_cast<int>(strip) & (job.segments - 1);
   if (any) {
     listed = word_of_strip<E>(within);
@@ -609,20 +610,20 @@ __device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int 
       const int other = __shfl_up_sync(kAllLanes, scan, step);
       if (lane >= step) scan += other;
     }
-    if (lane == kWarpSize - 1) base = atomicAdd(&attempt.segment[segment].within, static_cast<unsigned long long>(scan));
+    if (lane == kWarpSize - 1) base = atomicAdd(&attempt.segment[segment].within, static_cast<unsigned>(scan));
   }
   store_strip<E>(job.bits, strip, job.n, open);
   keep_strip<E>(job, strip, open);
-  const int above = __popc(sides.above);
+  const auto above = static_cast<unsigned>(__popc(sides.above));
   if (!any || guess != Guess::window) return above;
-  int64_t at = static_cast<int64_t>(__shfl_sync(kAllLanes, base, kWarpSize - 1)) + scan - own;
+  unsigned at = __shfl_sync(kAllLanes, base, kWarpSize - 1) + static_cast<unsigned>(scan - own);
   const Candidates<K> candidates(job);
   const uint64_t first = attempt.low;
   const int shift = attempt.shift;
   for (; listed != 0; listed &= listed - 1, at++) {
     const int64_t i = strip * kStrip + lane * 32 + (__ffs(static_cast<int>(listed)) - 1);
     const K key = c.key(i);
-    if (at < job.capacity) candidates.set(int64_t{segment} * job.capacity + at, key, i);
+    if (at < static_cast<unsigned>(job.capacity)) candidates.set(int64_t{segment} * job.capacity + at, key, i);
     const uint64_t bin = (c.of(key, i) - first) >> shift;
     atomicAdd(&bins[bin < kBins ? bin : kBins - 1], 1u);
   }
@@ -633,38 +634,34 @@ __device__ __forceinline__ int scan_strip(const Job& job, Attempt& attempt, int 
 // candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int64_t, T> firsts, State* states,
-                const unsigned* missed, int round, int64_t run) {
+    scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, const unsigned* missed,
+                int round, int run) {
   __shared__ unsigned bins[kBins];
   if (round != kFirst && *missed == 0) return;
-  const int thread = threadIdx.x, warp = thread / kWarpSize;
-#pragma unroll
-  for (int i = 0; i < kBins; i += kStripThreads) bins[i + thread] = 0;
-  const int64_t end = min(table.tiles, run * (int64_t{blockIdx.x} + 1));
-  for (int64_t strip = run * int64_t{blockIdx.x}; strip < end;) {
+  for (int i = threadIdx.x; i < kBins; i += kStripThreads) bins[i] = 0;
+  const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
+  for (int strip = start; strip < end;) {
     const Job& job = job_at(table, firsts, strip);
     Attempt& attempt = states[job.large].attempt[round == kAgain];
-    const int64_t last = min(end - job.first_tile, strips(job.n));
-    const int64_t first = strip - job.first_tile;
-    strip = job.first_tile + last;
+    int own = strip - static_cast<int>(job.first_tile) + static_cast<int>(threadIdx.x) / kWarpSize;
+    const int last = static_cast<int>(min(end - job.first_tile, strips(job.n)));
+    strip = static_cast<int>(job.first_tile) + last;
     if (round == kAgain && attempt.guess == Guess::none) continue;
     if (round == kTies && attempt.guess != Guess::ties) continue;
     __syncthreads();  // the bins are zero
-    long long above = 0;
+    unsigned above = 0;
     with_scores(job.size, job.value, [&](auto raw, auto value) {
 #pragma unroll 1
-      for (int64_t own = first + warp; own < last; own += kStripWarps)
+      for (; own < last; own += kStripWarps)
         above += scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, own, bins);
     });
-    above = warp_sum(above);
+    above = __reduce_add_sync(kAllLanes, above);
     if (lane_of_thread() == 0 && above != 0)
-      atomicAdd(&attempt.segment[(blockIdx.x * kStripWarps + warp) & (job.segments - 1)].above,
-                static_cast<unsigned long long>(above));
+      atomicAdd(&attempt.segment[own & (job.segments - 1)].above, static_cast<unsigned long long>(above));
     __syncthreads();
-#pragma unroll
-    for (int i = 0; i < kBins; i += kStripThreads) {
-      if (bins[i + thread] != 0) atomicAdd(&attempt.bins[i + thread], bins[i + thread]);
-      bins[i + thread] = 0;
+    for (int i = threadIdx.x; i < kBins; i += kStripThreads) {
+      if (bins[i] != 0) atomicAdd(&attempt.bins[i], bins[i]);
+      bins[i] = 0;
     }
   }
 }
@@ -759,7 +756,7 @@ __device__ void settle_segment(const Job& job, const C& c, State& state, int rou
   const int64_t begin = int64_t{segment} * job.capacity;
   auto key = thread < job.capacity ? candidates.key(begin + thread) : 0;
   int64_t index = thread < job.capacity ? candidates.index(begin + thread) : 0;
-  const auto count = static_cast<int64_t>(min(attempt.segment[segment].within, static_cast<unsigned long long>(job.capacity)));
+  const int64_t count = min(attempt.segment[segment].within, static_cast<unsigned>(job.capacity));
   if (thread < kWarpSize) {
     long long above = 0, within = 0;
     bool over = false;
@@ -767,8 +764,8 @@ __device__ void settle_segment(const Job& job, const C& c, State& state, int rou
     for (int i = 0; i < kMostSegments; i += kWarpSize) {
       if (i + thread >= job.segments) break;
       const Segment& one = attempt.segment[i + thread];
-      above += static_cast<long long>(one.above), within += static_cast<long long>(one.within);
-      over |= static_cast<long long>(one.within) > job.capacity;
+      above += static_cast<long long>(one.above), within += one.within;
+      over |= one.within > static_cast<unsigned>(job.capacity);
     }
     above = warp_sum(above), within = warp_sum(within);
     const int overflow = __any_sync(kAllLanes, over);
@@ -807,9 +804,8 @@ __device__ void settle_segment(const Job& job, const C& c, State& state, int rou
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<int, T> firsts, State* states, unsigned* missed,
-                  int round) {
+__global__ void __launch_bounds__(kBlock) settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts,
+                                                        State* states, unsigned* missed, int round) {
   __shared__ Ranking ranking;
   __shared__ Totals totals;
   if (round != kFirst && *missed == 0) return;
@@ -828,15 +824,14 @@ void run(const Place& place, std::vector<Job>& jobs) {
   const auto tiles_of = [](const Job& job) { return job.n > kSmall ? strips(job.n) : 0; };  // a tile is a strip
   with_tables(jobs, tiles_of, [&](auto& table) {
     using T = std::decay_t<decltype(table)>;
-    Firsts<int, T> first_block = {}, first_segment = {};
-    Firsts<int64_t, T> first_strip = {};
+    Firsts<T> first_block = {}, first_segment = {}, first_strip = {};
     int large = 0, blocks = 0, segments = 0;
     int64_t bytes = 0;
     for (int i = 0; i < table.layers; i++) {
       Job& job = table.layer[i];
       first_block.of[i] = job.first_block = blocks;
       first_segment.of[i] = job.first_segment = segments;
-      first_strip.of[i] = job.first_tile;
+      first_strip.of[i] = static_cast<int>(job.first_tile);
       job.large = -1, job.blocks = 1;
       if (job.n > kSmall) {
         // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
@@ -867,7 +862,8 @@ void run(const Place& place, std::vector<Job>& jobs) {
     }
     if (large) place.zero(memory, static_cast<size_t>(states_end));
     place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, first_block, states);
-    const int64_t run = std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1);
+    STD_TORCH_CHECK(table.tiles <= INT32_MAX, place.op(), ": more than 2^41 scores in a call");
+    const auto run = static_cast<int>(std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1));
     const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
     for (const int round : {kFirst, kAgain, kTies}) {
