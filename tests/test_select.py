@@ -191,10 +191,12 @@ def cpu_sample(n):
 
 
 def cuda_sample(n, attempt):
-    """Those that the CUDA kernel looks at: one of each of 8,192 equal parts."""
-    parts = 8192
-    g = np.arange(1, parts + 1, dtype=np.uint64) + np.uint64(attempt * parts)
-    return np.arange(parts) * (n // parts) + (hashed(g) * np.uint64(n // parts) >> np.uint64(32)).astype(np.int64)
+    """Those that the CUDA kernel looks at: one of each of so many equal parts, and of 127 others, its pilots."""
+    samples = []
+    for parts, stream in ((8192 if attempt else 2048 * min(max(n >> 17, 2), 32), 0), (127, 1)):
+        g = np.arange(1, parts + 1, dtype=np.uint64) + (np.uint64(2 * attempt + stream) << np.uint64(32))
+        samples.append(np.arange(parts) * (n // parts) + (hashed(g) * np.uint64(n // parts) >> np.uint64(32)).astype(np.int64))
+    return np.concatenate(samples)
 
 
 def test_strides_and_offsets(cpu_isa):

@@ -103,6 +103,25 @@ def test_list_of_tensors_and_thread_counts(cpu_isa):
     assert sk.threshold([], 0.0) == []
 
 
+def test_many_layers_of_every_dtype(cpu_isa):
+    """More layers than one launch of a GPU carries, with sizes about what a warp and a block take at a time."""
+    sizes = [1023, 1024, 1025, 8191, 8192, 8193, 20_000] + [1 + i % 70 for i in range(293)]
+    scores = [torch.randn(n).to(DTYPES[i % 4]) for i, n in enumerate(sizes)]
+    for bits, answer in zip(sk.threshold(scores, -0.1), reference.threshold(scores, -0.1)):
+        assert torch.equal(bits, answer)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_memory(cpu_isa, dtype):
+    """Scores, weights, bits and effective weights that begin one element past any alignment."""
+    n = 2000
+    scores, weight, w_eff = (torch.randn(n + 1).to(dtype)[1:] for _ in range(3))
+    bits = torch.empty(reference.nbytes(n) + 1, dtype=torch.uint8)[1:]
+    refresh_threshold_([scores], [weight], 0.1, True, [bits], [w_eff])
+    assert torch.equal(bits, reference.threshold([scores], 0.1)[0])
+    assert torch.equal(w_eff, reference.apply(weight, bits))
+
+
 @pytest.mark.parametrize("weight_dtype", DTYPES)
 def test_refresh_writes_bits_and_effective_weight(cpu_isa, weight_dtype):
     """Outputs are filled with what must not survive; NaN and infinity lie behind closed bits; some layers want no weight."""

@@ -25,12 +25,16 @@ namespace {
 
 constexpr int kBlock = 1024;             // threads of a block that ranks
 constexpr int64_t kSmall = 16 * kStrip;  // up to so many scores one block selects from all of them
-constexpr int kSample = 8192;
-constexpr int kDigit = 11;   // bits that a round of a ranking decides
-constexpr int kBinBits = 9;  // of the histogram of a window
+constexpr int kDigit = 11;               // bits that a round of a ranking decides
+constexpr int kFew = 128;                // up to so many values are ranked by comparing each with each
+constexpr int kPilots = 127;             // sampled scores that divide a layer's range for the histogram of a sample
+constexpr int kParts = 16;               // bins from one pilot to the next
+constexpr int kSampled = 2;              // scores that a thread samples in the first round, in one of many blocks
+constexpr int kSampledAgain = 8;         // and in the second, in one block
+constexpr int kBinBits = 9;              // of the histogram of a window
 constexpr int kBins = 1 << kBinBits;
-constexpr int kApart = 8;  // words from one bin to the next: a sector each, or atomics would queue
 constexpr int kMostSegments = 128;
+static_assert((kPilots + 1) * kParts == 1 << kDigit && kPilots < kFew);
 
 enum class Ties : int { last, first, all };
 
@@ -42,6 +46,8 @@ struct Job : Layer {
   double* hint;  // null for `select`
   int64_t k;
   uint8_t* candidates;
+  int64_t stride;               // n by the number of scores that `begin` samples
+  int first_block, blocks;      // of `begin`: those that sample it, or the one that selects from it
   int first_segment, segments;  // the candidates' list is in 2^x parts: a counter each, and a block each that settles it
   int capacity;                 // of a segment
   int large;                    // its number among the layers that are scanned, or -1
@@ -111,8 +117,9 @@ __device__ void with_coordinate(const Job& job, int round, const F& f) {
 
 // What the launches tell each other of a layer, one for the first round and one for the second.
 struct Segment {
-  unsigned long long counts;  // above the window in the upper half, within it in the lower
-  unsigned long long unused[3];
+  unsigned within;               // of scores in the window; 32 bits suffice below 2^39 scores
+  unsigned long long above;      // of scores above it, where the sum over the segments is meant
+  unsigned long long unused[2];  // a sector each, or atomics would queue
 };
 
 // What the window of an attempt is: none to scan; k is 0 or n, which needs no proof; the key found in the second round, for the
@@ -127,8 +134,28 @@ struct Attempt {
   int64_t low_place, high_place;  // of the ends; high_place may be -1, before the first
   unsigned done, listed;          // blocks that have settled their segment; candidates in the bin of the k-th largest
   Segment segment[kMostSegments];
-  unsigned bins[kBins * kApart];
+  unsigned bins[kBins];
 };
+
+// Of a large layer, in scratch memory; all zeros before the first launch.
+struct State {
+  Attempt attempt[2];
+  unsigned sampled;  // blocks that have added to the histogram of the sample
+  unsigned sample[1 << kDigit];
+};
+
+// Whether this block is the last of `blocks` that come here; it then sees what the others have written before. `came` is the
+// block's own. All threads of a block.
+__device__ bool last_to_come(unsigned* counter, int blocks, unsigned& came) {
+  __syncthreads();
+  if (threadIdx.x == 0) {  // a fence is for all that the barrier has put before it
+    __threadfence();
+    came = atomicAdd(counter, 1u);
+    __threadfence();
+  }
+  __syncthreads();
+  return came == static_cast<unsigned>(blocks - 1);
+}
 
 // ---------------------------------------------------------------------------------------------------------------- ranking
 
@@ -137,6 +164,9 @@ struct Ranking {
   long long warp[kWarpSize];
   long long need, count;
   int bin;
+  unsigned listed;
+  uint64_t few[kFew + 1], order[kFew + 1];
+  uint64_t found, found_order;
 };
 
 // Of a list's values in [low, high] the `need` largest end within those `count`, of which `need` belong to them.
@@ -156,9 +186,7 @@ __device__ void find_bin(Ranking& r, long long upper, long long lower, int64_t n
   }
   if (lane == kWarpSize - 1) r.warp[warp] = sum;
   __syncthreads();
-  long long before = 0;
-  for (int w = 0; w < warp; w++) before += r.warp[w];
-  before += sum - upper - lower;
+  const long long before = warp_sum(lane < warp ? r.warp[lane] : 0) + sum - upper - lower;
   const int bin = (1 << kDigit) - 1 - 2 * thread;
   if (before < need && need <= before + upper)
     r.bin = bin, r.need = need - before, r.count = upper;
@@ -201,6 +229,59 @@ __device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_
   return {low, high, need, count};
 }
 
+// A value, and where it stands among those equal to it. From (value, order) on, a list's scores are open.
+struct Cut {
+  uint64_t value, order;
+  double within, span;  // of the list's values so many lie in a range of so many steps about it
+};
+
+// The need-th largest of a list whose values lie in [low, high] and whose orders, all different, in [first, last]; value(i),
+// order(i). With `all_ties` its value alone, of order `first`. All threads of a block of kBlock.
+template <int Flight, class Value, class Order>
+__device__ Cut cut_in_block(int64_t items, uint64_t low, uint64_t high, uint64_t first, uint64_t last, int64_t need,
+                            bool all_ties, Ranking& r, const Value& value, const Order& order) {
+  const int thread = threadIdx.x;
+  Rank found = rank_in_block<Flight>(items, low, high, need, kFew, r, [&](int64_t i, uint64_t& at) {
+    at = value(i);
+    return true;
+  });
+  low = found.low, high = found.high;
+  const double within = static_cast<double>(found.count), span = static_cast<double>(high - low) + 1;
+  if (found.count > kFew) {  // ties
+    if (all_ties || found.need >= found.count) return {low, first, within, span};
+    found = rank_in_block<Flight>(items, first, last, found.need, kFew, r, [&](int64_t i, uint64_t& at) {
+      at = order(i);
+      return value(i) == low;
+    });
+    first = found.low, last = found.high;
+  }
+  // Few are left. Each is compared with each, by as many threads as there are for one.
+  if (thread == 0) r.listed = 0, r.found = low, r.found_order = first;  // found below, unless the scores change under our hands
+  __syncthreads();
+#pragma unroll Flight
+  for (int64_t i = thread; i < items; i += kBlock) {
+    const uint64_t own = value(i), own_order = order(i);
+    if (own < low || own > high || own_order < first || own_order > last) continue;
+    const unsigned at = atomicAdd(&r.listed, 1u);
+    if (at < kFew) r.few[at] = own, r.order[at] = own_order;
+  }
+  __syncthreads();
+  constexpr int kEachBy = kBlock / kFew;
+  const int count = static_cast<int>(min(r.listed, unsigned{kFew})), one = thread / kEachBy;
+  int larger = 0;
+  if (one < count) {
+    const uint64_t own = r.few[one], own_order = r.order[one];
+#pragma unroll 4
+    for (int j = thread % kEachBy; j < count; j += kEachBy)
+      larger += r.few[j] > own || (r.few[j] == own && r.order[j] > own_order);
+  }
+#pragma unroll
+  for (int step = 1; step < kEachBy; step *= 2) larger += __shfl_xor_sync(kAllLanes, larger, step);
+  if (one < count && thread % kEachBy == 0 && larger == found.need - 1) r.found = r.few[one], r.found_order = r.order[one];
+  __syncthreads();
+  return {r.found, all_ties ? 0 : r.found_order, within, span};
+}
+
 // ------------------------------------------------------------------------------------------------------------------ hints
 
 __device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] < 1e19 && fabs(hint[0]) < 1e19; }
@@ -219,10 +300,9 @@ __device__ __noinline__ void learn(double* hint, double now, double n, double pl
   hint[3] = (hint[3] >= 0 && hint[3] < 1e15 ? hint[3] : 0) + missed;
 }
 template <class C>
-__device__ void learn(const Job& job, const C& c, uint64_t coordinate, int64_t within, double span, int missed) {
+__device__ void learn(const Job& job, const C& c, uint64_t coordinate, double within, double span, int missed) {
   if (job.hint == nullptr) return;
-  learn(job.hint, c.to_hint(coordinate), static_cast<double>(job.n), static_cast<double>(c.places), static_cast<double>(within),
-        span, missed);
+  learn(job.hint, c.to_hint(coordinate), static_cast<double>(job.n), static_cast<double>(c.places), within, span, missed);
 }
 
 // ------------------------------------------------------------------------------------------------------- one block, all scores
@@ -257,30 +337,21 @@ template <class C>
 __device__ void select_in_block(const Job& job, const C& c, int missed, Ranking& ranking) {
   if (job.k == 0) return write_all(job, c, uint64_t{c.most_key()} + 1, 0);
   if (job.k == job.n) return write_all(job, c, 0, 0);
-  const Rank found = rank_in_block<4>(job.n, 0, c.most_key(), job.k, 0, ranking, [&](int64_t i, uint64_t& value) {
-    value = c.key(i);
-    return true;
-  });
-  const uint64_t key = found.low;
-  uint64_t cut = 0;
-  if (job.ties != Ties::all && found.need < found.count)
-    cut = rank_in_block<4>(job.n, 0, strips(job.n) * kStrip - 1, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
-            value = c.order(i);
-            return c.key(i) == key;
-          }).low;
-  write_all(job, c, key, cut);
-  const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-  if (threadIdx.x == 0) learn(job, c, key * c.places + place, found.count, static_cast<double>(c.places), missed);
+  const Cut cut = cut_in_block<sizeof(typename C::K) == 8 ? 4 : 8>(
+      job.n, 0, c.most_key(), 0, strips(job.n) * kStrip - 1, job.k, job.ties == Ties::all, ranking,
+      [&](int64_t i) -> uint64_t { return c.key(i); }, [&](int64_t i) { return c.order(i); });
+  write_all(job, c, cut.value, cut.order);
+  const auto places = static_cast<double>(c.places);
+  const uint64_t place = c.places == 1 ? 0 : cut.order / kStrip;
+  if (threadIdx.x == 0) learn(job, c, cut.value * c.places + place, cut.within, cut.span * places, missed);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ begin
 
-// Writes an attempt at the window [low, high]. All threads of a block.
+// Writes an attempt at the window [low, high]. One thread.
 template <class C>
-__device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess guess, uint64_t low, uint64_t high) {
-  for (int i = threadIdx.x; i < kMostSegments; i += kBlock) attempt.segment[i].counts = 0;
-  for (int i = threadIdx.x; i < kBins * kApart; i += kBlock) attempt.bins[i] = 0;
-  if (threadIdx.x != 0) return;
+__device__ void set_window(Attempt& attempt, const Job& job, const C& c, uint64_t low, uint64_t high) {
+  Guess guess = Guess::window;
   attempt.low = low, attempt.high = high;
   attempt.low_key = low / c.places, attempt.high_key = high / c.places;
   attempt.low_place = static_cast<int64_t>(low - attempt.low_key * c.places);
@@ -298,7 +369,6 @@ __device__ void set_window(Attempt& attempt, const Job& job, const C& c, Guess g
   }
   attempt.guess = guess;
   attempt.shift = high > low ? max(64 - __clzll(static_cast<long long>(high - low)) - kBinBits, 0) : 0;
-  attempt.done = attempt.listed = 0;
 }
 
 __device__ uint64_t hashed(uint64_t x) {  // splitmix64, shortened; 32 bits
@@ -306,64 +376,167 @@ __device__ uint64_t hashed(uint64_t x) {  // splitmix64, shortened; 32 bits
   return (x ^ x >> 29) * 0xbf58476d1ce4e5b9u >> 32;
 }
 
-// A window from one score at a hashed place of each of kSample equal parts: some standard deviations of the rank to either side.
-template <class C>
-__device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, int attempts, uint64_t* sample, Ranking& ranking) {
-  const int64_t stride = job.n / kSample;
-#pragma unroll
-  for (int j = 0; j < kSample / kBlock; j++) {
-    const int64_t part = j * kBlock + threadIdx.x;
-    const uint64_t hash = hashed(static_cast<uint64_t>(part) + 1 + static_cast<uint64_t>(attempts) * kSample);
-    const int64_t i = part * stride + static_cast<int64_t>(hash * static_cast<uint64_t>(stride) >> 32);
-    sample[part] = c.of(c.key(i), i);
-  }
-  __syncthreads();
-  const double share = static_cast<double>(job.k) / static_cast<double>(job.n), middle = share * kSample;
-  const double margin = (attempts == 0 ? 4 : 5) * sqrt(middle * (1 - share)) + 3;
-  const auto upper = static_cast<int64_t>(floor(middle - margin)), lower = static_cast<int64_t>(ceil(middle + margin));
-  const auto enough = static_cast<int64_t>(margin / 8) + 1;
-  const auto get = [&](int64_t i, uint64_t& value) {
-    value = sample[i];
-    return true;
-  };
-  uint64_t low = 0, high = c.most();
-#pragma unroll 1
-  for (int side = 0; side < 2; side++) {
-    const int64_t rank = side ? lower : upper;
-    if (rank < 1 || rank > kSample) continue;
-    const Rank found = rank_in_block<4>(kSample, 0, c.most(), rank, enough, ranking, get);
-    if (side)
-      low = found.low;
-    else
-      high = found.high;
-  }
-  set_window(attempt, job, c, Guess::window, low, high);
+// The place of a sample: hashed, within part `part` of the scores, all of which have `stride`.
+__device__ int64_t sampled_at(int64_t stride, int64_t part, int stream) {
+  const uint64_t hash = hashed((static_cast<uint64_t>(stream) << 32) + static_cast<uint64_t>(part) + 1);
+  return part * stride + static_cast<int64_t>(hash * static_cast<uint64_t>(stride) >> 32);
 }
 
+// Bins of a sample. Pilots, a small sample of its own, divide the range where the scores are, ties included; each is a bin, and
+// what lies from it to the next pilot is divided into at most kParts - 1 equal ones. `starts` holds 0, the pilots ascending, and
+// what is past the range.
+class SampleBins {
+ public:
+  __device__ explicit SampleBins(const uint64_t* starts) : starts_(starts) {}
+  __device__ int of(uint64_t coordinate) const {
+    int t = 0;
+#pragma unroll
+    for (int step = (kPilots + 1) / 2; step > 0; step /= 2)
+      if (starts_[t + step] <= coordinate) t += step;
+    const uint64_t past = coordinate - starts_[t];
+    return t * kParts + (past == 0 ? 0 : 1 + static_cast<int>((past - 1) >> shift(t)));
+  }
+  __device__ uint64_t low(int bin) const {
+    const int t = bin / kParts, part = bin % kParts;
+    return starts_[t] + (part == 0 ? 0 : 1 + (static_cast<uint64_t>(part - 1) << shift(t)));
+  }
+  __device__ uint64_t high(int bin) const {
+    const int t = bin / kParts, part = bin % kParts;
+    return part == 0 ? starts_[t] : min(low(bin) + ((uint64_t{1} << shift(t)) - 1), starts_[t + 1] - 1);
+  }
+
+ private:
+  __device__ int shift(int t) const {
+    const uint64_t values = starts_[t + 1] - starts_[t] - 1;  // past the first
+    if (values < kParts) return 0;
+    const int shift = 64 - __clzll(static_cast<long long>(values)) - 4;
+    return shift + ((values - 1) >> shift >= kParts - 1);
+  }
+
+  const uint64_t* starts_;
+};
+
+// Adds samples [first, first + Own * kBlock), one of each `stride` scores, to the block's bins, which it zeroes before. All
+// threads of a block.
+template <int Own, class C>
+__device__ void take_sample(const Job& job, const C& c, int attempts, int64_t first, int64_t stride, Ranking& r) {
+  const int thread = threadIdx.x;
+  typename C::K own[Own];
+#pragma unroll
+  for (int j = 0; j < Own; j++) own[j] = c.key(sampled_at(stride, first + j * kBlock + thread, 2 * attempts));
+  if (thread < kPilots) {
+    const int64_t i = sampled_at(job.n / kPilots, thread, 2 * attempts + 1);
+    r.order[thread] = c.of(c.key(i), i);
+  }
+  r.bins[thread] = r.bins[kBlock + thread] = 0;
+  __syncthreads();
+  constexpr int kEachBy = kBlock / kFew;
+  const int pilot = thread / kEachBy;
+  int before = 0;
+  const uint64_t value = pilot < kPilots ? r.order[pilot] : 0;
+#pragma unroll 4
+  for (int j = thread % kEachBy; j < kPilots; j += kEachBy) before += r.order[j] < value || (r.order[j] == value && j < pilot);
+#pragma unroll
+  for (int step = 1; step < kEachBy; step *= 2) before += __shfl_xor_sync(kAllLanes, before, step);
+  if (thread % kEachBy == 0) {
+    if (pilot < kPilots)
+      r.few[1 + before] = value;
+    else
+      r.few[0] = 0, r.few[kPilots + 1] = c.most() + 1;
+  }
+  __syncthreads();
+  const SampleBins bins(r.few);
+#pragma unroll
+  for (int j = 0; j < Own; j++) {
+    const int64_t i = sampled_at(stride, first + j * kBlock + thread, 2 * attempts);
+    atomicAdd(&r.bins[bins.of(c.of(own[j], i))], 1u);
+  }
+  __syncthreads();
+}
+
+// The window from a sample's histogram: some standard deviations of the rank to either side. `counts` are the sample's, in the
+// bins that take_sample has left in `r`. All threads of a block.
 template <class C>
-__device__ bool guess_by_hint(Attempt& attempt, const Job& job, const C& c) {
+__device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, double deviations, int64_t parts,
+                                const unsigned* counts, Ranking& r) {
+  const double share = static_cast<double>(job.k) / static_cast<double>(job.n), middle = share * static_cast<double>(parts);
+  const double margin = deviations * sqrt(middle * (1 - share)) + 3;
+  const auto upper = static_cast<int64_t>(floor(middle - margin)), lower = static_cast<int64_t>(ceil(middle + margin));
+  const int bin = (1 << kDigit) - 1 - 2 * static_cast<int>(threadIdx.x);
+  const long long of_bin = counts[bin], of_next = counts[bin - 1];
+  const SampleBins bins(r.few);
+  uint64_t low = 0, high = c.most();
+  if (upper >= 1) {
+    find_bin(r, of_bin, of_next, upper);
+    high = bins.high(r.bin);
+    __syncthreads();
+  }
+  if (lower <= parts) {
+    find_bin(r, of_bin, of_next, lower);
+    low = bins.low(r.bin);
+  }
+  if (threadIdx.x == 0) set_window(attempt, job, c, low, high);
+}
+
+// The window that the hint names; false if there is none.
+template <class C>
+__device__ bool window_of_hint(const Job& job, const C& c, uint64_t& from, uint64_t& to) {
   if (job.hint == nullptr || !makes_sense(job.hint)) return false;
   const uint64_t most = c.most();
   const double middle = c.from_hint(job.hint[0]), half = job.hint[1] * static_cast<double>(c.places);
   const double low = ceil(middle - half), high = floor(middle + half), end = static_cast<double>(most);
   if (!(low <= high)) return false;
   const auto inside = [&](double x) { return x <= 0 ? 0 : x >= end ? most : static_cast<uint64_t>(x); };
-  set_window(attempt, job, c, Guess::window, inside(low), inside(high));
+  from = inside(low), to = inside(high);
   return true;
 }
 
+// A block's part of the guess: all its layer's take a sample, and the last one looks at it.
+template <class C>
+__device__ void begin_large(const Job& job, const C& c, State& state, int block, Ranking& r) {
+  Attempt& attempt = state.attempt[kFirst];
+  uint64_t low = 0, high = 0;
+  if (job.k == 0 || job.k == job.n || window_of_hint(job, c, low, high)) {
+    if (block == 0 && threadIdx.x == 0) set_window(attempt, job, c, low, high);
+    return;
+  }
+  constexpr int64_t kOwn = kSampled * kBlock;
+  const int64_t parts = job.blocks * kOwn;
+  take_sample<kSampled>(job, c, 0, block * kOwn, job.stride, r);
+  for (int i = threadIdx.x; i < 1 << kDigit; i += kBlock)
+    if (r.bins[i] != 0) atomicAdd(&state.sample[i], r.bins[i]);
+  if (last_to_come(&state.sampled, job.blocks, r.listed)) guess_by_sample(attempt, job, c, 3.5, parts, state.sample, r);
+}
+
+// Where each layer's part of a launch's blocks, or strips, begins: apart from the layers, or looking one up would read them all.
 template <class T>
-__global__ void __launch_bounds__(kBlock) begin_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed) {
-  SK_DYNAMIC_SHARED(uint64_t, sample);
+struct Firsts {
+  int of[T::kMost];
+};
+
+// The layer whose part holds `at`: the last one that begins at it or before.
+template <class T>
+__device__ const Job& job_at(const T& table, const Firsts<T>& firsts, int at) {
+  int low = 0, high = table.layers;
+  while (high - low > 1) {
+    const int middle = (low + high) / 2;
+    (firsts.of[middle] <= at ? low : high) = middle;
+  }
+  return table.layer[low];
+}
+
+template <class T>
+__global__ void __launch_bounds__(kBlock)
+    begin_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states) {
   __shared__ Ranking ranking;
-  if (blockIdx.x == 0 && threadIdx.x == 0) *missed = 0;
-  const Job& job = table.layer[blockIdx.x];
-  with_coordinate(job, kFirst, [&](const auto& c) {
-    if (job.large < 0) return select_in_block(job, c, 0, ranking);
-    Attempt* const own = attempts + 2 * job.large;
-    if (threadIdx.x == 0) own[1].guess = Guess::none;
-    if (!guess_by_hint(own[0], job, c)) guess_by_sample(own[0], job, c, 0, sample, ranking);
-  });
+  const int block = static_cast<int>(blockIdx.x);
+  const Job& job = job_at(table, firsts, block);
+  if (job.large < 0)
+    return with_scores(job.size, job.value, [&](auto raw, auto value) {
+      using S = decltype(raw);
+      select_in_block(job, Coordinate<Key<S>>(job, kFirst, sizeof(S), decltype(value)::value), 0, ranking);
+    });
+  with_coordinate(job, kFirst, [&](const auto& c) { begin_large(job, c, states[job.large], block - job.first_block, ranking); });
 }
 
 // ------------------------------------------------------------------------------------------------------------- candidates
@@ -406,8 +579,9 @@ int64_t candidate_bytes(const Job& job) {
 
 // ------------------------------------------------------------------------------------------------------------------- scan
 
+// Scans a strip; returns how many of the lane's scores are above the window.
 template <class S, bool Value>
-__device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip) {
+__device__ __forceinline__ unsigned scan_strip(const Job& job, Attempt& attempt, int round, int64_t strip, unsigned* bins) {
   using K = Key<S>;
   constexpr int E = kEach<S>, kUnit = key_unit(sizeof(S));
   const Coordinate<K> c(job, round, sizeof(S), Value);
@@ -422,51 +596,73 @@ __device__ __forceinline__ void scan_strip(const Job& job, Attempt& attempt, int
   const Guess guess = attempt.guess;
   const unsigned within = sides.reached & ~sides.above;
   const unsigned open = guess == Guess::one_key ? sides.reached : sides.above;
-  const int own = __popc(within);
-  int scan = own;
-  unsigned long long base = 0;
+  const bool any = __any_sync(kAllLanes, within != 0) && guess >= Guess::window;
+  // Candidates are listed in the order of the tensor, so that those who share a word of the mask are settled side by side.
+  unsigned listed = 0;
+  int own = 0, scan = 0;
+  unsigned base = 0;
   const int segment = static_cast<int>(strip) & (job.segments - 1);
-  if (guess >= Guess::window) {
+  if (any) {
+    listed = word_of_strip<E>(within);
+    own = scan = __popc(listed);
 #pragma unroll
     for (int step = 1; step < kWarpSize; step *= 2) {
       const int other = __shfl_up_sync(kAllLanes, scan, step);
       if (lane >= step) scan += other;
     }
-    const unsigned above = __reduce_add_sync(kAllLanes, static_cast<unsigned>(__popc(sides.above)));
-    if (lane == kWarpSize - 1)
-      base =
-          atomicAdd(&attempt.segment[segment].counts, static_cast<unsigned long long>(above) << 32 | static_cast<unsigned>(scan));
+    if (lane == kWarpSize - 1) base = atomicAdd(&attempt.segment[segment].within, static_cast<unsigned>(scan));
   }
   store_strip<E>(job.bits, strip, job.n, open);
   keep_strip<E>(job, strip, open);
-  if (guess != Guess::window) return;
-  int64_t at = (__shfl_sync(kAllLanes, base, kWarpSize - 1) & 0xffffffffu) + scan - own;
+  const auto above = static_cast<unsigned>(__popc(sides.above));
+  if (!any || guess != Guess::window) return above;
+  unsigned at = __shfl_sync(kAllLanes, base, kWarpSize - 1) + static_cast<unsigned>(scan - own);
   const Candidates<K> candidates(job);
   const uint64_t first = attempt.low;
   const int shift = attempt.shift;
-  for (unsigned rest = within; rest != 0; rest &= rest - 1, at++) {
-    const int bit = __ffs(static_cast<int>(rest)) - 1;
-    const int64_t i = piece_start<E>(strip, bit / E) + bit % E;
+  for (; listed != 0; listed &= listed - 1, at++) {
+    const int64_t i = strip * kStrip + lane * 32 + (__ffs(static_cast<int>(listed)) - 1);
     const K key = c.key(i);
-    if (at < job.capacity) candidates.set(int64_t{segment} * job.capacity + at, key, i);
+    if (at < static_cast<unsigned>(job.capacity)) candidates.set(int64_t{segment} * job.capacity + at, key, i);
     const uint64_t bin = (c.of(key, i) - first) >> shift;
-    atomicAdd(&attempt.bins[(bin < kBins ? bin : kBins - 1) * kApart], 1u);
+    atomicAdd(&bins[bin < kBins ? bin : kBins - 1], 1u);
   }
+  return above;
 }
 
+// A block takes the next `run` strips of the table, and counts in shared memory what it finds of each layer: the histogram of its
+// candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 template <class T>
 __global__ void __launch_bounds__(kStripThreads, 4)
-    scan_kernel(const __grid_constant__ T table, Attempt* attempts, const unsigned* missed, int round) {
+    scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, const unsigned* missed,
+                int round, int run) {
+  __shared__ unsigned bins[kBins];
   if (round != kFirst && *missed == 0) return;
-  for (unsigned tile = blockIdx.x; tile < table.tiles; tile += gridDim.x) {
-    const Job& job = table.of_tile(tile);
-    Attempt& attempt = attempts[2 * job.large + (round == kAgain)];
-    const int64_t strip = (tile - job.first_tile) * kStripWarps + threadIdx.x / kWarpSize;
-    if (strip >= strips(job.n)) continue;
+  for (int i = threadIdx.x; i < kBins; i += kStripThreads) bins[i] = 0;
+  const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
+  for (int strip = start; strip < end;) {
+    const Job& job = job_at(table, firsts, strip);
+    Attempt& attempt = states[job.large].attempt[round == kAgain];
+    int own = strip - static_cast<int>(job.first_tile) + static_cast<int>(threadIdx.x) / kWarpSize;
+    const int last = static_cast<int>(min(end - job.first_tile, strips(job.n)));
+    strip = static_cast<int>(job.first_tile) + last;
     if (round == kAgain && attempt.guess == Guess::none) continue;
     if (round == kTies && attempt.guess != Guess::ties) continue;
-    with_scores(job.size, job.value,
-                [&](auto raw, auto value) { scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, strip); });
+    __syncthreads();  // the bins are zero
+    unsigned above = 0;
+    with_scores(job.size, job.value, [&](auto raw, auto value) {
+#pragma unroll 1
+      for (; own < last; own += kStripWarps)
+        above += scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, own, bins);
+    });
+    above = __reduce_add_sync(kAllLanes, above);
+    if (lane_of_thread() == 0 && above != 0)
+      atomicAdd(&attempt.segment[own & (job.segments - 1)].above, static_cast<unsigned long long>(above));
+    __syncthreads();
+    for (int i = threadIdx.x; i < kBins; i += kStripThreads) {
+      if (bins[i] != 0) atomicAdd(&attempt.bins[i], bins[i]);
+      bins[i] = 0;
+    }
   }
 }
 
@@ -488,78 +684,88 @@ struct Totals {
   int overflow;             // a segment's list is not long enough
   int bin;                  // that holds the k-th largest: of its `count` candidates the `need` largest are open
   long long need, count;
-  int last;  // whether this is the layer's last block
 };
 
 // Selects among the candidates that are listed of the bin, and learns. All threads of a block.
 template <class C>
-__device__ void settle_bin(const Job& job, const C& c, Attempt* attempts, const Totals& totals, int round, Ranking& ranking) {
-  const Attempt& attempt = attempts[round];
+__device__ void settle_bin(const Job& job, const C& c, State& state, const Totals& totals, int round, Ranking& ranking) {
+  const Attempt& attempt = state.attempt[round];
   const Candidates<typename C::K> candidates(job);
   const int64_t listed = candidates.room();  // where the bin's begin
   const int64_t count = totals.count;
-  const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
-  const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
-  const uint64_t low_key = low / c.places, high_key = high / c.places;
-  const Rank found = rank_in_block<1>(count, low_key, high_key, totals.need, 0, ranking, [&](int64_t i, uint64_t& value) {
-    value = candidates.key(listed + i);
-    return true;
-  });
-  const uint64_t key = found.low;
+  uint64_t low_key = 0, high_key = c.most_key(), first = 0, last = strips(job.n) * kStrip - 1;
+  if (count > kFew) {  // the bin's own range; a division is worth some hundred comparisons
+    const uint64_t low = attempt.low + (static_cast<uint64_t>(totals.bin) << attempt.shift);
+    const uint64_t high = min(attempt.high, low + ((uint64_t{1} << attempt.shift) - 1));
+    low_key = low / c.places, high_key = high / c.places;
+    if (low_key == high_key && c.places > 1) {  // places bound the orders
+      first = (low - low_key * c.places) * kStrip;
+      last = (high - high_key * c.places + 1) * kStrip - 1;
+    }
+  }
+  const Cut cut = cut_in_block<1>(
+      count, low_key, high_key, first, last, totals.need, job.ties == Ties::all, ranking,
+      [&](int64_t i) -> uint64_t { return candidates.key(listed + i); },
+      [&](int64_t i) { return c.order(candidates.index(listed + i)); });
+  const auto within = static_cast<double>(totals.within);
   const double span = static_cast<double>(attempt.high - attempt.low) + 1;
   if (job.ties == Ties::all && c.places > 1) {
     if (threadIdx.x != 0) return;
-    Attempt& third = attempts[kFirst];
+    Attempt& third = state.attempt[kFirst];
     third.guess = Guess::ties;
-    third.low_key = third.high_key = key;
+    third.low_key = third.high_key = cut.value;
     third.low_place = 0, third.high_place = -1;
     const C keys(job, kFirst, c.size, c.value);  // the next call's windows are of keys
-    return learn(job, keys, key, totals.within, span / static_cast<double>(c.places), round);
-  }
-  // Of a bin within one key the count is the number of its ties; of others the ranking has counted them.
-  uint64_t cut = 0;
-  if (job.ties != Ties::all && found.need < found.count) {
-    const bool one = low_key == high_key && c.places > 1;
-    const uint64_t first = one ? (low - low_key * c.places) * kStrip : 0;
-    const uint64_t last = one ? (high - high_key * c.places + 1) * kStrip - 1 : strips(job.n) * kStrip - 1;
-    cut = rank_in_block<1>(count, first, last, found.need, 0, ranking, [&](int64_t i, uint64_t& value) {
-            value = c.order(candidates.index(listed + i));
-            return candidates.key(listed + i) == key;
-          }).low;
+    return learn(job, keys, cut.value, within, span / static_cast<double>(c.places), round);
   }
 #pragma unroll 1
   for (int64_t i = threadIdx.x; i < count; i += kBlock) {
     const uint64_t own = candidates.key(listed + i);
     const int64_t index = candidates.index(listed + i);
-    if (own > key || (own == key && c.order(index) >= cut)) open_one(job, index);
+    if (own > cut.value || (own == cut.value && c.order(index) >= cut.order)) open_one(job, index);
   }
   if (threadIdx.x == 0) {
-    const uint64_t place = c.places == 1 ? 0 : cut / kStrip;
-    learn(job, c, key * c.places + place, totals.within, span, round);
+    const uint64_t place = c.places == 1 ? 0 : cut.order / kStrip;
+    learn(job, c, cut.value * c.places + place, within, span, round);
   }
 }
 
 // What comes next for a layer whose window has missed, once and twice. Out of line: rare, they would take registers from what is
 // not.
-__device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, uint64_t* sample, Ranking& ranking) {
-  with_coordinate(job, kAgain, [&](const auto& c) { guess_by_sample(attempt, job, c, 1, sample, ranking); });
+__device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, Ranking& ranking) {
+  with_coordinate(job, kAgain, [&](const auto& c) {
+    constexpr int64_t kParts = kSampledAgain * kBlock;
+    take_sample<kSampledAgain>(job, c, 1, 0, job.n / kParts, ranking);
+    guess_by_sample(attempt, job, c, 5, kParts, ranking.bins, ranking);
+  });
 }
 __device__ __noinline__ void select_from_all(const Job& job, Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) { select_in_block(job, c, 2, ranking); });
 }
 
 template <class C>
-__device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, int round, int segment, unsigned* missed,
-                               uint64_t* sample, Ranking& ranking, Totals& totals) {
-  Attempt& attempt = attempts[round];
+__device__ void settle_segment(const Job& job, const C& c, State& state, int round, int segment, unsigned* missed,
+                               Ranking& ranking, Totals& totals) {
+  Attempt& attempt = state.attempt[round];
   const int thread = threadIdx.x;
+  // What the block will need is asked for at once: the histogram, in descending order, two bins a thread as a ranking's are, and
+  // the first candidates, which may not be there.
+  const int first = (1 << kDigit) - 1 - 2 * thread;
+  const unsigned upper = first < kBins ? attempt.bins[first] : 0, lower = first < kBins ? attempt.bins[first - 1] : 0;
+  const Candidates<typename C::K> candidates(job);
+  const int64_t begin = int64_t{segment} * job.capacity;
+  auto key = thread < job.capacity ? candidates.key(begin + thread) : 0;
+  int64_t index = thread < job.capacity ? candidates.index(begin + thread) : 0;
+  const int64_t count = min(attempt.segment[segment].within, static_cast<unsigned>(job.capacity));
   if (thread < kWarpSize) {
     long long above = 0, within = 0;
     bool over = false;
-    for (int i = thread; i < job.segments; i += kWarpSize) {
-      const unsigned long long counts = attempt.segment[i].counts;
-      above += static_cast<long long>(counts >> 32), within += static_cast<long long>(counts & 0xffffffffu);
-      over |= static_cast<long long>(counts & 0xffffffffu) > job.capacity;
+#pragma unroll
+    for (int i = 0; i < kMostSegments; i += kWarpSize) {
+      if (i + thread >= job.segments) break;
+      const Segment& one = attempt.segment[i + thread];
+      above += static_cast<long long>(one.above), within += one.within;
+      over |= one.within > static_cast<unsigned>(job.capacity);
     }
     above = warp_sum(above), within = warp_sum(within);
     const int overflow = __any_sync(kAllLanes, over);
@@ -571,28 +777,20 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
     if (segment != 0) return;
     if (round == kAgain) return select_from_all(job, ranking);
     if (thread == 0) *missed = 1;
-    return sample_again(job, attempts[1], sample, ranking);
+    return sample_again(job, state.attempt[1], ranking);
   }
   const int64_t need = job.k - totals.above;
   if (one_key) {
-    if (segment == 0 && thread == 0) learn(job, c, attempt.low, totals.within, 1, round);
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, round);
     return;
   }
-  // The bin that holds the k-th largest. Bins are listed in descending order, two a thread, as a ranking's are.
-  const int first = (1 << kDigit) - 1 - 2 * thread;
-  find_bin(ranking, first < kBins ? attempt.bins[first * kApart] : 0, first - 1 < kBins ? attempt.bins[(first - 1) * kApart] : 0,
-           need);
+  find_bin(ranking, upper, lower, need);  // the one that holds the k-th largest
   const int bin = ranking.bin;
   if (thread == 0) totals.bin = bin, totals.need = ranking.need, totals.count = ranking.count;
-  const Candidates<typename C::K> candidates(job);
-  const int64_t begin = int64_t{segment} * job.capacity;
-  const int64_t count = min(static_cast<int64_t>(attempt.segment[segment].counts & 0xffffffffu), int64_t{job.capacity});
-#pragma unroll 2
+#pragma unroll 1
   for (int64_t at = 0; at < count; at += kBlock) {  // whole warps at a time: they list together
-    const int64_t i = at + thread;
-    const bool there = i < count;
-    const auto key = there ? candidates.key(begin + i) : 0;
-    const int64_t index = there ? candidates.index(begin + i) : 0;
+    const bool there = at + thread < count;
+    if (at != 0 && there) key = candidates.key(begin + at + thread), index = candidates.index(begin + at + thread);
     const int own = there ? static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift) : -1;
     if (own > bin) open_one(job, index);
     const unsigned same = __ballot_sync(kAllLanes, own == bin);
@@ -602,85 +800,78 @@ __device__ void settle_segment(const Job& job, const C& c, Attempt* attempts, in
     listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
     if (own == bin) candidates.set(candidates.room() + listed, key, index);
   }
-  __threadfence();
-  __syncthreads();
-  if (thread == 0) totals.last = atomicAdd(&attempt.done, 1u) == static_cast<unsigned>(job.segments - 1);
-  __syncthreads();
-  if (!totals.last) return;
-  __threadfence();
-  settle_bin(job, c, attempts, totals, round, ranking);
-}
-
-// The job of a segment: the last one that begins at it or before.
-template <class T>
-__device__ const Job& job_of_segment(const T& table, int segment) {
-  int low = 0, high = table.layers;
-  while (high - low > 1) {
-    const int middle = (low + high) / 2;
-    (table.layer[middle].first_segment <= segment ? low : high) = middle;
-  }
-  return table.layer[low];
+  if (last_to_come(&attempt.done, job.segments, ranking.listed)) settle_bin(job, c, state, totals, round, ranking);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, Attempt* attempts, unsigned* missed, int round) {
-  SK_DYNAMIC_SHARED(uint64_t, sample);
+__global__ void __launch_bounds__(kBlock) settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts,
+                                                        State* states, unsigned* missed, int round) {
   __shared__ Ranking ranking;
   __shared__ Totals totals;
   if (round != kFirst && *missed == 0) return;
-  const Job& job = job_of_segment(table, static_cast<int>(blockIdx.x));
-  Attempt* const own = attempts + 2 * job.large;
-  if (own[round].guess < Guess::window) return;
+  const int block = static_cast<int>(blockIdx.x);
+  const Job& job = job_at(table, firsts, block);
+  State& state = states[job.large];
+  if (state.attempt[round].guess < Guess::window) return;
   with_coordinate(job, round, [&](const auto& c) {
-    settle_segment(job, c, own, round, static_cast<int>(blockIdx.x) - job.first_segment, missed, sample, ranking, totals);
+    settle_segment(job, c, state, round, block - job.first_segment, missed, ranking, totals);
   });
 }
 
 // -------------------------------------------------------------------------------------------------------------------- ops
 
 void run(const Place& place, std::vector<Job>& jobs) {
-  const auto tiles_of = [](const Job& job) { return job.n > kSmall ? ceil_div(strips(job.n), kStripWarps) : 0; };
+  const auto tiles_of = [](const Job& job) { return job.n > kSmall ? strips(job.n) : 0; };  // a tile is a strip
   with_tables(jobs, tiles_of, [&](auto& table) {
     using T = std::decay_t<decltype(table)>;
-    int large = 0, segments = 0;
+    Firsts<T> first_block = {}, first_segment = {}, first_strip = {};
+    int large = 0, blocks = 0, segments = 0;
     int64_t bytes = 0;
     for (int i = 0; i < table.layers; i++) {
       Job& job = table.layer[i];
-      job.first_segment = segments;
-      job.large = -1;
-      if (job.n <= kSmall) continue;
-      // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
-      job.large = large++;
-      job.segments =
-          static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 64, 1, kMostSegments))));
-      job.capacity =
-          static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
-      segments += job.segments;
-      bytes += candidate_bytes(job);
+      first_block.of[i] = job.first_block = blocks;
+      first_segment.of[i] = job.first_segment = segments;
+      first_strip.of[i] = static_cast<int>(job.first_tile);
+      job.large = -1, job.blocks = 1;
+      if (job.n > kSmall) {
+        // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
+        job.large = large++;
+        job.blocks = static_cast<int>(std::clamp<int64_t>(job.n >> 17, 2, 32));
+        job.stride = job.n / (int64_t{job.blocks} * kSampled * kBlock);
+        job.segments =
+            static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 128, 1, kMostSegments))));
+        job.capacity =
+            static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
+        segments += job.segments;
+        bytes += candidate_bytes(job);
+      }
+      blocks += job.blocks;
     }
     constexpr int64_t kHead = 512;
-    const int64_t attempt_bytes = ceil_div(int64_t{large} * 2 * sizeof(Attempt), 512) * 512;
-    const Tensor scratch = place.scratch(kHead + attempt_bytes + bytes);
+    const int64_t states_end = kHead + ceil_div(int64_t{large} * int64_t{sizeof(State)}, 512) * 512;
+    const Tensor scratch = place.scratch(states_end + bytes);
     auto* const memory = static_cast<uint8_t*>(scratch.mutable_data_ptr());
     auto* const missed = reinterpret_cast<unsigned*>(memory);
-    auto* const attempts = reinterpret_cast<Attempt*>(memory + kHead);
-    uint8_t* candidates = memory + kHead + attempt_bytes;
+    auto* const states = reinterpret_cast<State*>(memory + kHead);
+    uint8_t* candidates = memory + states_end;
     for (int i = 0; i < table.layers; i++) {
       Job& job = table.layer[i];
       if (job.large < 0) continue;
       job.candidates = candidates;
       candidates += candidate_bytes(job);
     }
-    const size_t sampled = large ? kSample * sizeof(uint64_t) : 0;
-    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(table.layers)), kBlock, sampled, table, attempts, missed);
+    if (large) place.zero(memory, static_cast<size_t>(states_end));
+    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, first_block, states);
+    STD_TORCH_CHECK(table.tiles <= INT32_MAX, place.op(), ": more than 2^41 scores in a call");
+    const auto run = static_cast<int>(std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1));
+    const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
     for (const int round : {kFirst, kAgain, kTies}) {
       if (round == kTies && !all) break;
-      const int64_t blocks = round == kFirst ? table.tiles : std::min<int64_t>(table.tiles, place.processors() * 8);
-      place.launch(scan_kernel<T>, dim3(static_cast<unsigned>(blocks)), kStripThreads, 0, table, attempts, missed, round);
+      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, first_strip, states, missed, round, run);
       if (round == kTies) break;
-      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, sampled, table, attempts, missed, round);
+      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, 0, table, first_segment, states, missed,
+                   round);
     }
   });
 }
