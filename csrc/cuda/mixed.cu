@@ -302,35 +302,49 @@ struct Bits {
 
   static __device__ int place(int item) { return Tensor && !Transposed ? item ^ (item / kAcross >> 1 & 3) : item; }
 
-  // Asks for the bits of the tile of W (outputs x inputs) whose first weight is (o, i). Those that no weight has are left alone
-  // where whole pieces are copied: what is not there is a weight of zero.
-  static __device__ void load(const Slot* batch, uint4* to, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
-    const int in_slot = threadIdx.x % kEach;
+  // Of the tile of W (outputs x inputs) whose first weight is (o, i), the piece that a thread brings of some slots.
+  int64_t weight, left;  // its first, and from there to the end of its row
+  int line, byte;
+  bool inside, whole;
+
+  __device__ Bits(int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
     static_assert(kThreads % kEach == 0);
-    const int64_t row = o + in_slot / kAcross, first = i + in_slot % kAcross * kPiece, weight = row * inputs + first;
-    const bool inside = row < outputs && first < inputs;
-    const auto wanted = [&](int s) { return inside && batch[s].bits != nullptr && !(Tensor && again(batch, s)); };
-    const bool whole = inputs % kPiece == 0;
+    const int in_slot = threadIdx.x % kEach;
+    const int64_t row = o + in_slot / kAcross, first = i + in_slot % kAcross * kPiece;
+    weight = row * inputs + first, left = inputs - first;
+    line = static_cast<int>(weight >> 9), byte = static_cast<int>(weight >> 3 & 63);
+    inside = row < outputs && first < inputs, whole = inputs % kPiece == 0;
+  }
+
+  // Asks for those of a batch. What no weight has is left alone where whole pieces are copied: what is not there is a weight of
+  // zero.
+  __device__ void load(const Slot* batch, uint4* to) const {
+    const auto wanted = [&](int s) {
+      const uint8_t* const before = Tensor && s > 0 ? batch[s - 1].bits : nullptr;
+      return inside && batch[s].bits != before && batch[s].bits != nullptr;
+    };
+    const auto from = [&](int s) { return reinterpret_cast<const uint4*>(batch[s].bits + int64_t{line} * batch[s].step + byte); };
+    constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
+    const int own = threadIdx.x / kEach;
     if (!Transposed && whole) {
+      uint4* const mine = to + place(threadIdx.x);
+      static_assert(Transposed || kThreads % (8 * kAcross) == 0);
 #pragma unroll
       for (int k = 0; k < kPieces; k++) {
-        const int item = threadIdx.x + k * kThreads, s = item / kEach;
-        if (wanted(s)) copy_later(to + place(item), batch[s].line(weight) + (weight >> 3 & 63));
+        const int s = own + k * kSlots;
+        if (wanted(s)) copy_later(mine + k * kThreads, from(s));
       }
     } else if (whole) {  // all loads in flight at a time
       uint4 piece[kPieces];
 #pragma unroll
-      for (int k = 0; k < kPieces; k++) {
-        const int s = (threadIdx.x + k * kThreads) / kEach;
-        piece[k] = wanted(s) ? *reinterpret_cast<const uint4*>(batch[s].line(weight) + (weight >> 3 & 63)) : uint4{};
-      }
+      for (int k = 0; k < kPieces; k++) piece[k] = wanted(own + k * kSlots) ? *from(own + k * kSlots) : uint4{};
 #pragma unroll
       for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, piece[k]);
     } else {
 #pragma unroll 1
       for (int k = 0; k < kPieces; k++) {
-        const int item = threadIdx.x + k * kThreads, s = item / kEach;
-        put(to, item, wanted(s) ? load_piece(batch[s], weight, min(inputs - first, int64_t{kPiece})) : uint4{});
+        const int s = own + k * kSlots;
+        put(to, threadIdx.x + k * kThreads, wanted(s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
       }
     }
   }
@@ -377,48 +391,85 @@ struct Flow {
     return (s * kQuads + q) * 4 + (j ^ turn);
   }
   __device__ const Slot* batch(unsigned b) const { return slot[b % kRing]; }
+};
 
-  // The slots of batch b, some of which may not be there.
-  __device__ void ask_for_slots(unsigned b, const Slot* slots, int64_t begin, int64_t end) {
-    if (threadIdx.x >= kBatch) return;
-    const int64_t at = begin + int64_t{b} * kBatch + threadIdx.x;
-    copy_later(&slot[b % kRing][threadIdx.x], slots + (at < end ? at : 0), at < end);
-  }
-  __device__ void start(const Slot* slots, int64_t begin, int64_t end) {
+// A thread's part in that, for `count` slots and a tile of W whose first weight is (o, i); x begins with column `along`.
+template <class T, bool Transposed>
+struct Source {
+  using Its = Flow<T, Transposed>;
+  static constexpr int kEach = Its::kEach, kChunks = Its::kChunks, kAcross = kThreads / kChunks;
+
+  Its& flow;
+  const Slot* slots;
+  int count;
+  Bits<Transposed, Its::kTensor> bits;
+  const T* x;  // the chunk that a thread brings of some rows
+  int64_t length, left;
+  bool vectors;
+
+  __device__ Source(Its& flow_, const Slot* slots_, int count_, const T* rows, int64_t along, int64_t length_, int64_t o,
+                    int64_t i, int64_t outputs, int64_t inputs)
+      : flow(flow_), slots(slots_), count(count_), bits(o, i, outputs, inputs), length(length_) {
+    static_assert(kThreads % kChunks == 0);
+    const int64_t at = along + threadIdx.x % kChunks * kEach;
+    left = length - at, vectors = length % kEach == 0, x = left > 0 ? rows + at : rows;
 #pragma unroll
-    for (int b = 0; b < kAhead; b++) ask_for_slots(b, slots, begin, end);
+    for (int b = 0; b < Its::kAhead; b++) ask_for_slots(b);
     end_group();
     await_copies<0>();
     __syncthreads();
+#pragma unroll 1
+    for (int b = 0; b < Its::kAhead; b++) ask(b);
   }
-  // Of batch b, whose slots are here, what the tile of W needs whose first weight is (o, i); its x begins with column `along`.
-  __device__ void ask(unsigned b, const Slot* slots, int64_t begin, int64_t end, const T* rows, int64_t along, int64_t length,
-                      int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
-    const int64_t left = end - begin - int64_t{b} * kBatch;
-    if (left > 0) {
-      const Slot* const ours = batch(b);
-      const int stage = b % kStages;
-      Bits<Transposed, kTensor>::load(ours, bits[stage], o, i, outputs, inputs);
-      const bool vectors = length % kEach == 0;
+
+  // The slots of batch b, some of which may not be there.
+  __device__ void ask_for_slots(unsigned b) const {
+    if (threadIdx.x >= kBatch) return;
+    const int at = static_cast<int>(b) * kBatch + threadIdx.x;
+    copy_later(&flow.slot[b % Its::kRing][threadIdx.x], slots + (at < count ? at : 0), at < count);
+  }
+  // What batch b needs, whose slots are here.
+  __device__ void ask(unsigned b) const {
+    const int here = count - static_cast<int>(b) * kBatch;
+    if (here > 0) {
+      const Slot* const batch = flow.batch(b);
+      bits.load(batch, flow.bits[b % Its::kStages]);
+      const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+      uint4* const to = flow.x[b % Its::kStages];
 #pragma unroll
-      for (int k = 0; k < kCopies; k++) {
-        const int item = threadIdx.x + k * kThreads, s = item / kChunks, c = item % kChunks;
-        if (s >= kBatch || s >= left) continue;
-        uint4* const to = &x[stage][place(s, c / 4, c % 4)];
-        const int64_t at = along + c * kEach;
-        const T* const from = rows + ours[s].row * length + at;
-        if (vectors) {
-          copy_later(to, at < length ? from : rows, at < length);
-        } else {
-          Pack<T, kEach> pack;
-#pragma unroll
-          for (int n = 0; n < kEach; n++) pack.v[n] = at + n < length ? from[n] : T{};
-          *reinterpret_cast<Pack<T, kEach>*>(to) = pack;
-        }
+      for (int k = 0; k < Its::kCopies; k++) {
+        const int s = own + k * kAcross;
+        if (s >= min(here, kBatch)) continue;
+        const T* const from = x + batch[s].row * length;
+        if (vectors)
+          copy_later(to + Its::place(s, chunk / 4, chunk % 4), from, left > 0);
+        else
+          copy_elements(to + Its::place(s, chunk / 4, chunk % 4), from);
       }
-      ask_for_slots(b + kAhead, slots, begin, end);
+      ask_for_slots(b + Its::kAhead);
     }
     end_group();
+  }
+  __device__ void copy_elements(uint4* to, const T* from) const {
+#pragma unroll 1
+    for (int n = 0; n < kEach; n++) reinterpret_cast<T*>(to)[n] = n < left ? from[n] : T{};
+  }
+
+  // Waits for the thread's own part of the next batch; a barrier makes it that of all.
+  __device__ static void await() { await_copies<Its::kAhead - 1>(); }
+
+  // Whether any of the floats that the thread has brought of batch b is not finite.
+  __device__ bool any_special(unsigned b) const {
+    const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, here = count - static_cast<int>(b) * kBatch;
+    bool special = false;
+#pragma unroll
+    for (int k = 0; k < Its::kCopies; k++) {
+      const int s = own + k * kAcross;
+      if (s >= min(here, kBatch)) continue;
+      const uint4 four = flow.x[b % Its::kStages][Its::place(s, chunk / 4, chunk % 4)];
+      for (const unsigned word : {four.x, four.y, four.z, four.w}) special |= (word & 0x7f800000u) == 0x7f800000u;
+    }
+    return special;
   }
 };
 
@@ -438,21 +489,6 @@ __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRu
 #pragma unroll
     for (int j = 0; j < kRun; j++) to[j] = j < here ? static_cast<float>(from[j]) : 0.0f;
   }
-}
-
-// Whether any of the floats that a thread has asked for, and that are here, is not finite.
-template <bool Transposed>
-__device__ bool any_special(const Flow<float, Transposed>& flow, unsigned b, int64_t here) {
-  using Flow = Flow<float, Transposed>;
-  bool special = false;
-#pragma unroll
-  for (int k = 0; k < Flow::kCopies; k++) {
-    const int item = threadIdx.x + k * kThreads, s = item / Flow::kChunks, c = item % Flow::kChunks;
-    if (s >= kBatch || s >= here) continue;
-    const uint4 four = flow.x[b % Flow::kStages][Flow::place(s, c / 4, c % 4)];
-    for (const unsigned bits : {four.x, four.y, four.z, four.w}) special |= (bits & 0x7f800000u) == 0x7f800000u;
-  }
-  return special;
 }
 
 // The sums of a thread's 16 weights for each of its 4 outputs. A closed weight that meets a finite x adds nothing and is passed
@@ -493,7 +529,7 @@ struct ProductShared {
 
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads, 2)
-    product_kernel(const float* rows, const float* weight, const Slot* slots, int64_t count, int64_t each, int64_t outputs,
+    product_kernel(const float* rows, const float* weight, const Slot* slots, int count, int each, int64_t outputs,
                    int64_t inputs, float* partial) {
   using Tile = Tile<Transposed>;
   using Flow = Flow<float, Transposed>;
@@ -503,11 +539,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
   const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
-  const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
-  const auto ask = [&](unsigned b) { flow.ask(b, slots, begin, end, rows, along, length, o, i, outputs, inputs); };
-  flow.start(slots, begin, end);
-#pragma unroll
-  for (int b = 0; b < Flow::kAhead; b++) ask(b);
+  const int begin = blockIdx.z * each;
+  const Source<float, Transposed> source(flow, slots + begin, min(count - begin, each), rows, along, length, o, i, outputs,
+                                         inputs);
 
   float w[kOwn][kRun];
 #pragma unroll
@@ -521,24 +555,23 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   // The sums of batch b, while the next is in work.
-  const auto put = [&](unsigned b, int here) {
-    const int64_t first = begin + int64_t{b} * kBatch;
-#pragma unroll 1
-    for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
-      const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
-      if (out + n < width)
-        partial[(blockIdx.y * count + first + s) * width + out + n] = Tile::sum_parts(shared->sums[b & 1][s], n);
+  float* const to = partial + (int64_t{blockIdx.y} * count + begin) * width + out;
+  const auto put = [&](unsigned b) {
+#pragma unroll
+    for (int k = 0; k < kBatch * Tile::kOutputs / kThreads; k++) {
+      const int item = threadIdx.x + k * kThreads, n = item % Tile::kOutputs, s = item / Tile::kOutputs;
+      const int slot = static_cast<int>(b) * kBatch + s;
+      if (slot < source.count && out + n < width) to[slot * width + n] = Tile::sum_parts(shared->sums[b & 1][s], n);
     }
   };
 
   unsigned b = 0;
-  int here = 0;
-  for (int64_t left = end - begin; left > 0; left -= kBatch, b++) {
-    here = static_cast<int>(min(left, int64_t{kBatch}));
-    await_copies<Flow::kAhead - 1>();
-    const bool special = __syncthreads_or(any_special(flow, b, here));
-    ask(b + Flow::kAhead);
-    if (b > 0) put(b - 1, kBatch);
+  for (int left = source.count; left > 0; left -= kBatch, b++) {
+    const int here = min(left, kBatch);
+    source.await();
+    const bool special = __syncthreads_or(source.any_special(b));
+    source.ask(b + Flow::kAhead);
+    if (b > 0) put(b - 1);
     for (int s = 0; s < here; s++) {
       unsigned bits[kOwn];
       float x[kRun], sum[kOwn];
@@ -556,7 +589,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   __syncthreads();
-  put(b - 1, here);
+  put(b - 1);
 }
 
 // float16 and bfloat16 go to the tensor cores, which take the weights of 16 outputs and 8 rows of the batch at a time. Rows of
@@ -649,8 +682,8 @@ struct TensorShared {
 };
 
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int64_t count,
-                                                             int64_t each, int64_t outputs, int64_t inputs, float* partial) {
+__global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int count,
+                                                             int each, int64_t outputs, int64_t inputs, float* partial) {
   using Tile = Tile<Transposed>;
   using Flow = Flow<uint16_t, Transposed>;
   constexpr int kSplit = TensorShared<Transposed>::kSplit, kStrips = Tile::kLength / kStrip;
@@ -661,13 +694,11 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
   const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
-  const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
+  const int begin = blockIdx.z * each;
   const int warp = threadIdx.x / kWarpSize, group = threadIdx.x % kWarpSize / 4, four = threadIdx.x % 4;
   const int split = warp % kSplit, strip = split * 4 + four, output = warp / kSplit * 16 + group;  // and output + 8
-  const auto ask = [&](unsigned b) { flow.ask(b, slots, begin, end, rows, along, length, o, i, outputs, inputs); };
-  flow.start(slots, begin, end);
-#pragma unroll
-  for (int b = 0; b < Flow::kAhead; b++) ask(b);
+  const Source<uint16_t, Transposed> source(flow, slots + begin, min(count - begin, each), rows, along, length, o, i, outputs,
+                                            inputs);
 
   unsigned w[2][2 * kSteps];
 #pragma unroll
@@ -687,26 +718,26 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
   const int word = Bits<Transposed, true>::place(output * (kStrips / 4) + split) * 4 + four;
   static_assert(Transposed || Bits<Transposed, true>::kAcross == kStrips / 4);
   // The sums of batch b, while the next is in work.
-  const auto put = [&](unsigned b, int here) {
-    const int64_t first = begin + int64_t{b} * kBatch;
-#pragma unroll 1
-    for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
-      const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
+  float* const to = partial + (int64_t{blockIdx.y} * count + begin) * width + out;
+  const auto put = [&](unsigned b) {
+#pragma unroll
+    for (int k = 0; k < kBatch * Tile::kOutputs / kThreads; k++) {
+      const int item = threadIdx.x + k * kThreads, n = item % Tile::kOutputs, s = item / Tile::kOutputs;
+      const int slot = static_cast<int>(b) * kBatch + s;
       float sum = 0;
 #pragma unroll
       for (int p = 0; p < kSplit; p++) sum += shared->sums[b & 1][s][p * Tile::kOutputs + n];
-      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = sum;
+      if (slot < source.count && out + n < width) to[slot * width + n] = sum;
     }
   };
 
   unsigned b = 0;
-  int here = 0;
-  for (int64_t left = end - begin; left > 0; left -= kBatch, b++) {
-    here = static_cast<int>(min(left, int64_t{kBatch}));
-    await_copies<Flow::kAhead - 1>();
+  for (int left = source.count; left > 0; left -= kBatch, b++) {
+    const int here = min(left, kBatch);
+    source.await();
     __syncthreads();
-    ask(b + Flow::kAhead);
-    if (b > 0) put(b - 1, kBatch);
+    source.ask(b + Flow::kAhead);
+    if (b > 0) put(b - 1);
 
     unsigned x[2 * kSteps];
     {
@@ -740,7 +771,7 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
     for (int c = 0; c < 4; c++) shared->sums[b & 1][four * 2 + c % 2][split * Tile::kOutputs + output + c / 2 * 8] = total[c];
   }
   __syncthreads();
-  put(b - 1, here);
+  put(b - 1);
 }
 
 // The sums of product_kernel's parts, in order, to the rows where they belong.
@@ -778,13 +809,14 @@ __global__ void __launch_bounds__(kThreads, 2)
   __shared__ Stage stage;
   const Tile tile;
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
+  const Bits<false, false> source(out, along, outputs, inputs);
   float sum[kOwn][kRun] = {};
   stage.next(slots, 0, count, 0);
   __syncthreads();
 
   int half = 0;
   for (int64_t first = 0; first < count; first += kBatch, half ^= 1) {
-    Bits<false, false>::load(stage.slot[half], stage.bits, out, along, outputs, inputs);
+    source.load(stage.slot[half], stage.bits);
     end_group();
     {
       const int s = threadIdx.x / Tile::kLanes, lane = threadIdx.x % Tile::kLanes;
@@ -909,7 +941,7 @@ void product(const Call& call, const Tensor* bias_, const Tensor& out_) {
       // A few tiles are taken by several blocks each, which share the slots.
       const int64_t wanted = ceil_div(place.processors() * 4, std::max<int64_t>(1, across * lengths));
       const int64_t each = ceil_div(batches, std::min(wanted, batches)) * kBatch;
-      void (*kernel)(const T*, const T*, const Slot*, int64_t, int64_t, int64_t, int64_t, float*);
+      void (*kernel)(const T*, const T*, const Slot*, int, int, int64_t, int64_t, float*);
       size_t shared;
       if constexpr (sizeof(T) == 2)
         kernel = tensor_kernel<T, Transposed>, shared = sizeof(TensorShared<Transposed>);
@@ -918,7 +950,8 @@ void product(const Call& call, const Tensor* bias_, const Tensor& out_) {
       place.launch(
           kernel,
           dim3(static_cast<unsigned>(across), static_cast<unsigned>(lengths), static_cast<unsigned>(ceil_div(count, each))),
-          kThreads, shared, rows, weight, call.slots() + first, count, each, call.outputs, call.inputs, partial);
+          kThreads, shared, rows, weight, call.slots() + first, static_cast<int>(count), static_cast<int>(each), call.outputs,
+          call.inputs, partial);
       place.launch(finish_kernel<T>, dim3(blocks_for(width).x, static_cast<unsigned>(count)), kThreads, 0,
                    static_cast<const float*>(partial), lengths, call.slots() + first, bias, width, out);
     }
