@@ -11,9 +11,10 @@ namespace {
 // A row of the batch; the kernels take them sorted by task, so that the rows of a task find its bits in the caches.
 struct alignas(16) Slot {
   const uint8_t* bits;  // its task's, as TaskLines; null for an id that is no task
-  int32_t step, row;
+  uint32_t step;
+  int32_t row;
 
-  __device__ const uint8_t* line(int64_t weight) const { return bits + (weight >> 9) * step; }
+  __device__ const uint8_t* line(int64_t weight) const { return bits + (weight >> 9) * int64_t{step}; }
   __device__ bool is_open(int64_t weight) const { return bits != nullptr && line(weight)[weight >> 3 & 63] >> (weight & 7) & 1; }
 };
 struct Keyed {
@@ -32,7 +33,7 @@ template <class Table>
 __device__ Slot slot_of(const Table& bank, int key, int row) {
   if (key == bank.tasks) return {nullptr, 0, row};
   const TaskLines lines = bank.task(key);
-  return {lines.first, static_cast<int32_t>(lines.step), row};
+  return {lines.first, static_cast<uint32_t>(lines.step), row};
 }
 
 template <class Table>
@@ -304,7 +305,7 @@ struct Bits {
 
   // Of the tile of W (outputs x inputs) whose first weight is (o, i), the piece that a thread brings of some slots.
   int64_t weight, left;  // its first, and from there to the end of its row
-  int line, byte;
+  unsigned line, byte;
   bool inside, whole;
 
   __device__ Bits(int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
@@ -312,7 +313,7 @@ struct Bits {
     const int in_slot = threadIdx.x % kEach;
     const int64_t row = o + in_slot / kAcross, first = i + in_slot % kAcross * kPiece;
     weight = row * inputs + first, left = inputs - first;
-    line = static_cast<int>(weight >> 9), byte = static_cast<int>(weight >> 3 & 63);
+    line = static_cast<unsigned>(weight >> 9), byte = static_cast<unsigned>(weight >> 3 & 63);
     inside = row < outputs && first < inputs, whole = inputs % kPiece == 0;
   }
 
@@ -320,13 +321,16 @@ struct Bits {
   // zero.
   __device__ void load(const Slot* batch, uint4* to) const {
     const auto wanted = [&](int s) {
-      const uint8_t* const before = Tensor && s > 0 ? batch[s - 1].bits : nullptr;
-      return inside && batch[s].bits != before && batch[s].bits != nullptr;
+      const bool first = !Tensor || s == 0 || batch[s].bits != batch[s - 1].bits;
+      return first & (batch[s].bits != nullptr);
     };
-    const auto from = [&](int s) { return reinterpret_cast<const uint4*>(batch[s].bits + int64_t{line} * batch[s].step + byte); };
+    const auto from = [&](int s) {
+      return reinterpret_cast<const uint4*>(batch[s].bits + uint64_t{line} * batch[s].step + byte);
+    };
     constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
     const int own = threadIdx.x / kEach;
     if (!Transposed && whole) {
+      if (!inside) return;
       uint4* const mine = to + place(threadIdx.x);
       static_assert(Transposed || kThreads % (8 * kAcross) == 0);
 #pragma unroll
@@ -337,14 +341,15 @@ struct Bits {
     } else if (whole) {  // all loads in flight at a time
       uint4 piece[kPieces];
 #pragma unroll
-      for (int k = 0; k < kPieces; k++) piece[k] = wanted(own + k * kSlots) ? *from(own + k * kSlots) : uint4{};
+      for (int k = 0; k < kPieces; k++) piece[k] = inside && wanted(own + k * kSlots) ? *from(own + k * kSlots) : uint4{};
 #pragma unroll
       for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, piece[k]);
     } else {
 #pragma unroll 1
       for (int k = 0; k < kPieces; k++) {
         const int s = own + k * kSlots;
-        put(to, threadIdx.x + k * kThreads, wanted(s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
+        put(to, threadIdx.x + k * kThreads,
+            inside && wanted(s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
       }
     }
   }
@@ -430,21 +435,23 @@ struct Source {
   }
   // What batch b needs, whose slots are here.
   __device__ void ask(unsigned b) const {
-    const int here = count - static_cast<int>(b) * kBatch;
-    if (here > 0) {
+    if (static_cast<int>(b) * kBatch < count) {
       const Slot* const batch = flow.batch(b);
       bits.load(batch, flow.bits[b % Its::kStages]);
       const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
       uint4* const to = flow.x[b % Its::kStages];
+      if (own < kBatch) {
+        const auto each = [&](const auto& copy) {
 #pragma unroll
-      for (int k = 0; k < Its::kCopies; k++) {
-        const int s = own + k * kAcross;
-        if (s >= min(here, kBatch)) continue;
-        const T* const from = x + batch[s].row * length;
+          for (int k = 0; k < Its::kCopies; k++) {
+            const int s = own + k * kAcross;
+            copy(to + Its::place(s, chunk / 4, chunk % 4), x + batch[s].row * length);
+          }
+        };
         if (vectors)
-          copy_later(to + Its::place(s, chunk / 4, chunk % 4), from, left > 0);
+          each([&](uint4* at, const T* from) { copy_later(at, from, left > 0); });
         else
-          copy_elements(to + Its::place(s, chunk / 4, chunk % 4), from);
+          each([&](uint4* at, const T* from) { copy_elements(at, from); });
       }
       ask_for_slots(b + Its::kAhead);
     }
@@ -460,12 +467,12 @@ struct Source {
 
   // Whether any of the floats that the thread has brought of batch b is not finite.
   __device__ bool any_special(unsigned b) const {
-    const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks, here = count - static_cast<int>(b) * kBatch;
+    const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
     bool special = false;
+    if (own >= kBatch) return false;
 #pragma unroll
     for (int k = 0; k < Its::kCopies; k++) {
       const int s = own + k * kAcross;
-      if (s >= min(here, kBatch)) continue;
       const uint4 four = flow.x[b % Its::kStages][Its::place(s, chunk / 4, chunk % 4)];
       for (const unsigned word : {four.x, four.y, four.z, four.w}) special |= (word & 0x7f800000u) == 0x7f800000u;
     }
@@ -555,14 +562,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   }
   // The sums of batch b, while the next is in work.
-  float* const to = partial + (int64_t{blockIdx.y} * count + begin) * width + out;
+  const int own_slot = threadIdx.x / Tile::kOutputs, own_output = threadIdx.x % Tile::kOutputs;
+  float* to = partial + (int64_t{blockIdx.y} * count + begin + own_slot) * width + out + own_output;
+  const bool there = out + own_output < width;
   const auto put = [&](unsigned b) {
 #pragma unroll
-    for (int k = 0; k < kBatch * Tile::kOutputs / kThreads; k++) {
-      const int item = threadIdx.x + k * kThreads, n = item % Tile::kOutputs, s = item / Tile::kOutputs;
-      const int slot = static_cast<int>(b) * kBatch + s;
-      if (slot < source.count && out + n < width) to[slot * width + n] = Tile::sum_parts(shared->sums[b & 1][s], n);
-    }
+    for (int k = 0; k < kBatch; k += kThreads / Tile::kOutputs, to += kThreads / Tile::kOutputs * width)
+      if (there && static_cast<int>(b) * kBatch + k + own_slot < source.count)
+        *to = Tile::sum_parts(shared->sums[b & 1][k + own_slot], own_output);
   };
 
   unsigned b = 0;
@@ -718,16 +725,16 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
   const int word = Bits<Transposed, true>::place(output * (kStrips / 4) + split) * 4 + four;
   static_assert(Transposed || Bits<Transposed, true>::kAcross == kStrips / 4);
   // The sums of batch b, while the next is in work.
-  float* const to = partial + (int64_t{blockIdx.y} * count + begin) * width + out;
+  const int own_slot = threadIdx.x / Tile::kOutputs, own_output = threadIdx.x % Tile::kOutputs;
+  float* to = partial + (int64_t{blockIdx.y} * count + begin + own_slot) * width + out + own_output;
+  const bool there = out + own_output < width;
   const auto put = [&](unsigned b) {
 #pragma unroll
-    for (int k = 0; k < kBatch * Tile::kOutputs / kThreads; k++) {
-      const int item = threadIdx.x + k * kThreads, n = item % Tile::kOutputs, s = item / Tile::kOutputs;
-      const int slot = static_cast<int>(b) * kBatch + s;
+    for (int k = 0; k < kBatch; k += kThreads / Tile::kOutputs, to += kThreads / Tile::kOutputs * width) {
       float sum = 0;
 #pragma unroll
-      for (int p = 0; p < kSplit; p++) sum += shared->sums[b & 1][s][p * Tile::kOutputs + n];
-      if (slot < source.count && out + n < width) to[slot * width + n] = sum;
+      for (int p = 0; p < kSplit; p++) sum += shared->sums[b & 1][k + own_slot][p * Tile::kOutputs + own_output];
+      if (there && static_cast<int>(b) * kBatch + k + own_slot < source.count) *to = sum;
     }
   };
 
