@@ -757,14 +757,21 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
     const int slot = threadIdx.x % kBatch;  // a bit for each slot that begins a task
     unsigned runs = __ballot_sync(kAllLanes, slot < here && !again(flow.batch(b), slot)) & ((1u << kBatch) - 1);
     float total[4] = {};
+    const auto first = [&] { return (__ffs(static_cast<int>(runs)) - 1) & (kBatch - 1); };  // any where there is none
+    const auto load = [&](int s) {
+      const auto* const from = words + s * (Tile::kOutputs * kStrips);
+      return make_uint2(from[0], from[8 * kStrips]);
+    };
+    int s = first();
+    uint2 open = load(s);
     while (runs) {
-      const int s = __ffs(static_cast<int>(runs)) - 1;
       runs &= runs - 1;
-      const unsigned open[2] = {words[s * (Tile::kOutputs * kStrips)], words[(s * Tile::kOutputs + 8) * kStrips]};
+      const int next = first();
+      const uint2 later = load(next);
       float sum[4] = {};
 #pragma unroll
       for (int step = 0; step < kSteps; step++) {
-        const unsigned upper = open[0] << (7 - step), lower = open[1] << (7 - step);
+        const unsigned upper = open.x << (7 - step), lower = open.y << (7 - step);
         const unsigned masked[4] = {w[0][2 * step] & spread_highest<false>(upper), w[1][2 * step] & spread_highest<false>(lower),
                                     w[0][2 * step + 1] & spread_highest<true>(upper),
                                     w[1][2 * step + 1] & spread_highest<true>(lower)};
@@ -773,6 +780,7 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
       // Of slots before s it has come too late, and those of the next runs will be written over.
       if (four * 2 >= s) total[0] = sum[0], total[2] = sum[2];
       if (four * 2 + 1 >= s) total[1] = sum[1], total[3] = sum[3];
+      s = next, open = later;
     }
 #pragma unroll
     for (int c = 0; c < 4; c++) shared->sums[b & 1][four * 2 + c % 2][split * Tile::kOutputs + output + c / 2 * 8] = total[c];
