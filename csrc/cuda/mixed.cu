@@ -317,9 +317,9 @@ struct Bits {
     inside = row < outputs && first < inputs, whole = inputs % kPiece == 0;
   }
 
-  // Asks for those of a batch. What no weight has is left alone where whole pieces are copied: what is not there is a weight of
-  // zero.
-  __device__ void load(const Slot* batch, uint4* to) const {
+  // Asks for those of a batch. Where whole pieces are copied, Transposed to `raw`, what no weight has is left alone: what is not
+  // there is a weight of zero.
+  __device__ void load(const Slot* batch, uint4* to, uint4* raw) const {
     const auto wanted = [&](int s) {
       const bool first = !Tensor || s == 0 || batch[s].bits != batch[s - 1].bits;
       return first & (batch[s].bits != nullptr);
@@ -329,21 +329,15 @@ struct Bits {
     };
     constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
     const int own = threadIdx.x / kEach;
-    if (!Transposed && whole) {
+    if (whole) {
       if (!inside) return;
-      uint4* const mine = to + place(threadIdx.x);
+      uint4* const mine = Transposed ? raw + threadIdx.x : to + place(threadIdx.x);
       static_assert(Transposed || kThreads % (8 * kAcross) == 0);
 #pragma unroll
       for (int k = 0; k < kPieces; k++) {
         const int s = own + k * kSlots;
         if (wanted(s)) copy_later(mine + k * kThreads, from(s));
       }
-    } else if (whole) {  // all loads in flight at a time
-      uint4 piece[kPieces];
-#pragma unroll
-      for (int k = 0; k < kPieces; k++) piece[k] = inside && wanted(own + k * kSlots) ? *from(own + k * kSlots) : uint4{};
-#pragma unroll
-      for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, piece[k]);
     } else {
 #pragma unroll 1
       for (int k = 0; k < kPieces; k++) {
@@ -351,6 +345,14 @@ struct Bits {
         put(to, threadIdx.x + k * kThreads,
             inside && wanted(s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
       }
+    }
+  }
+  // Brings what the thread has copied to where it is read.
+  __device__ void settle(uint4* to, const uint4* raw) const {
+    if constexpr (Transposed) {
+      if (!whole) return;
+#pragma unroll 1
+      for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, raw[threadIdx.x + k * kThreads]);
     }
   }
 
@@ -381,12 +383,13 @@ __device__ void own_bits(const uint4* bits, int s, const Tile<Transposed>& tile,
 template <class T, bool Transposed>
 struct Flow {
   static constexpr bool kTensor = sizeof(T) == 2;
-  static constexpr int kAhead = kTensor ? 2 : 1, kStages = kAhead + 1, kRing = 2 * kAhead + 1;  // batches
-  static constexpr int kEach = 16 / sizeof(T), kChunks = Tile<Transposed>::kLength / kEach;     // of a row of x
-  static constexpr int kQuads = kChunks / 4;                                                    // what a thread has of it
-  static constexpr int kCopies = (kBatch * kChunks + kThreads - 1) / kThreads;                  // of a thread, for a batch
+  static constexpr int kAhead = kTensor && !Transposed ? 2 : 1, kStages = kAhead + 1, kRing = 2 * kAhead + 1;  // batches
+  static constexpr int kEach = 16 / sizeof(T), kChunks = Tile<Transposed>::kLength / kEach;                    // of a row of x
+  static constexpr int kQuads = kChunks / 4;                                    // what a thread has of it
+  static constexpr int kCopies = (kBatch * kChunks + kThreads - 1) / kThreads;  // of a thread, for a batch
 
   uint4 bits[kStages][kPieces * kThreads];
+  uint4 raw[kStages][Transposed ? kPieces * kThreads : 1];  // as they come
   uint4 x[kStages][kBatch * kChunks];
   Slot slot[kRing][kBatch];
 
@@ -437,7 +440,7 @@ struct Source {
   __device__ void ask(unsigned b) const {
     if (static_cast<int>(b) * kBatch < count) {
       const Slot* const batch = flow.batch(b);
-      bits.load(batch, flow.bits[b % Its::kStages]);
+      bits.load(batch, flow.bits[b % Its::kStages], flow.raw[b % Its::kStages]);
       const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
       uint4* const to = flow.x[b % Its::kStages];
       if (own < kBatch) {
@@ -462,8 +465,11 @@ struct Source {
     for (int n = 0; n < kEach; n++) reinterpret_cast<T*>(to)[n] = n < left ? from[n] : T{};
   }
 
-  // Waits for the thread's own part of the next batch; a barrier makes it that of all.
-  __device__ static void await() { await_copies<Its::kAhead - 1>(); }
+  // Waits for the thread's own part of batch b, the next; a barrier makes it that of all.
+  __device__ void await(unsigned b) const {
+    await_copies<Its::kAhead - 1>();
+    bits.settle(flow.bits[b % Its::kStages], flow.raw[b % Its::kStages]);
+  }
 
   // Whether any of the floats that the thread has brought of batch b is not finite.
   __device__ bool any_special(unsigned b) const {
@@ -575,7 +581,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   unsigned b = 0;
   for (int left = source.count; left > 0; left -= kBatch, b++) {
     const int here = min(left, kBatch);
-    source.await();
+    source.await(b);
     const bool special = __syncthreads_or(source.any_special(b));
     source.ask(b + Flow::kAhead);
     if (b > 0) put(b - 1);
@@ -741,7 +747,7 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
   unsigned b = 0;
   for (int left = source.count; left > 0; left -= kBatch, b++) {
     const int here = min(left, kBatch);
-    source.await();
+    source.await(b);
     __syncthreads();
     source.ask(b + Flow::kAhead);
     if (b > 0) put(b - 1);
@@ -831,7 +837,7 @@ __global__ void __launch_bounds__(kThreads, 2)
 
   int half = 0;
   for (int64_t first = 0; first < count; first += kBatch, half ^= 1) {
-    source.load(stage.slot[half], stage.bits);
+    source.load(stage.slot[half], stage.bits, nullptr);
     end_group();
     {
       const int s = threadIdx.x / Tile::kLanes, lane = threadIdx.x % Tile::kLanes;
