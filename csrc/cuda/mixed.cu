@@ -200,10 +200,9 @@ __global__ void __launch_bounds__(kThreads) plain_grad_weight_kernel(const T* gr
 // A block holds 16,384 weights in its registers, as floats, and lets the rows of the batch pass by: weights are read once for all
 // rows, and bits once for every row. A thread has 16 weights that are multiplied and added, for each of 4 outputs.
 //
-// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate; 28
-// instructions, 8 of them R2P, to make predicates of its 64 bits; 8 loads of x and bits from shared memory and some 35
-// instructions to add up and to loop: 2.1 a weight. An H100 issues 29 T a second: 76 us. The bytes of 64 tasks (134 MB) and of W
-// take 50 us, in parallel.
+// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate, 28
+// instructions, of them 16 R2P, to make predicates of its 64 bits, and some 110 to load, to add up and to loop: 3.1 a weight. An
+// H100 issues 33 T a second: 100 us. The bytes of 64 tasks (134 MB) and of W take 50 us, in parallel.
 
 constexpr int kBatch = 8;                               // slots between two barriers
 constexpr int kRun = 16;                                // weights in a row that a thread has for each of its outputs
@@ -293,6 +292,13 @@ __device__ void await_copies() {
 #endif
 }
 
+__device__ void prefetch_line(const void* at) {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
+#endif
+  (void)at;
+}
+
 // Where the bits of a tile lie for a batch of slots: [slot][output][lane], 16 each. Tensor cores take them in words, 8 outputs at
 // a time, which this keeps off each other's banks; and the slots of a task share the bits of the first.
 template <bool Transposed, bool Tensor>
@@ -320,14 +326,6 @@ struct Bits {
   // Asks for those of a batch. Where whole pieces are copied, Transposed to `raw`, what no weight has is left alone: what is not
   // there is a weight of zero.
   __device__ void load(const Slot* batch, uint4* to, uint4* raw) const {
-    const auto wanted = [&](int s) {
-      const bool first = !Tensor || s == 0 || batch[s].bits != batch[s - 1].bits;
-      return first & (batch[s].bits != nullptr);
-    };
-    const auto from = [&](int s) {
-      return reinterpret_cast<const uint4*>(batch[s].bits + uint64_t{line} * batch[s].step + byte);
-    };
-    constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
     const int own = threadIdx.x / kEach;
     if (whole) {
       if (!inside) return;
@@ -336,14 +334,14 @@ struct Bits {
 #pragma unroll
       for (int k = 0; k < kPieces; k++) {
         const int s = own + k * kSlots;
-        if (wanted(s)) copy_later(mine + k * kThreads, from(s));
+        if (wanted(batch, s)) copy_later(mine + k * kThreads, from(batch[s]));
       }
     } else {
 #pragma unroll 1
       for (int k = 0; k < kPieces; k++) {
         const int s = own + k * kSlots;
         put(to, threadIdx.x + k * kThreads,
-            inside && wanted(s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
+            inside && wanted(batch, s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
       }
     }
   }
@@ -355,8 +353,26 @@ struct Bits {
       for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, raw[threadIdx.x + k * kThreads]);
     }
   }
+  // Brings the pieces of a batch near that load() will ask for.
+  __device__ void prefetch(const Slot* batch) const {
+    if (!inside || threadIdx.x % kAcross > 0) return;
+#pragma unroll
+    for (int k = 0; k < kPieces; k++) {
+      const int s = threadIdx.x / kEach + k * kSlots;
+      if (wanted(batch, s)) prefetch_line(from(batch[s]));
+    }
+  }
 
  private:
+  static constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
+
+  static __device__ bool wanted(const Slot* batch, int s) {
+    const bool first = !Tensor || s == 0 || batch[s].bits != batch[s - 1].bits;
+    return first & (batch[s].bits != nullptr);
+  }
+  __device__ const uint4* from(const Slot& slot) const {
+    return reinterpret_cast<const uint4*>(slot.bits + uint64_t{line} * slot.step + byte);
+  }
   static __device__ void put(uint4* bits, int item, const uint4& piece) {
     if constexpr (!Transposed) {
       bits[place(item)] = piece;
@@ -608,8 +624,8 @@ __global__ void __launch_bounds__(kThreads, 2)
 // float16 and bfloat16 go to the tensor cores, which take the weights of 16 outputs and 8 rows of the batch at a time. Rows of
 // one task that are neighbours among the 8 slots of a batch share the masked weights; a row alone costs as much as 8 of its task.
 // A thread then has 32 pairs of weights to mask, each with a PRMT, which makes two bytes of ones or zeros of a bit twice, and a
-// LOP3, and 16 shifts: 1.4 instructions a weight with what is around them, 2/3 of them on the half-rate integer pipe: 80 us for
-// 64 rows of 64 tasks.
+// LOP3 on the half-rate integer pipe, and 16 shifts on another: with what is around them that pipe takes 95 us for 64 rows of 64
+// tasks.
 
 constexpr int kStrip = 32;  // weights of an output that a thread has; a warp has 4 strips
 constexpr int kSteps = 8;   // multiplications of 16 x 16 with 16 x 8 that those of a warp make
@@ -858,6 +874,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     stage.next(slots, first + kBatch, count, half ^ 1);
     await_copies<0>();
     __syncthreads();
+    source.prefetch(stage.slot[half ^ 1]);
     const int here = static_cast<int>(min(count - first, int64_t{kBatch}));
     for (int s = 0; s < here; s++) {
       const float4 four = stage.grads[s][tile.warp];
