@@ -9,14 +9,13 @@ namespace {
 // ------------------------------------------------------------------------------------------------------------------- grouping
 
 // A row of the batch; the kernels take them sorted by task, so that the rows of a task find its bits in the caches.
-struct Slot {
+struct alignas(16) Slot {
   const uint8_t* bits;  // its task's, as TaskLines; null for an id that is no task
-  int64_t step;
+  uint32_t step;
   int32_t row;
 
-  __device__ bool is_open(int64_t weight) const {
-    return bits != nullptr && bits[(weight >> 9) * step + (weight >> 3 & 63)] >> (weight & 7) & 1;
-  }
+  __device__ const uint8_t* line(int64_t weight) const { return bits + (weight >> 9) * int64_t{step}; }
+  __device__ bool is_open(int64_t weight) const { return bits != nullptr && line(weight)[weight >> 3 & 63] >> (weight & 7) & 1; }
 };
 struct Keyed {
   int32_t key, row;
@@ -34,7 +33,7 @@ template <class Table>
 __device__ Slot slot_of(const Table& bank, int key, int row) {
   if (key == bank.tasks) return {nullptr, 0, row};
   const TaskLines lines = bank.task(key);
-  return {lines.first, lines.step, row};
+  return {lines.first, static_cast<uint32_t>(lines.step), row};
 }
 
 template <class Table>
@@ -201,16 +200,15 @@ __global__ void __launch_bounds__(kThreads) plain_grad_weight_kernel(const T* gr
 // A block holds 16,384 weights in its registers, as floats, and lets the rows of the batch pass by: weights are read once for all
 // rows, and bits once for every row. A thread has 16 weights that are multiplied and added, for each of 4 outputs.
 //
-// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate; 28
-// instructions, 8 of them R2P, to make predicates of its 64 bits; 8 loads of x and bits from shared memory and some 35
-// instructions to add up and to loop: 2.1 a weight. An H100 issues 29 T a second: 76 us. The bytes of 64 tasks (134 MB) and of W
-// take 50 us, in parallel.
+// For 4096 x 4096 weights and 64 rows, 2^30 weights and rows meet. A row costs a thread 64 FFMA, each under a predicate, 28
+// instructions, of them 16 R2P, to make predicates of its 64 bits, and some 110 to load, to add up and to loop: 3.1 a weight. An
+// H100 issues 33 T a second: 100 us. The bytes of 64 tasks (134 MB) and of W take 50 us, in parallel.
 
-constexpr int kBatch = 8;    // slots between two barriers
-constexpr int kRun = 16;     // weights in a row that a thread has for each of its outputs
-constexpr int kOwn = 4;      // outputs of a thread
-constexpr int kPiece = 128;  // weights whose bits are loaded at once
-constexpr int kPieces = kThreads * kRun * kOwn * kBatch / kPiece / kThreads;  // of a batch, for each thread
+constexpr int kBatch = 8;                               // slots between two barriers
+constexpr int kRun = 16;                                // weights in a row that a thread has for each of its outputs
+constexpr int kOwn = 4;                                 // outputs of a thread
+constexpr int kPiece = 128;                             // weights whose bits are loaded at once
+constexpr int kPieces = kRun * kOwn * kBatch / kPiece;  // of a batch, for each thread
 
 // What a block has of the weights: outputs x a length that is summed over, which is along the rows of W for y and along its
 // columns for dx. The tile is wide enough there for pieces of bits to be of use.
@@ -236,40 +234,8 @@ struct Tile {
   }
 };
 
-// Of the slots in work; x as floats (Vectors 4) or in 16 bits (2).
-template <bool Transposed, int Vectors = 4>
-struct Stage {
-  static constexpr int kLanes = Tile<Transposed>::kLanes;
-  uint4 bits[kBatch * kPieces * kThreads / kBatch];  // [slot][output][lane], 16 bits each
-  float4 x[kBatch][Vectors][kLanes];                 // 16 for each lane
-  Slot slot[2][kBatch];                              // these and the next
-  int special[2][kBatch];                            // whether any x is not finite
-
-  __device__ void load(int s, const Tile<Transposed>& tile, unsigned (&own)[kOwn], float (&values)[kRun]) const {
-#pragma unroll
-    for (int r = 0; r < kOwn; r++)
-      own[r] = reinterpret_cast<const uint16_t*>(bits)[(s * Tile<Transposed>::kOutputs + tile.output(r)) * kLanes + tile.lane];
-#pragma unroll
-    for (int j = 0; j < kRun / 4; j++) {
-      const float4 four = x[s][j][tile.lane];
-      values[4 * j] = four.x, values[4 * j + 1] = four.y, values[4 * j + 2] = four.z, values[4 * j + 3] = four.w;
-    }
-  }
-  // Whether a slot shares the masked weights of the one before it, which only 16 bits of x do.
-  __device__ bool again(int half, int i) const { return Vectors == 2 && i > 0 && slot[half][i].bits == slot[half][i - 1].bits; }
-  // A bit for each of the first n slots that does not.
-  __device__ unsigned runs(int half, int n) const {
-    const int i = threadIdx.x % kBatch;
-    return __ballot_sync(kAllLanes, i < n && !again(half, i)) & ((1u << kBatch) - 1);
-  }
-  // The slots [first, end) of the next batch, some of which may not be there.
-  __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
-    const int i = threadIdx.x;
-    if (i >= kBatch) return;
-    slot[half][i] = first + i < end ? slots[first + i] : Slot{nullptr, 0, 0};
-    special[half][i] = 0;
-  }
-};
+// Whether slot i of a batch has the task of the one before it.
+__device__ bool again(const Slot* batch, int i) { return i > 0 && batch[i].bits == batch[i - 1].bits; }
 
 // The lowest n bits of four words.
 __device__ uint4 lowest(uint4 v, int64_t n) {
@@ -281,7 +247,7 @@ __device__ uint4 lowest(uint4 v, int64_t n) {
 __device__ uint4 load_piece(const Slot& slot, int64_t first, int64_t n) {
   const int64_t word = first >> 5, last = (first + n - 1) >> 5;
   const auto load = [&](int64_t i) {
-    return i <= last ? *reinterpret_cast<const unsigned*>(slot.bits + (i >> 4) * slot.step + (i & 15) * 4) : 0u;
+    return i <= last ? *reinterpret_cast<const unsigned*>(slot.line(i << 5) + (i & 15) * 4) : 0u;
   };
   const unsigned a = load(word), b = load(word + 1), c = load(word + 2), d = load(word + 3), e = load(word + 4);
   const unsigned shift = first & 31;
@@ -302,63 +268,239 @@ __device__ unsigned transpose_bits(unsigned x) {
   return x;
 }
 
-// Bits of the tile of W (outputs x inputs) whose first weight is (o, i).
-template <bool Transposed, int Vectors>
-__device__ void stage_bits(Stage<Transposed, Vectors>& stage, int half, int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
-  constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
-  constexpr int kAcross = kPieces * kThreads / kBatch / kRows;  // pieces of a row of W
-  const auto load = [&](int item, auto whole) {
-    const int at = item / (kRows * kAcross);
-    const Slot slot = stage.slot[half][at];
-    const int64_t row = o + item / kAcross % kRows, first = i + item % kAcross * kPiece, weight = row * inputs + first;
-    if (slot.bits == nullptr || row >= outputs || first >= inputs || stage.again(half, at)) return uint4{};
-    if constexpr (decltype(whole)::value)
-      return *reinterpret_cast<const uint4*>(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
-    else
-      return load_piece(slot, weight, min(inputs - first, int64_t{kPiece}));
-  };
-  const auto put = [&](int item, const uint4& piece) {
-    if constexpr (!Transposed) {
-      stage.bits[item] = piece;
-    } else {
-      const unsigned words[] = {piece.x, piece.y, piece.z, piece.w};
-      auto* to = reinterpret_cast<unsigned*>(stage.bits) + item / kRows * kRows * 4 + item % kRows / kWarpSize;
-#pragma unroll
-      for (int c = 0; c < 4; c++) to[(c * kWarpSize + threadIdx.x % kWarpSize) * 4] = transpose_bits(words[c]);
-    }
-  };
-  if (inputs % kPiece == 0) {  // all loads in flight at a time
-    uint4 piece[kPieces];
-#pragma unroll
-    for (int k = 0; k < kPieces; k++) piece[k] = load(threadIdx.x + k * kThreads, std::true_type{});
-#pragma unroll
-    for (int k = 0; k < kPieces; k++) put(threadIdx.x + k * kThreads, piece[k]);
-  } else {
-#pragma unroll 1
-    for (int k = 0; k < kPieces; k++) put(threadIdx.x + k * kThreads, load(threadIdx.x + k * kThreads, std::false_type{}));
-  }
+// Copies 16 bytes to shared memory while the thread goes on; zeros where they are not there.
+__device__ void copy_later(void* to, const void* from, bool there = true) {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<unsigned>(__cvta_generic_to_shared(to))),
+               "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *static_cast<uint4*>(to) = there ? *static_cast<const uint4*>(from) : uint4{};
+#endif
+}
+// Ends a group of the thread's copies.
+__device__ void end_group() {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+// Waits for the thread's copies but those of the latest `Groups` groups.
+template <int Groups>
+__device__ void await_copies() {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm volatile("cp.async.wait_group %0;" ::"n"(Groups) : "memory");
+#endif
 }
 
-__device__ void prefetch(const void* at) {
+__device__ void prefetch_line(const void* at) {
 #ifndef SUBNET_KERNELS_EMULATED
   asm volatile("prefetch.global.L2 [%0];" ::"l"(at));
 #endif
   (void)at;
 }
 
-// Brings the bits that stage_bits will load near, while the slots before them are in work.
-template <bool Transposed, int Vectors>
-__device__ void ask_for_bits(const Stage<Transposed, Vectors>& stage, int half, int64_t o, int64_t i, int64_t outputs,
-                             int64_t inputs) {
-  constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
-#pragma unroll 1
-  for (int item = threadIdx.x; item < kBatch * kRows; item += kThreads) {
-    const Slot slot = stage.slot[half][item / kRows];
-    const int64_t row = o + item % kRows, weight = row * inputs + i;
-    if (slot.bits != nullptr && row < outputs && !stage.again(half, item / kRows))
-      prefetch(slot.bits + (weight >> 9) * slot.step + (weight >> 3 & 63));
+// Where the bits of a tile lie for a batch of slots: [slot][output][lane], 16 each. Tensor cores take them in words, 8 outputs at
+// a time, which this keeps off each other's banks; and the slots of a task share the bits of the first.
+template <bool Transposed, bool Tensor>
+struct Bits {
+  static constexpr int kRows = Transposed ? Tile<true>::kLength : Tile<false>::kOutputs;
+  static constexpr int kAcross = kPieces * kThreads / kBatch / kRows;  // pieces of a row of W
+  static constexpr int kEach = kRows * kAcross;                        // and of a slot
+
+  static __device__ int place(int item) { return Tensor && !Transposed ? item ^ (item / kAcross >> 1 & 3) : item; }
+
+  // Of the tile of W (outputs x inputs) whose first weight is (o, i), the piece that a thread brings of some slots.
+  int64_t weight, left;  // its first, and from there to the end of its row
+  unsigned line, byte;
+  bool inside, whole;
+
+  __device__ Bits(int64_t o, int64_t i, int64_t outputs, int64_t inputs) {
+    static_assert(kThreads % kEach == 0);
+    const int in_slot = threadIdx.x % kEach;
+    const int64_t row = o + in_slot / kAcross, first = i + in_slot % kAcross * kPiece;
+    weight = row * inputs + first, left = inputs - first;
+    line = static_cast<unsigned>(weight >> 9), byte = static_cast<unsigned>(weight >> 3 & 63);
+    inside = row < outputs && first < inputs, whole = inputs % kPiece == 0;
   }
+
+  // Asks for those of a batch. Where whole pieces are copied, Transposed to `raw`, what no weight has is left alone: what is not
+  // there is a weight of zero.
+  __device__ void load(const Slot* batch, uint4* to, uint4* raw) const {
+    const int own = threadIdx.x / kEach;
+    if (whole) {
+      if (!inside) return;
+      uint4* const mine = Transposed ? raw + threadIdx.x : to + place(threadIdx.x);
+      static_assert(Transposed || kThreads % (8 * kAcross) == 0);
+#pragma unroll
+      for (int k = 0; k < kPieces; k++) {
+        const int s = own + k * kSlots;
+        if (wanted(batch, s)) copy_later(mine + k * kThreads, from(batch[s]));
+      }
+    } else {
+#pragma unroll 1
+      for (int k = 0; k < kPieces; k++) {
+        const int s = own + k * kSlots;
+        put(to, threadIdx.x + k * kThreads,
+            inside && wanted(batch, s) ? load_piece(batch[s], weight, min(left, int64_t{kPiece})) : uint4{});
+      }
+    }
+  }
+  // Brings what the thread has copied to where it is read.
+  __device__ void settle(uint4* to, const uint4* raw) const {
+    if constexpr (Transposed) {
+      if (!whole) return;
+#pragma unroll 1
+      for (int k = 0; k < kPieces; k++) put(to, threadIdx.x + k * kThreads, raw[threadIdx.x + k * kThreads]);
+    }
+  }
+  // Brings the pieces of a batch near that load() will ask for.
+  __device__ void prefetch(const Slot* batch) const {
+    if (!inside || threadIdx.x % kAcross > 0) return;
+#pragma unroll
+    for (int k = 0; k < kPieces; k++) {
+      const int s = threadIdx.x / kEach + k * kSlots;
+      if (wanted(batch, s)) prefetch_line(from(batch[s]));
+    }
+  }
+
+ private:
+  static constexpr int kSlots = kThreads / kEach;  // apart are the pieces of a thread
+
+  static __device__ bool wanted(const Slot* batch, int s) {
+    const bool first = !Tensor || s == 0 || batch[s].bits != batch[s - 1].bits;
+    return first & (batch[s].bits != nullptr);
+  }
+  __device__ const uint4* from(const Slot& slot) const {
+    return reinterpret_cast<const uint4*>(slot.bits + uint64_t{line} * slot.step + byte);
+  }
+  static __device__ void put(uint4* bits, int item, const uint4& piece) {
+    if constexpr (!Transposed) {
+      bits[place(item)] = piece;
+    } else {
+      const unsigned words[] = {piece.x, piece.y, piece.z, piece.w};
+      auto* to = reinterpret_cast<unsigned*>(bits) + item / kRows * kRows * 4 + item % kRows / kWarpSize;
+#pragma unroll
+      for (int c = 0; c < 4; c++) to[(c * kWarpSize + threadIdx.x % kWarpSize) * 4] = transpose_bits(words[c]);
+    }
+  }
+};
+
+// The bits of a thread's weights for slot s of a batch.
+template <bool Transposed>
+__device__ void own_bits(const uint4* bits, int s, const Tile<Transposed>& tile, unsigned (&own)[kOwn]) {
+#pragma unroll
+  for (int r = 0; r < kOwn; r++)
+    own[r] = reinterpret_cast<const uint16_t*>(
+        bits)[(s * Tile<Transposed>::kOutputs + tile.output(r)) * Tile<Transposed>::kLanes + tile.lane];
 }
+
+// What comes to a block while earlier batches of slots are in work: their rows of x, their bits, and, twice as far ahead, the
+// slots. T is float, or uint16_t for the tensor cores.
+template <class T, bool Transposed>
+struct Flow {
+  static constexpr bool kTensor = sizeof(T) == 2;
+  static constexpr int kAhead = kTensor && !Transposed ? 2 : 1, kStages = kAhead + 1, kRing = 2 * kAhead + 1;  // batches
+  static constexpr int kEach = 16 / sizeof(T), kChunks = Tile<Transposed>::kLength / kEach;                    // of a row of x
+  static constexpr int kQuads = kChunks / 4;                                    // what a thread has of it
+  static constexpr int kCopies = (kBatch * kChunks + kThreads - 1) / kThreads;  // of a thread, for a batch
+
+  uint4 bits[kStages][kPieces * kThreads];
+  uint4 raw[kStages][Transposed ? kPieces * kThreads : 1];  // as they come
+  uint4 x[kStages][kBatch * kChunks];
+  Slot slot[kRing][kBatch];
+
+  // Chunk j of quad q of slot s: what 8 neighbouring threads read at a time is kept off each other's banks.
+  static __device__ int place(int s, int q, int j) {
+    const int turn = (q >> 1 & 1) | (kTensor ? s << 1 & 2 : q >> 1 & 2);
+    return (s * kQuads + q) * 4 + (j ^ turn);
+  }
+  __device__ const Slot* batch(unsigned b) const { return slot[b % kRing]; }
+};
+
+// A thread's part in that, for `count` slots and a tile of W whose first weight is (o, i); x begins with column `along`.
+template <class T, bool Transposed>
+struct Source {
+  using Its = Flow<T, Transposed>;
+  static constexpr int kEach = Its::kEach, kChunks = Its::kChunks, kAcross = kThreads / kChunks;
+
+  Its& flow;
+  const Slot* slots;
+  int count;
+  Bits<Transposed, Its::kTensor> bits;
+  const T* x;  // the chunk that a thread brings of some rows
+  int64_t length, left;
+  bool vectors;
+
+  __device__ Source(Its& flow_, const Slot* slots_, int count_, const T* rows, int64_t along, int64_t length_, int64_t o,
+                    int64_t i, int64_t outputs, int64_t inputs)
+      : flow(flow_), slots(slots_), count(count_), bits(o, i, outputs, inputs), length(length_) {
+    static_assert(kThreads % kChunks == 0);
+    const int64_t at = along + threadIdx.x % kChunks * kEach;
+    left = length - at, vectors = length % kEach == 0, x = left > 0 ? rows + at : rows;
+#pragma unroll
+    for (int b = 0; b < Its::kAhead; b++) ask_for_slots(b);
+    end_group();
+    await_copies<0>();
+    __syncthreads();
+#pragma unroll 1
+    for (int b = 0; b < Its::kAhead; b++) ask(b);
+  }
+
+  // The slots of batch b, some of which may not be there.
+  __device__ void ask_for_slots(unsigned b) const {
+    if (threadIdx.x >= kBatch) return;
+    const int at = static_cast<int>(b) * kBatch + threadIdx.x;
+    copy_later(&flow.slot[b % Its::kRing][threadIdx.x], slots + (at < count ? at : 0), at < count);
+  }
+  // What batch b needs, whose slots are here.
+  __device__ void ask(unsigned b) const {
+    if (static_cast<int>(b) * kBatch < count) {
+      const Slot* const batch = flow.batch(b);
+      bits.load(batch, flow.bits[b % Its::kStages], flow.raw[b % Its::kStages]);
+      const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+      uint4* const to = flow.x[b % Its::kStages];
+      if (own < kBatch) {
+        const auto each = [&](const auto& copy) {
+#pragma unroll
+          for (int k = 0; k < Its::kCopies; k++) {
+            const int s = own + k * kAcross;
+            copy(to + Its::place(s, chunk / 4, chunk % 4), x + batch[s].row * length);
+          }
+        };
+        if (vectors)
+          each([&](uint4* at, const T* from) { copy_later(at, from, left > 0); });
+        else
+          each([&](uint4* at, const T* from) { copy_elements(at, from); });
+      }
+      ask_for_slots(b + Its::kAhead);
+    }
+    end_group();
+  }
+  __device__ void copy_elements(uint4* to, const T* from) const {
+#pragma unroll 1
+    for (int n = 0; n < kEach; n++) reinterpret_cast<T*>(to)[n] = n < left ? from[n] : T{};
+  }
+
+  // Waits for the thread's own part of batch b, the next; a barrier makes it that of all.
+  __device__ void await(unsigned b) const {
+    await_copies<Its::kAhead - 1>();
+    bits.settle(flow.bits[b % Its::kStages], flow.raw[b % Its::kStages]);
+  }
+
+  // Whether any of the floats that the thread has brought of batch b is not finite.
+  __device__ bool any_special(unsigned b) const {
+    const int own = threadIdx.x / kChunks, chunk = threadIdx.x % kChunks;
+    bool special = false;
+    if (own >= kBatch) return false;
+#pragma unroll
+    for (int k = 0; k < Its::kCopies; k++) {
+      const int s = own + k * kAcross;
+      const uint4 four = flow.x[b % Its::kStages][Its::place(s, chunk / 4, chunk % 4)];
+      for (const unsigned word : {four.x, four.y, four.z, four.w}) special |= (word & 0x7f800000u) == 0x7f800000u;
+    }
+    return special;
+  }
+};
 
 // 16 elements as floats, of which n are there.
 template <class T>
@@ -375,29 +517,6 @@ __device__ void load_run(const T* from, int64_t n, bool vectors, float (&to)[kRu
   } else {
 #pragma unroll
     for (int j = 0; j < kRun; j++) to[j] = j < here ? static_cast<float>(from[j]) : 0.0f;
-  }
-}
-
-// What the slots have in the columns of `rows` (B, width) from `first` on, and the bits of the tile of W whose first weight is
-// (o, i): loads of both are in flight at a time.
-template <class T, bool Transposed>
-__device__ void fill(Stage<Transposed>& stage, int half, const T* rows, int64_t first, int64_t width, int64_t o, int64_t i,
-                     int64_t outputs, int64_t inputs) {
-  constexpr int kLanes = Tile<Transposed>::kLanes;
-  const int slot = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  float x[kRun];
-  if (slot < kBatch) {
-    const int64_t at = first + lane * kRun;
-    load_run(rows + stage.slot[half][slot].row * width + at, width - at, width % 8 == 0, x);
-  }
-  stage_bits(stage, half, o, i, outputs, inputs);
-  if (slot < kBatch) {
-    bool special = false;
-#pragma unroll
-    for (int j = 0; j < kRun; j++) special |= (__float_as_uint(x[j]) & 0x7f800000u) == 0x7f800000u;
-    if (special) stage.special[half][slot] = 1;
-#pragma unroll
-    for (int j = 0; j < kRun / 4; j++) stage.x[slot][j][lane] = make_float4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
   }
 }
 
@@ -431,18 +550,27 @@ __device__ float sum_lanes(const float (&sum)[kOwn], int lane) {
 
 // y, or Transposed dx, before it is summed over blockIdx.y: partial (lengths, slots, all outputs of the sum). A block takes
 // `each` slots.
-template <class T, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, const T* weight, const Slot* slots, int64_t count,
-                                                              int64_t each, int64_t outputs, int64_t inputs, float* partial) {
+template <bool Transposed>
+struct ProductShared {
+  Flow<float, Transposed> flow;
+  float sums[2][kBatch][kThreads];
+};
+
+template <bool Transposed>
+__global__ void __launch_bounds__(kThreads, 2)
+    product_kernel(const float* rows, const float* weight, const Slot* slots, int count, int each, int64_t outputs,
+                   int64_t inputs, float* partial) {
   using Tile = Tile<Transposed>;
-  __shared__ Stage<Transposed> stage;
-  __shared__ float sums[kBatch][kThreads];
+  using Flow = Flow<float, Transposed>;
+  SK_DYNAMIC_SHARED(ProductShared<Transposed>, shared);
+  Flow& flow = shared->flow;
   const Tile tile;
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
   const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
-  const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
-  stage.next(slots, begin, end, 0);
+  const int begin = blockIdx.z * each;
+  const Source<float, Transposed> source(flow, slots + begin, min(count - begin, each), rows, along, length, o, i, outputs,
+                                         inputs);
 
   float w[kOwn][kRun];
 #pragma unroll
@@ -450,71 +578,83 @@ __global__ void __launch_bounds__(kThreads, 2) product_kernel(const T* rows, con
     const int64_t n = out + tile.output(r), k = along + tile.lane * kRun;
     if constexpr (Transposed) {
 #pragma unroll
-      for (int j = 0; j < kRun; j++)
-        w[r][j] = n < width && k + j < length ? static_cast<float>(weight[(k + j) * inputs + n]) : 0.0f;
+      for (int j = 0; j < kRun; j++) w[r][j] = n < width && k + j < length ? weight[(k + j) * inputs + n] : 0.0f;
     } else {
       load_run(weight + n * inputs + k, n < width ? length - k : 0, inputs % 8 == 0, w[r]);
     }
   }
-  __syncthreads();
+  // The sums of batch b, while the next is in work.
+  const int own_slot = threadIdx.x / Tile::kOutputs, own_output = threadIdx.x % Tile::kOutputs;
+  float* to = partial + (int64_t{blockIdx.y} * count + begin + own_slot) * width + out + own_output;
+  const bool there = out + own_output < width;
+  const auto put = [&](unsigned b) {
+#pragma unroll
+    for (int k = 0; k < kBatch; k += kThreads / Tile::kOutputs, to += kThreads / Tile::kOutputs * width)
+      if (there && static_cast<int>(b) * kBatch + k + own_slot < source.count)
+        *to = Tile::sum_parts(shared->sums[b & 1][k + own_slot], own_output);
+  };
 
-  int half = 0;
-  for (int64_t first = begin; first < end; first += kBatch, half ^= 1) {
-    fill(stage, half, rows, along, length, o, i, outputs, inputs);
-    stage.next(slots, first + kBatch, end, half ^ 1);
-    __syncthreads();
-    ask_for_bits(stage, half ^ 1, o, i, outputs, inputs);
-    const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
+  unsigned b = 0;
+  for (int left = source.count; left > 0; left -= kBatch, b++) {
+    const int here = min(left, kBatch);
+    source.await(b);
+    const bool special = __syncthreads_or(source.any_special(b));
+    source.ask(b + Flow::kAhead);
+    if (b > 0) put(b - 1);
     for (int s = 0; s < here; s++) {
       unsigned bits[kOwn];
       float x[kRun], sum[kOwn];
-      stage.load(s, tile, bits, x);
-      if (stage.special[half][s])
+      own_bits(flow.bits[b % Flow::kStages], s, tile, bits);
+#pragma unroll
+      for (int j = 0; j < kRun / 4; j++) {
+        const auto four = reinterpret_cast<const float4*>(flow.x[b % Flow::kStages])[Flow::place(s, tile.lane, j)];
+        x[4 * j] = four.x, x[4 * j + 1] = four.y, x[4 * j + 2] = four.z, x[4 * j + 3] = four.w;
+      }
+      if (special)
         multiply<true>(w, x, bits, sum);
       else
         multiply<false>(w, x, bits, sum);
-      sums[s][threadIdx.x] = sum_lanes(sum, tile.lane);
-    }
-    __syncthreads();
-#pragma unroll 1
-    for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
-      const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
-      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = Tile::sum_parts(sums[s], n);
+      shared->sums[b & 1][s][threadIdx.x] = sum_lanes(sum, tile.lane);
     }
   }
+  __syncthreads();
+  put(b - 1);
 }
 
 // float16 and bfloat16 go to the tensor cores, which take the weights of 16 outputs and 8 rows of the batch at a time. Rows of
 // one task that are neighbours among the 8 slots of a batch share the masked weights; a row alone costs as much as 8 of its task.
 // A thread then has 32 pairs of weights to mask, each with a PRMT, which makes two bytes of ones or zeros of a bit twice, and a
-// LOP3, and 16 shifts: 1.4 instructions a weight with what is around them, 2/3 of them on the half-rate integer pipe: 80 us for
-// 64 rows of 64 tasks.
+// LOP3 on the half-rate integer pipe, and 16 shifts on another: with what is around them that pipe takes 95 us for 64 rows of 64
+// tasks.
 
 constexpr int kStrip = 32;  // weights of an output that a thread has; a warp has 4 strips
 constexpr int kSteps = 8;   // multiplications of 16 x 16 with 16 x 8 that those of a warp make
 
-// 32 elements, of which n are there, in the pairs that meet in a step: word 2 b has elements b and b + 8, the next b + 16 and b
-// + 24.
+// 32 elements in the pairs that meet in a step: word 2 b has elements b and b + 8, the next b + 16 and b + 24.
+__device__ void pair_up(const unsigned (&word)[kStrip / 2], unsigned (&to)[2 * kSteps]) {
+#pragma unroll
+  for (int i = 0; i < 2 * kSteps; i++) {
+    const int first = i / 2 + i % 2 * 16;
+    to[i] = __byte_perm(word[first / 2], word[first / 2 + 4], first % 2 ? 0x7632 : 0x5410);
+  }
+}
+__device__ void set_four(unsigned (&word)[kStrip / 2], int at, const uint4& four) {
+  word[at] = four.x, word[at + 1] = four.y, word[at + 2] = four.z, word[at + 3] = four.w;
+}
+
+// 32 elements, of which n are there, in pairs.
 __device__ void load_pairs(const uint16_t* from, int64_t n, bool vectors, unsigned (&to)[2 * kSteps]) {
   const int here = static_cast<int>(min(n, int64_t{kStrip}));
   unsigned word[kStrip / 2];
   if (vectors && here == kStrip) {
 #pragma unroll
-    for (int j = 0; j < kStrip / 8; j++) {
-      const uint4 four = reinterpret_cast<const uint4*>(from)[j];
-      word[4 * j] = four.x, word[4 * j + 1] = four.y, word[4 * j + 2] = four.z, word[4 * j + 3] = four.w;
-    }
+    for (int j = 0; j < 4; j++) set_four(word, 4 * j, reinterpret_cast<const uint4*>(from)[j]);
   } else {
 #pragma unroll
     for (int j = 0; j < kStrip / 2; j++)
       word[j] = (2 * j < here ? from[2 * j] : 0u) | (2 * j + 1 < here ? unsigned{from[2 * j + 1]} << 16 : 0u);
   }
-#pragma unroll
-  for (int i = 0; i < 2 * kSteps; i++) {
-    const int first = i / 2 + i % 2 * 16;
-    const unsigned a = word[first / 2], b = word[first / 2 + 4];
-    to[i] = first % 2 ? a >> 16 | (b & 0xffff0000u) : (a & 0xffffu) | b << 16;
-  }
+  pair_up(word, to);
 }
 
 // The highest bits of two bytes of x, the lower ones or the upper ones, 16 times each.
@@ -563,23 +703,31 @@ __device__ void multiply_tiles(float (&sum)[4], const unsigned (&a)[4], const un
 }
 
 // As product_kernel, for T of 16 bits.
+template <bool Transposed>
+struct TensorShared {
+  static constexpr int kSplit = Tile<Transposed>::kLength / (4 * kStrip);  // warps that share 16 outputs
+  Flow<uint16_t, Transposed> flow;
+  float sums[2][kBatch][kSplit * Tile<Transposed>::kOutputs + 4];  // 4 more keep the slots off each other's banks
+};
+
 template <class T, bool Transposed>
-__global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int64_t count,
-                                                             int64_t each, int64_t outputs, int64_t inputs, float* partial) {
+__global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int count,
+                                                             int each, int64_t outputs, int64_t inputs, float* partial) {
   using Tile = Tile<Transposed>;
-  constexpr int kWarpLength = 4 * kStrip, kSplit = Tile::kLength / kWarpLength;  // warps that share 16 outputs
-  constexpr int kStrips = Tile::kLength / kStrip;
-  __shared__ Stage<Transposed, 2> stage;
-  __shared__ float sums[kBatch][kSplit][Tile::kOutputs];
+  using Flow = Flow<uint16_t, Transposed>;
+  constexpr int kSplit = TensorShared<Transposed>::kSplit, kStrips = Tile::kLength / kStrip;
+  SK_DYNAMIC_SHARED(TensorShared<Transposed>, shared);
+  Flow& flow = shared->flow;
   const auto* const rows = reinterpret_cast<const uint16_t*>(rows_);
   const auto* const weight = reinterpret_cast<const uint16_t*>(weight_);
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
   const int64_t width = Transposed ? inputs : outputs, length = Transposed ? outputs : inputs;
   const int64_t o = Transposed ? along : out, i = Transposed ? out : along;
-  const int64_t begin = int64_t{blockIdx.z} * each, end = min(count, begin + each);
+  const int begin = blockIdx.z * each;
   const int warp = threadIdx.x / kWarpSize, group = threadIdx.x % kWarpSize / 4, four = threadIdx.x % 4;
   const int split = warp % kSplit, strip = split * 4 + four, output = warp / kSplit * 16 + group;  // and output + 8
-  stage.next(slots, begin, end, 0);
+  const Source<uint16_t, Transposed> source(flow, slots + begin, min(count - begin, each), rows, along, length, o, i, outputs,
+                                            inputs);
 
   unsigned w[2][2 * kSteps];
 #pragma unroll
@@ -596,61 +744,71 @@ __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, con
       load_pairs(weight + n * inputs + k, n < width ? length - k : 0, inputs % 8 == 0, w[r]);
     }
   }
-  const auto* const words = reinterpret_cast<const unsigned*>(stage.bits) + output * kStrips + strip;
-  __syncthreads();
-
-  int half = 0;
-  for (int64_t first = begin; first < end; first += kBatch, half ^= 1) {
-    unsigned x[2 * kSteps];
-    uint4* const staged = reinterpret_cast<uint4*>(stage.x);  // [slot][strip][4]
-    if (threadIdx.x < kBatch * kStrips) {
-      const int64_t at = along + threadIdx.x % kStrips * kStrip;
-      load_pairs(rows + stage.slot[half][threadIdx.x / kStrips].row * length + at, length - at, length % 8 == 0, x);
-    }
-    stage_bits(stage, half, o, i, outputs, inputs);
-    if (threadIdx.x < kBatch * kStrips) {
+  const int word = Bits<Transposed, true>::place(output * (kStrips / 4) + split) * 4 + four;
+  static_assert(Transposed || Bits<Transposed, true>::kAcross == kStrips / 4);
+  // The sums of batch b, while the next is in work.
+  const int own_slot = threadIdx.x / Tile::kOutputs, own_output = threadIdx.x % Tile::kOutputs;
+  float* to = partial + (int64_t{blockIdx.y} * count + begin + own_slot) * width + out + own_output;
+  const bool there = out + own_output < width;
+  const auto put = [&](unsigned b) {
 #pragma unroll
-      for (int j = 0; j < 4; j++) staged[threadIdx.x * 4 + j] = make_uint4(x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]);
+    for (int k = 0; k < kBatch; k += kThreads / Tile::kOutputs, to += kThreads / Tile::kOutputs * width) {
+      float sum = 0;
+#pragma unroll
+      for (int p = 0; p < kSplit; p++) sum += shared->sums[b & 1][k + own_slot][p * Tile::kOutputs + own_output];
+      if (there && static_cast<int>(b) * kBatch + k + own_slot < source.count) *to = sum;
     }
-    stage.next(slots, first + kBatch, end, half ^ 1);
+  };
+
+  unsigned b = 0;
+  for (int left = source.count; left > 0; left -= kBatch, b++) {
+    const int here = min(left, kBatch);
+    source.await(b);
     __syncthreads();
-    ask_for_bits(stage, half ^ 1, o, i, outputs, inputs);
+    source.ask(b + Flow::kAhead);
+    if (b > 0) put(b - 1);
 
+    unsigned x[2 * kSteps];
+    {
+      unsigned natural[kStrip / 2];
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-      const uint4 v = staged[(group * kStrips + strip) * 4 + j];
-      x[4 * j] = v.x, x[4 * j + 1] = v.y, x[4 * j + 2] = v.z, x[4 * j + 3] = v.w;
+      for (int j = 0; j < 4; j++) set_four(natural, 4 * j, flow.x[b % Flow::kStages][Flow::place(group, strip, j)]);
+      pair_up(natural, x);
     }
-    const int here = static_cast<int>(min(end - first, int64_t{kBatch}));
+    const auto* const words = reinterpret_cast<const unsigned*>(flow.bits[b % Flow::kStages]) + word;
+    const int slot = threadIdx.x % kBatch;  // a bit for each slot that begins a task
+    unsigned runs = __ballot_sync(kAllLanes, slot < here && !again(flow.batch(b), slot)) & ((1u << kBatch) - 1);
     float total[4] = {};
-    for (unsigned left = stage.runs(half, here); left;) {
-      const int s = __ffs(static_cast<int>(left)) - 1;
-      left &= left - 1;
-      const unsigned open[2] = {words[s * (Tile::kOutputs * kStrips)], words[(s * Tile::kOutputs + 8) * kStrips]};
+    const auto first = [&] { return (__ffs(static_cast<int>(runs)) - 1) & (kBatch - 1); };  // any where there is none
+    const auto load = [&](int s) {
+      const auto* const from = words + s * (Tile::kOutputs * kStrips);
+      return make_uint2(from[0], from[8 * kStrips]);
+    };
+    int s = first();
+    uint2 open = load(s);
+    while (runs) {
+      runs &= runs - 1;
+      const int next = first();
+      const uint2 later = load(next);
       float sum[4] = {};
 #pragma unroll
-      for (int b = 0; b < kSteps; b++) {
-        const unsigned upper = open[0] << (7 - b), lower = open[1] << (7 - b);
-        const unsigned masked[4] = {w[0][2 * b] & spread_highest<false>(upper), w[1][2 * b] & spread_highest<false>(lower),
-                                    w[0][2 * b + 1] & spread_highest<true>(upper), w[1][2 * b + 1] & spread_highest<true>(lower)};
-        multiply_tiles<T>(sum, masked, {x[2 * b], x[2 * b + 1]});
+      for (int step = 0; step < kSteps; step++) {
+        const unsigned upper = open.x << (7 - step), lower = open.y << (7 - step);
+        const unsigned masked[4] = {w[0][2 * step] & spread_highest<false>(upper), w[1][2 * step] & spread_highest<false>(lower),
+                                    w[0][2 * step + 1] & spread_highest<true>(upper),
+                                    w[1][2 * step + 1] & spread_highest<true>(lower)};
+        multiply_tiles<T>(sum, masked, {x[2 * step], x[2 * step + 1]});
       }
       // Of slots before s it has come too late, and those of the next runs will be written over.
       if (four * 2 >= s) total[0] = sum[0], total[2] = sum[2];
       if (four * 2 + 1 >= s) total[1] = sum[1], total[3] = sum[3];
+      s = next, open = later;
     }
 #pragma unroll
-    for (int c = 0; c < 4; c++) sums[four * 2 + c % 2][split][output + c / 2 * 8] = total[c];
-    __syncthreads();
-#pragma unroll 1
-    for (int item = threadIdx.x; item < here * Tile::kOutputs; item += kThreads) {
-      const int s = item / Tile::kOutputs, n = item % Tile::kOutputs;
-      float sum = 0;
-#pragma unroll
-      for (int p = 0; p < kSplit; p++) sum += sums[s][p][n];
-      if (out + n < width) partial[(blockIdx.y * count + first + s) * width + out + n] = sum;
-    }
+    for (int c = 0; c < 4; c++) shared->sums[b & 1][four * 2 + c % 2][split * Tile::kOutputs + output + c / 2 * 8] = total[c];
   }
+  __syncthreads();
+  put(b - 1);
 }
 
 // The sums of product_kernel's parts, in order, to the rows where they belong.
@@ -666,38 +824,69 @@ __global__ void __launch_bounds__(kThreads)
   out[slots[slot].row * width + n] = static_cast<T>(sum);
 }
 
+// The slots in work of grad_weight_kernel; x and the gradients as floats.
+struct Stage {
+  uint4 bits[kPieces * kThreads];
+  float4 x[kBatch][4][Tile<false>::kLanes];  // 16 for each lane
+  float4 grads[kBatch][Tile<false>::kOutputs / kOwn];
+  Slot slot[2][kBatch];  // these and the next
+
+  // The slots [first, end) of the next batch, some of which may not be there.
+  __device__ void next(const Slot* slots, int64_t first, int64_t end, int half) {
+    const int i = threadIdx.x;
+    if (i < kBatch) slot[half][i] = first + i < end ? slots[first + i] : Slot{nullptr, 0, 0};
+  }
+};
+
 // dW: the sums stay with the weights, and rows come in the order of the slots.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 2)
     grad_weight_kernel(const T* grad, const T* x, const Slot* slots, int64_t count, int64_t outputs, int64_t inputs, T* to) {
   using Tile = Tile<false>;
-  __shared__ Stage<false> stage;
-  __shared__ float4 grads[kBatch][Tile::kOutputs / kOwn];
+  __shared__ Stage stage;
   const Tile tile;
   const int64_t out = int64_t{blockIdx.x} * Tile::kOutputs, along = int64_t{blockIdx.y} * Tile::kLength;
+  const Bits<false, false> source(out, along, outputs, inputs);
   float sum[kOwn][kRun] = {};
   stage.next(slots, 0, count, 0);
   __syncthreads();
 
   int half = 0;
   for (int64_t first = 0; first < count; first += kBatch, half ^= 1) {
-    fill(stage, half, x, along, inputs, out, along, outputs, inputs);
+    source.load(stage.slot[half], stage.bits, nullptr);
+    end_group();
+    {
+      const int s = threadIdx.x / Tile::kLanes, lane = threadIdx.x % Tile::kLanes;
+      static_assert(kBatch * Tile::kLanes == kThreads);
+      const int64_t at = along + lane * kRun;
+      float values[kRun];
+      load_run(x + stage.slot[half][s].row * inputs + at, inputs - at, inputs % 8 == 0, values);
+#pragma unroll
+      for (int j = 0; j < kRun / 4; j++)
+        stage.x[s][j][lane] = make_float4(values[4 * j], values[4 * j + 1], values[4 * j + 2], values[4 * j + 3]);
+    }
     {
       const int s = threadIdx.x / Tile::kOutputs, n = threadIdx.x % Tile::kOutputs;
       static_assert(kBatch * Tile::kOutputs == kThreads);
-      reinterpret_cast<float*>(grads[s])[n] =
+      reinterpret_cast<float*>(stage.grads[s])[n] =
           out + n < outputs ? static_cast<float>(grad[stage.slot[half][s].row * outputs + out + n]) : 0.0f;
     }
     stage.next(slots, first + kBatch, count, half ^ 1);
+    await_copies<0>();
     __syncthreads();
-    ask_for_bits(stage, half ^ 1, out, along, outputs, inputs);
+    source.prefetch(stage.slot[half ^ 1]);
     const int here = static_cast<int>(min(count - first, int64_t{kBatch}));
     for (int s = 0; s < here; s++) {
-      const float4 four = grads[s][tile.warp];
+      const float4 four = stage.grads[s][tile.warp];
       const float g[kOwn] = {four.x, four.y, four.z, four.w};
       unsigned bits[kOwn];
       float values[kRun];
-      stage.load(s, tile, bits, values);
+      own_bits(stage.bits, s, tile, bits);
+#pragma unroll
+      for (int j = 0; j < kRun / 4; j++) {
+        const float4 piece = stage.x[s][j][tile.lane];
+        values[4 * j] = piece.x, values[4 * j + 1] = piece.y, values[4 * j + 2] = piece.z, values[4 * j + 3] = piece.w;
+      }
 #pragma unroll
       for (int r = 0; r < kOwn; r++) {
 #pragma unroll
@@ -790,15 +979,17 @@ void product(const Call& call, const Tensor* bias_, const Tensor& out_) {
       // A few tiles are taken by several blocks each, which share the slots.
       const int64_t wanted = ceil_div(place.processors() * 4, std::max<int64_t>(1, across * lengths));
       const int64_t each = ceil_div(batches, std::min(wanted, batches)) * kBatch;
-      void (*kernel)(const T*, const T*, const Slot*, int64_t, int64_t, int64_t, int64_t, float*);
+      void (*kernel)(const T*, const T*, const Slot*, int, int, int64_t, int64_t, float*);
+      size_t shared;
       if constexpr (sizeof(T) == 2)
-        kernel = tensor_kernel<T, Transposed>;
+        kernel = tensor_kernel<T, Transposed>, shared = sizeof(TensorShared<Transposed>);
       else
-        kernel = product_kernel<T, Transposed>;
+        kernel = product_kernel<Transposed>, shared = sizeof(ProductShared<Transposed>);
       place.launch(
           kernel,
           dim3(static_cast<unsigned>(across), static_cast<unsigned>(lengths), static_cast<unsigned>(ceil_div(count, each))),
-          kThreads, 0, rows, weight, call.slots() + first, count, each, call.outputs, call.inputs, partial);
+          kThreads, shared, rows, weight, call.slots() + first, static_cast<int>(count), static_cast<int>(each), call.outputs,
+          call.inputs, partial);
       place.launch(finish_kernel<T>, dim3(blocks_for(width).x, static_cast<unsigned>(count)), kThreads, 0,
                    static_cast<const float*>(partial), lengths, call.slots() + first, bias, width, out);
     }
