@@ -479,6 +479,7 @@ __global__ void __launch_bounds__(kMixThreads, 2) mix_kernel(const __grid_consta
         staged = bank.blocks <= kStaged;
       }
 
+      __syncwarp();  // for the products, lanes must have come together
       for (int round = 0; round < rounds; round += 2) {
 #pragma unroll
         for (int s = 0; s < 2; s++) {
@@ -931,7 +932,7 @@ __global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
     const int now = static_cast<int>(tile & 1);
     most = __reduce_max_sync(kAllLanes, most), least = __reduce_min_sync(kAllLanes, least);
     if (lane == 0) extremes[now][0][warp] = most, extremes[now][1][warp] = least;
-    __syncthreads();
+    __syncthreads();  // who reads digits or tables of the tile before is done, too
 #pragma unroll
     for (int w = 0; w < kDotWarps; w++) most = max(most, extremes[now][0][w]), least = min(least, extremes[now][1][w]);
     const int top = static_cast<int>(most >> 20), bottom = static_cast<int>(least >> 20);  // biased exponents
@@ -940,7 +941,6 @@ __global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
       Factors<float, false> factors;
       factors.load_from(a, row, tile * kTile + threadIdx.x * 4);
       const double p[1][4] = {{factors.product(0), factors.product(1), factors.product(2), factors.product(3)}};
-      __syncthreads();  // whoever read the digits of the tile before is done
       tabulate<float>(p, reinterpret_cast<Quarter<Entry>*>(tables) + threadIdx.x * 4);
       __syncthreads();
       for (int task = threadIdx.x; task < tasks; task += kDotThreads) {
@@ -956,7 +956,6 @@ __global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
         sums[task] += sum;  // this thread's alone
       }
       if (tile + 1 < end) quads.load_from(a, row, tile + 1);
-      __syncthreads();
       continue;
     }
 
@@ -982,6 +981,7 @@ __global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
     for (int group = warp; group < groups; group += kDotWarps) {
       const uint32_t words[2][4] = {{next[0].x, next[0].y, next[0].z, next[0].w}, {next[1].x, next[1].y, next[1].z, next[1].w}};
       if (group + kDotWarps < groups) fetch(tile, group + kDotWarps);
+      __syncwarp();        // for the products, lanes must have come together
       int sum[2][4] = {};  // two chains, that one product need not wait for the one before
 #pragma unroll
       for (int c = 0; c < 4; c += 2)
