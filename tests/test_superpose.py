@@ -225,6 +225,19 @@ def test_products_of_every_size(cpu_isa, spread):
         assert error(ours[some], exact[some]) <= 2 * bound
 
 
+@pytest.mark.parametrize("spread", [0, 8, 60])
+def test_alphas_of_every_size(cpu_isa, spread):
+    """Magnitudes from 2 ** -spread to 2 ** spread side by side: weights that only small alphas open lose nothing to large ones."""
+    n, tasks = 80_000, 40
+    weight, alphas = torch.randn(n), torch.rand(tasks) * 2 ** torch.empty(tasks).uniform_(-spread, spread).round()
+    masks = torch.rand(tasks, n) < 0.3
+    masks[alphas >= 0.5, ::2] = False
+    bank = [block for mask in masks for block in reference.pack_bank(mask[None])]
+    exact = reference.superpose(weight.double(), bank, alphas.double())
+    for blocks in (bank, reference.pack_bank(masks)):
+        torch.testing.assert_close(sk.superpose(weight, blocks, alphas).double(), exact, rtol=1e-6, atol=0)
+
+
 # ---------------------------------------------------------------------------------------------------------- many alphas
 
 

@@ -1,9 +1,11 @@
 // superpose, superpose_counts, superpose_grad, alpha_grad: one weight through a whole bank of masks, and what each mask would
 // have changed.
 //
-// Sums take four masks, or four weights, at a time: the sixteen sums that their bits can choose are tabulated in shared memory
-// and looked up by the bits. The threads of a half-warp look into one table, whose sixteen entries lie in sixteen banks: whatever
-// the bits, no two of them wait for each other. Every sum is taken in an order that depends on sizes alone.
+// superpose multiplies matrices: a bit where it lies in its byte is an 8-bit number, and an alpha eight 8-bit digits of a common
+// scale, so that all sums are exact. Where alphas are too far apart for that, and for float64 and gradients, sums take four
+// masks, or four weights, at a time: the sixteen sums that their bits can choose are tabulated in shared memory and looked up by
+// the bits. The threads of a half-warp look into one table, whose sixteen entries lie in sixteen banks: whatever the bits, no two
+// of them wait for each other. Every sum is taken in an order that depends on sizes alone.
 #include "bank.h"
 
 namespace {
@@ -66,6 +68,25 @@ __device__ __forceinline__ void load(const Floats& from, int64_t at, int64_t lef
       for (int i = 0; i < N; i++) to[i] = i < left ? widen<W>(p[i]) : W{};
     }
   });
+}
+// Of N numbers the first `left`, in few stores where they lie well.
+template <class T, int N>
+__device__ __forceinline__ void store(T* to, int64_t left, const Pack<T, N>& from) {
+  constexpr int kPack = N * sizeof(T) < 16 ? N : static_cast<int>(16 / sizeof(T));
+  using Packed = Pack<T, kPack>;
+  if (left >= N && reinterpret_cast<uintptr_t>(to) % sizeof(Packed) == 0) {
+#pragma unroll
+    for (int i = 0; i < N; i += kPack) {
+      Packed packed;
+#pragma unroll
+      for (int j = 0; j < kPack; j++) packed.v[j] = from.v[i + j];
+      *reinterpret_cast<Packed*>(to + i) = packed;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i < left) to[i] = from.v[i];
+  }
 }
 template <class W>
 __device__ __forceinline__ W load_one(const Floats& from, int64_t at) {
@@ -135,11 +156,9 @@ ScalarType floating(const Place& place, const char* name, const Tensor& t) {
 Floats floats(const Tensor& t) { return {t.const_data_ptr(), t.scalar_type()}; }
 
 // -------------------------------------------------------------------------------------------------------------------- superpose
-// A team of sixteen threads takes a tile, a word of 32 weights a thread, whose sums it holds in registers. Four words, one a
-// task, are turned into four words of eight codes each, one a weight: for 128 bits 16 operations, then 48 that make offsets of
-// them, 32 loads from shared memory and 32 additions. A processor does 64
-// integer operations and 32 loads a clock: a warp's 4,096 bits keep each of the two busy for 32 clocks, about as long as the
-// memory of an H100 needs for them, and the schedulers, with what goes around, for about 47.
+// By tables: a team of sixteen threads takes a tile, a word of 32 weights a thread, whose sums it holds in registers. Four words,
+// one a task, are turned into four words of eight codes each, one a weight: for 128 bits 16 operations, then 48 that make offsets
+// of them, 32 loads from shared memory and 32 additions.
 //
 // Where there are few tiles, several teams share one, each with its slice of the tasks: slices are added in order at the end.
 
@@ -147,54 +166,52 @@ constexpr int kMixThreads = 256;
 constexpr int kTeam = static_cast<int>(kTileBytes) / 4;  // threads
 constexpr int kTeams = kMixThreads / kTeam;
 constexpr int kGroups = static_cast<int>(kBlockTasks) / 4;  // tables of a block of the bank
-constexpr int kStaged = 32;                                 // blocks of the bank, over the rows, whose tables are there at a time
+constexpr int kStaged = 32;                                 // blocks of the bank whose tables, or digits, are there at a time
 
 struct Mix {
   Floats weight, alphas;  // no alphas: all one, and their sum divided by the number of tasks
   void* out;
   int64_t n, rows;
-  int32_t row_chunks, log_slices;
+  int64_t groups, groups_a_block;  // of tiles
+  int32_t log_slices, log_warps;   // slices of the tasks by tables; warps that share half a tile in a product
+
+  // Four alphas from a task on, in the dtype of weight, as the reference has them; zero for those from `left` on.
+  template <class W>
+  __device__ __forceinline__ void load_alphas(int64_t at, int64_t left, W (&to)[4]) const {
+    if (!alphas.data) {
+#pragma unroll
+      for (int t = 0; t < 4; t++) to[t] = t < left ? 1 : 0;
+      return;
+    }
+    load<4>(alphas, at, left, to);
+    if (alphas.dtype != weight.dtype) {
+#pragma unroll
+      for (int t = 0; t < 4; t++)
+        to[t] = by_dtype(weight.dtype, [&](auto zero) { return widen<W>(narrow<decltype(zero)>(to[t])); });
+    }
+  }
 };
 
-template <class W, int Rows, class Table>
-__global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
-    superpose_kernel(const __grid_constant__ Table bank, const Mix a) {
-  using Entry = Pack<W, Rows>;
-  SK_DYNAMIC_SHARED(W, memory);  // kTeams * kTile: first the tables, then the sums of every team
-  __shared__ uint32_t opened_words[kTeams][kTeam];
-  Entry* tables = reinterpret_cast<Entry*>(memory);
-  constexpr int kBlocks = kStaged / Rows;
-
+// The sums of a row for the tiles from the first on, as many as the teams hold. memory: kTeams * kTile W; opened_words: [kTeams].
+template <class W, class Table>
+__device__ __forceinline__ void mix_by_tables(const Table& bank, const Mix& a, int64_t row, int64_t first_tile, W* memory,
+                                              uint32_t (*opened_words)[kTeam]) {
+  using Entry = Pack<W, 1>;
+  Entry* tables = reinterpret_cast<Entry*>(memory);  // first the tables, then the sums of every team
   const int team = threadIdx.x / kTeam, word = threadIdx.x % kTeam;
   const int slices = 1 << a.log_slices, slice = team & (slices - 1), tiles_here = kTeams >> a.log_slices;
-  const int64_t row =
-      int64_t{blockIdx.x % a.row_chunks} * Rows;  // chunks of rows are neighbours: the bits come from the L2 cache
-  const int64_t first_tile = int64_t{blockIdx.x / a.row_chunks} * tiles_here, tile = first_tile + (team >> a.log_slices);
+  const int64_t tile = first_tile + (team >> a.log_slices);
 
-  W sum[Rows][32] = {};
+  W sum[32] = {};
   uint32_t opened = 0;
-  for (int first = 0; first < bank.blocks; first += kBlocks) {
-    const int blocks = min(kBlocks, bank.blocks - first);
+  for (int first = 0; first < bank.blocks; first += kStaged) {
+    const int blocks = min(kStaged, bank.blocks - first);
     __syncthreads();
     for (int group = threadIdx.x; group < blocks * kGroups; group += kMixThreads) {
       const BankBlock& block = bank.block[first + group / kGroups];
       const int task = group % kGroups * 4;
-      W alphas[Rows][4];
-#pragma unroll
-      for (int r = 0; r < Rows; r++) {
-        const int left = row + r < a.rows ? block.tasks - task : 0;
-        if (a.alphas.data) {
-          load<4>(a.alphas, (row + r) * bank.tasks + block.first + task, left, alphas[r]);
-          if (a.alphas.dtype != a.weight.dtype) {  // as the reference, which has alphas in the dtype of weight
-#pragma unroll
-            for (int t = 0; t < 4; t++)
-              alphas[r][t] = by_dtype(a.weight.dtype, [&](auto zero) { return widen<W>(narrow<decltype(zero)>(alphas[r][t])); });
-          }
-        } else {
-#pragma unroll
-          for (int t = 0; t < 4; t++) alphas[r][t] = t < left ? 1 : 0;
-        }
-      }
+      W alphas[1][4];
+      a.load_alphas(row * bank.tasks + block.first + task, block.tasks - task, alphas[0]);
       tabulate<W>(alphas, reinterpret_cast<Quarter<Entry>*>(tables) + group * 4);
     }
     __syncthreads();
@@ -244,9 +261,7 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
         const Codes<Entry> code(codes[i], table);
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          const Entry entry = code.pick(tables, j);
-#pragma unroll
-          for (int r = 0; r < Rows; r++) sum[r][4 * j + i] += entry.v[r];
+          sum[4 * j + i] += code.pick(tables, j).v[0];
         }
       }
     }
@@ -257,63 +272,302 @@ __global__ void __launch_bounds__(kMixThreads, Rows * sizeof(W) == 4 ? 4 : 2)
   const auto place_of = [](int any_team, int at) {
     return any_team * static_cast<int>(kTile) + (at & ~31) + ((at & 31) ^ (at >> 5 | (any_team & 1) << 4));
   };
+  __syncthreads();
 #pragma unroll
-  for (int r = 0; r < Rows; r++) {
-    __syncthreads();
+  for (int i = 0; i < 32; i++) memory[place_of(team, word * 32 + i)] = sum[i];
+  opened_words[team][word] = opened;
+  __syncthreads();
+  by_dtype(a.weight.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int kAtOnce = 8;  // loads of weights under way
+    const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, a.n - begin);
+    const T* from = static_cast<const T*>(a.weight.data) + begin;
+    T* to = static_cast<T*>(a.out) + row * a.n + begin;
+    for (int base = threadIdx.x; base < here; base += kMixThreads * kAtOnce) {
+      T weights[kAtOnce];
 #pragma unroll
-    for (int i = 0; i < 32; i++) memory[place_of(team, word * 32 + i)] = sum[r][i];
-    opened_words[team][word] = opened;
-    __syncthreads();
-    if (row + r >= a.rows) break;
-    by_dtype(a.weight.dtype, [&](auto zero) {
-      using T = decltype(zero);
-      constexpr int kAtOnce = 8;  // loads of weights under way
-      const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, a.n - begin);
-      const T* from = static_cast<const T*>(a.weight.data) + begin;
-      T* to = static_cast<T*>(a.out) + (row + r) * a.n + begin;
-      for (int base = threadIdx.x; base < here; base += kMixThreads * kAtOnce) {
-        T weights[kAtOnce];
+      for (int i = 0; i < kAtOnce; i++)
+        if (base + i * kMixThreads < here) weights[i] = from[base + i * kMixThreads];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; i++)
-          if (base + i * kMixThreads < here) weights[i] = from[base + i * kMixThreads];
-#pragma unroll
-        for (int i = 0; i < kAtOnce; i++) {
-          const int item = base + i * kMixThreads, at = item % static_cast<int>(kTile);
-          if (item >= here) break;
-          const int first_team = item / static_cast<int>(kTile) << a.log_slices;
-          const W weight = widen<W>(weights[i]), tasks = static_cast<W>(bank.tasks);
-          if (slices == 1) {
-            const bool open = opened_words[first_team][at >> 5] >> (at & 31) & 1;
-            const W mix = memory[place_of(first_team, at)];
-            to[item] = narrow<T>(open ? weight * (a.alphas.data ? mix : mix / tasks) : W{});
-            continue;
-          }
-          uint32_t bits = 0;
-          W part[4] = {};
+      for (int i = 0; i < kAtOnce; i++) {
+        const int item = base + i * kMixThreads, at = item % static_cast<int>(kTile);
+        if (item >= here) break;
+        const int first_team = item / static_cast<int>(kTile) << a.log_slices;
+        const W weight = widen<W>(weights[i]), tasks = static_cast<W>(bank.tasks);
+        if (slices == 1) {
+          const bool open = opened_words[first_team][at >> 5] >> (at & 31) & 1;
+          const W mix = memory[place_of(first_team, at)];
+          to[item] = narrow<T>(open ? weight * (a.alphas.data ? mix : mix / tasks) : W{});
+          continue;
+        }
+        uint32_t bits = 0;
+        W part[4] = {};
 #pragma unroll 1
-          for (int s = 0; s < slices; s += 4) {
+        for (int s = 0; s < slices; s += 4) {
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-              bits |= opened_words[first_team + s + j][at >> 5];
-              part[j] += memory[place_of(first_team + s + j, at)];
-            }
+          for (int j = 0; j < 4; j++) {
+            bits |= opened_words[first_team + s + j][at >> 5];
+            part[j] += memory[place_of(first_team + s + j, at)];
           }
-          const bool open = bits >> (at & 31) & 1;
-          if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
-            const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
-            to[item] = narrow<T>(open ? double{weight} * mix : 0.0);
-          } else {  // counts, which are exact, and what superpose_counts makes of them
-            const W count = (part[0] + part[1]) + (part[2] + part[3]);
-            to[item] = narrow<T>(open ? weight * (count / tasks) : W{});
+        }
+        const bool open = bits >> (at & 31) & 1;
+        if (a.alphas.data) {  // in float64 where the numbers are largest: one rounding is left of the last sums and the product
+          const double mix = (double{part[0]} + double{part[1]}) + (double{part[2]} + double{part[3]});
+          to[item] = narrow<T>(open ? double{weight} * mix : 0.0);
+        } else {  // counts, which are exact, and what superpose_counts makes of them
+          const W count = (part[0] + part[1]) + (part[2] + part[3]);
+          to[item] = narrow<T>(open ? weight * (count / tasks) : W{});
+        }
+      }
+    }
+  });
+}
+
+template <class Table>
+__global__ void __launch_bounds__(kMixThreads, 2) mix_by_tables_kernel(const __grid_constant__ Table bank, const Mix a) {
+  SK_DYNAMIC_SHARED(double, memory);
+  __shared__ uint32_t opened_words[kTeams][kTeam];
+  // rows are neighbours: the bits come from the L2 cache
+  mix_by_tables<double>(bank, a, blockIdx.x % a.rows, blockIdx.x / a.rows * int64_t{kTeams >> a.log_slices}, memory,
+                        opened_words);
+}
+
+// By products of matrices: out = (weights x tasks) (tasks x 8 digits of alpha). A warp takes half a tile, eight words, and 32
+// tasks at a time: for 8,192 bits 16 operations that gather the bytes of four tasks, 64 that pick a bit of each byte, and 16
+// products. The i-th bit of a byte counts 2^i, which is taken back at the end. Sums are integers, so that no order of them
+// matters. For so many bits the memory of an H100 needs about 78 clocks of a processor, whose schedulers need about 35.
+
+constexpr int kMixWarps = kMixThreads / kWarpSize;
+constexpr int kHalf = static_cast<int>(kTile) / 2;  // weights of a warp
+constexpr int kRound = 32;                          // tasks of a product
+constexpr int kRounds = static_cast<int>(kBlockTasks) / kRound;
+constexpr int kAlphaBits = 62;                     // of a scaled alpha, its sign aside
+constexpr uint64_t kHalves = 0x8080808080808080u;  // digits are from -128 to 127
+
+// sum += a b, a: 16 x 32 bytes from 0 to 255, b: 32 x 8 from -128 to 127, spread over the warp as mma.m16n8k32 has them.
+__device__ __forceinline__ void multiply_bytes(int (&sum)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifndef SUBNET_KERNELS_EMULATED
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(sum[0]), "+r"(sum[1]), "+r"(sum[2]), "+r"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  const int lane = threadIdx.x % kWarpSize, row = lane / 4, column = lane % 4 * 2;
+  for (int i = 0; i < 2; i++) {  // of the 32 the first sixteen, then the others
+    uint64_t as[4], bs[2][4];
+    const uint64_t* all = simt::exchange(kAllLanes, uint64_t{a[i * 2 + 1]} << 32 | a[i * 2]);
+    for (int t = 0; t < 4; t++) as[t] = all[row * 4 + t];
+    all = simt::exchange(kAllLanes, b[i]);
+    for (int t = 0; t < 4; t++) bs[0][t] = all[column * 4 + t], bs[1][t] = all[column * 4 + 4 + t];
+    for (int t = 0; t < 4; t++)
+      for (int byte = 0; byte < 4; byte++)
+        for (int c = 0; c < 4; c++)
+          sum[c] += static_cast<uint8_t>(as[t] >> (c / 2 * 32 + byte * 8)) * static_cast<int8_t>(bs[c % 2][t] >> byte * 8);
+  }
+#endif
+}
+
+// out[i]: the i-th bytes of the four words.
+__device__ __forceinline__ void gather_bytes(const uint32_t (&in)[4], uint32_t (&out)[4]) {
+  const uint32_t low01 = __byte_perm(in[0], in[1], 0x5140), high01 = __byte_perm(in[0], in[1], 0x7362);
+  const uint32_t low23 = __byte_perm(in[2], in[3], 0x5140), high23 = __byte_perm(in[2], in[3], 0x7362);
+  out[0] = __byte_perm(low01, low23, 0x5410), out[1] = __byte_perm(low01, low23, 0x7632);
+  out[2] = __byte_perm(high01, high23, 0x5410), out[3] = __byte_perm(high01, high23, 0x7632);
+}
+
+__device__ __forceinline__ double power_of_two(int exponent) {
+  return __longlong_as_double(static_cast<long long>(1023 + exponent) << 52);
+}
+
+template <class Table>
+__global__ void __launch_bounds__(kMixThreads, 2) mix_kernel(const __grid_constant__ Table bank, const Mix a) {
+  SK_DYNAMIC_SHARED(float, memory);  // kTeams * kTile: digits, [task / 4][digit], then sums of warps; or what tables need
+  uint32_t* digits = reinterpret_cast<uint32_t*>(memory);
+  constexpr int kDigits = kStaged * static_cast<int>(kBlockTasks) / 4 * 8;
+  double* sums = reinterpret_cast<double*>(digits + kDigits);  // [warp][i][lane]
+  __shared__ uint32_t opened_words[kTeams][kTeam];
+  __shared__ uint32_t extremes[2][kMixWarps];
+
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int word = lane / 4, quad = lane % 4;  // of a round: this lane's words, and the first and second four of its tasks
+  const int sharing = 1 << a.log_warps, slice = warp & (sharing - 1), tiles_here = kMixWarps / 2 >> a.log_warps;
+  const int64_t row = blockIdx.x % a.rows;  // rows are neighbours: the bits come from the L2 cache
+  const int64_t begin = blockIdx.x / a.rows * a.groups_a_block, end = min(a.groups, begin + a.groups_a_block);
+  double up = 1, down = 1;
+  bool scaled = false, staged = false;
+
+  for (int64_t group = begin; group < end; group++) {
+    const int64_t half = group * (tiles_here * 2) + (warp >> a.log_warps), tile = half / 2;
+    const int64_t first_weight = half * kHalf;
+    int sum[16][4] = {};
+    uint32_t opened = 0;
+    for (int first = 0; first < bank.blocks; first += kStaged) {
+      const int blocks = min(kStaged, bank.blocks - first);
+      // Every so many rounds are this warp's; in one block of few tasks the first, in the next the second, so that many small
+      // blocks keep all warps at work.
+      const int rounds = first_weight < a.n ? (blocks * kRounds - slice + sharing - 1) >> a.log_warps : 0;
+      const auto second_of = [&](int at, int round) { return (at ^ (sharing > 1 ? round : 0)) & 1; };
+      uint32_t next[2][8];
+      const auto fetch = [&](int round, uint32_t (&to)[8]) {
+        const int at = round * sharing + slice;
+        const BankBlock& block = bank.block[first + at / kRounds];
+        const int task = second_of(at, round) * kRound;
+        const auto* from = reinterpret_cast<const uint32_t*>(block.data + tile * (block.tasks * kTileBytes)) +
+                           ((task + quad * 4) * kTeam + static_cast<int>(half % 2) * (kTeam / 2) + word);
+        if (block.tasks - task >= kRound) {
+#pragma unroll
+          for (int t = 0; t < 8; t++) to[t] = __ldg(from + (t % 4 + t / 4 * 16) * kTeam);
+        } else {
+          const int left = block.tasks - task - quad * 4;
+#pragma unroll
+          for (int t = 0; t < 8; t++) to[t] = t % 4 + t / 4 * 16 < left ? __ldg(from + (t % 4 + t / 4 * 16) * kTeam) : 0;
+        }
+      };
+#pragma unroll
+      for (int ahead = 0; ahead < 2; ahead++)
+        if (ahead < rounds) fetch(ahead, next[ahead]);
+
+      if (!scaled) {
+        uint32_t most = 0, least = ~0u;
+        for (int task = threadIdx.x * 4; a.alphas.data && task < bank.tasks; task += kMixThreads * 4) {
+          float alphas[4];
+          a.load_alphas(row * bank.tasks + task, bank.tasks - task, alphas);
+#pragma unroll
+          for (int t = 0; t < 4; t++) {
+            const uint32_t size = __float_as_uint(alphas[t]) & 0x7fffffffu;
+            most = max(most, size);
+            if (size) least = min(least, size);
+          }
+        }
+        most = __reduce_max_sync(kAllLanes, most), least = __reduce_min_sync(kAllLanes, least);
+        if (lane == 0) extremes[0][warp] = most, extremes[1][warp] = least;
+        __syncthreads();
+#pragma unroll
+        for (int w = 0; w < kMixWarps; w++) most = max(most, extremes[0][w]), least = min(least, extremes[1][w]);
+        if (most > 0) {
+          const int top = static_cast<int>(most >> 23), bottom = static_cast<int>(least >> 23);
+          if (top == 255 || bottom == 0 || top - bottom > kAlphaBits - 24) {  // the digits could not hold them
+            const int64_t end_tile = min(end * tiles_here, (a.n + kTile - 1) / kTile);
+            for (int64_t other = begin * tiles_here; other < end_tile; other += kTeams >> a.log_slices)
+              mix_by_tables<float>(bank, a, row, other, memory, opened_words);
+            return;
+          }
+          up = power_of_two(127 + kAlphaBits - 1 - top), down = power_of_two(top - 127 - (kAlphaBits - 1));
+        }
+        scaled = true;
+      }
+      if (!staged) {
+        __syncthreads();  // whoever read the digits before is done
+        for (int four = threadIdx.x; four < blocks * kGroups; four += kMixThreads) {
+          const BankBlock& block = bank.block[first + four / kGroups];
+          const int task = four % kGroups * 4;
+          float alphas[4];
+          a.load_alphas(row * bank.tasks + block.first + task, block.tasks - task, alphas);
+          uint32_t low[4], high[4];
+#pragma unroll
+          for (int t = 0; t < 4; t++) {
+            const auto scaled_up = static_cast<uint64_t>(static_cast<int64_t>(double{alphas[t]} * up));
+            const uint64_t bytes = (scaled_up + kHalves) ^ kHalves;
+            low[t] = static_cast<uint32_t>(bytes), high[t] = static_cast<uint32_t>(bytes >> 32);
+          }
+          uint32_t of[2][4];
+          gather_bytes(low, of[0]), gather_bytes(high, of[1]);
+#pragma unroll
+          for (int i = 0; i < 2; i++)
+            reinterpret_cast<uint4*>(digits)[four * 2 + i] = make_uint4(of[i][0], of[i][1], of[i][2], of[i][3]);
+        }
+        __syncthreads();
+        staged = bank.blocks <= kStaged;
+      }
+
+      __syncwarp();  // for the products, lanes must have come together
+      for (int round = 0; round < rounds; round += 2) {
+#pragma unroll
+        for (int s = 0; s < 2; s++) {
+          if (round + s >= rounds) break;
+          uint32_t bytes[2][4];
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const uint32_t words[4] = {next[s][i * 4], next[s][i * 4 + 1], next[s][i * 4 + 2], next[s][i * 4 + 3]};
+            gather_bytes(words, bytes[i]);
+            opened |= words[0] | words[1] | words[2] | words[3];
+          }
+          const int at = (round + s) * sharing + slice;
+          const uint32_t* mine = digits + ((at / kRounds * kRounds + second_of(at, round + s)) * kRound / 4 + quad) * 8 + word;
+          const uint32_t b[2] = {mine[0], mine[4 * 8]};
+          if (round + s + 2 < rounds) fetch(round + s + 2, next[s]);
+#pragma unroll
+          for (int p = 0; p < 16; p++) {  // weights 2 p and 2 p + 1 of every word
+            const uint32_t even = 0x01010101u << p % 4 * 2, odd = even << 1;
+            const uint32_t bits[4] = {bytes[0][p / 4] & even, bytes[0][p / 4] & odd, bytes[1][p / 4] & even,
+                                      bytes[1][p / 4] & odd};
+            multiply_bytes(sum[p], bits, b);
           }
         }
       }
+    }
+
+    // A lane has two digits of 32 weights of its word; in two exchanges the four lanes of a word make of them whole sums, each of
+    // eight weights: those of its byte.
+    opened |= __shfl_xor_sync(kAllLanes, opened, 1);
+    opened |= __shfl_xor_sync(kAllLanes, opened, 2);
+    opened = opened >> quad * 8 & 0xff;
+    const bool odd = quad & 1, upper = quad & 2;
+    const int digit = odd ? 1 << 16 : 1, next_digit = digit << 8;
+    const double scale = down * (upper ? 4294967296.0 : 1.0);
+    double part[2][8], total[8];
+#pragma unroll
+    for (int b = 0; b < 2; b++)
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const auto pair = [&](int weight) {
+          const int* two = &sum[weight / 2][weight % 2 * 2];
+          return int64_t{two[0]} * digit + int64_t{two[1]} * next_digit;
+        };
+        const int64_t first = pair(b * 16 + i), second = pair(b * 16 + 8 + i);
+        const int64_t other = __shfl_xor_sync(kAllLanes, odd ? first : second, 1);
+        part[b][i] = static_cast<double>((odd ? second : first) + other) * scale;
+      }
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      total[i] = (upper ? part[1][i] : part[0][i]) + __shfl_xor_sync(kAllLanes, upper ? part[0][i] : part[1][i], 2);
+      total[i] *= 1.0 / (1 << i);
+    }
+    if (sharing > 1) {
+      __syncthreads();  // whoever read the sums before is done
+#pragma unroll
+      for (int i = 0; i < 8; i++) sums[(warp * 8 + i) * kWarpSize + lane] = total[i];
+      opened_words[warp * 2 + lane / 16][lane % 16] = opened;
+      __syncthreads();
+      if (slice > 0) continue;
+      for (int other = warp + 1; other < warp + sharing; other++) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) total[i] += sums[(other * 8 + i) * kWarpSize + lane];
+        opened |= opened_words[other * 2 + lane / 16][lane % 16];
+      }
+    }
+    const int64_t at = first_weight + lane * 8, left = a.n - at;
+    if (left <= 0) continue;
+    float weight[8];
+    load<8>(a.weight, at, left, weight);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+      // of counts, what superpose_counts makes of them
+      weight[i] = a.alphas.data ? static_cast<float>(double{weight[i]} * total[i])
+                                : weight[i] * (static_cast<float>(total[i]) / static_cast<float>(bank.tasks));
+      if (!(opened >> i & 1)) weight[i] = 0;
+    }
+    by_dtype(a.weight.dtype, [&](auto zero) {
+      using T = decltype(zero);
+      Pack<T, 8> result;
+#pragma unroll
+      for (int i = 0; i < 8; i++) result.v[i] = narrow<T>(weight[i]);
+      store(static_cast<T*>(a.out) + row * a.n + at, left, result);
     });
   }
 }
 
-// How many teams share a tile, 1, 4 or 16: enough that every processor has work and that no team adds long sums of floats, and no
-// more than there are groups of tasks.
+// How many teams share a tile by tables, 1, 4 or 16: enough that every processor has work and that no team adds long sums of
+// floats, and no more than there are groups of tasks.
 int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks) {
   int log = tasks > 1024 ? 4 : tasks > 128 ? 2 : 0;
   while (log < 4 && (all_tiles << log) < place.processors() * 64 && (int64_t{8} << log) <= tasks) log += 2;
@@ -330,7 +584,7 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
                   "superpose: alphas must be (K,) or (R, K), one for each of ", bank.tasks(), " tasks, got ",
                   alphas_ ? alphas_->numel() : 0);
   const bool many = alphas_ && alphas_->dim() == 2;
-  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 1, 0};
+  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 0, 0, 0, 0};
   std::optional<Tensor> alphas;
   if (alphas_) {
     place.check("alphas", *alphas_);
@@ -343,21 +597,26 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
   Tensor out = place.empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype_code(weight));
   if (n == 0 || mix.rows == 0) return out;
   mix.out = out.mutable_data_ptr();
-  mix.log_slices = log_of_slices(place, tiles(n), bank.tasks());
-  const int64_t tile_groups = ceil_div(tiles(n), kTeams >> mix.log_slices);
-  const auto launch = [&](auto zero, auto rows, const auto& table) {
-    using W = decltype(zero);
-    mix.row_chunks = static_cast<int32_t>(ceil_div(mix.rows, rows()));
-    place.launch(superpose_kernel<W, rows(), std::decay_t<decltype(table)>>,
-                 dim3(static_cast<unsigned>(tile_groups * mix.row_chunks)), kMixThreads, kTeams * kTile * sizeof(W), table, mix);
+  const auto launch = [&](auto kernel, const auto& table, int64_t blocks, size_t shared) {
+    STD_TORCH_CHECK(blocks * mix.rows <= INT32_MAX, "superpose: ", mix.rows, " rows of ", n, " weights are too many");
+    place.launch(kernel, dim3(static_cast<unsigned>(blocks * mix.rows)), kMixThreads, shared, table, mix);
   };
   bank.with_table([&](const auto& table) {
-    if (dtype == ScalarType::Double)
-      launch(double{}, std::integral_constant<int, 1>{}, table);
-    else if (mix.rows == 1)
-      launch(float{}, std::integral_constant<int, 1>{}, table);
-    else
-      launch(float{}, std::integral_constant<int, 2>{}, table);
+    using Table = std::decay_t<decltype(table)>;
+    if (dtype == ScalarType::Double) {
+      mix.log_slices = log_of_slices(place, tiles(n), bank.tasks());
+      launch(mix_by_tables_kernel<Table>, table, ceil_div(tiles(n), kTeams >> mix.log_slices), kTeams * kTile * sizeof(double));
+      return;
+    }
+    // As few warps share half a tile as give every processor its two blocks, and none has less than two rounds.
+    const auto groups = [&](int log) { return ceil_div(tiles(n), kMixWarps / 2 >> log); };
+    const int64_t at_once = int64_t{place.processors()} * 2;
+    while (mix.log_warps < 2 && groups(mix.log_warps) * 4 < at_once * 3 && table.blocks * kRounds >= 4 << mix.log_warps)
+      mix.log_warps++;
+    mix.groups = groups(mix.log_warps);
+    mix.groups_a_block = std::max<int64_t>(1, ceil_div(mix.groups, at_once * 6));
+    mix.log_slices = mix.log_warps == 0 && bank.tasks() <= 1024 ? 2 : 4;
+    launch(mix_kernel<Table>, table, ceil_div(mix.groups, mix.groups_a_block), kTeams * kTile * sizeof(float));
   });
   return out;
 }
@@ -593,6 +852,161 @@ __global__ void __launch_bounds__(kDotThreads) dot_kernel(const __grid_constant_
   }
 }
 
+// ------------------------------------------------------------------------------------------------ superpose_grad, by products
+// out = (tasks x weights) (weights x 8 digits of G W), for floats. A product of a tile is scaled by what the largest of the tile
+// allows, and rounded to an integer of eight digits; its digits are doubled as often as the bit that it meets counts less than
+// the highest of its byte. A tile whose smallest product would not keep the bits of a float so goes by tables. A warp takes
+// sixteen tasks of a tile at a time: for 8,192 bits 64 operations that pick bits, and 16 products. The sums of a tile are
+// integers; those of digits over tiles are float64, and put together at the end.
+
+constexpr int kProductTasks = 16;
+constexpr int kProductBits = 55,
+              kProductSpread = 30;            // of a scaled product, its sign aside; between the largest and the smallest
+constexpr int kProductBlocksAtOnce = 5;       // of a multiprocessor
+constexpr int kPairs = 4;                     // of digits
+constexpr int kDigitRow = kWarpSize * 2 + 2;  // words of eight quads' digits, and two that keep stores off each other's banks
+
+// Four products of one word, a byte apart: weights 32 word + bit + 8 i, loaded well before they are wanted.
+struct Quads {
+  float left[4], weight[4];
+
+  __device__ __forceinline__ void load_from(const Dot& a, int64_t row, int64_t tile) {
+    const int64_t at = tile * kTile + threadIdx.x / 8 * 32 + threadIdx.x % 8;
+    const int there = static_cast<int>(min(a.n - at, kTile));
+    const auto load_four = [&](const Floats& from, int64_t begin, float (&to)[4]) {
+      by_dtype(from.dtype, [&](auto zero) {
+        const auto* p = static_cast<const decltype(zero)*>(from.data) + begin + at;
+#pragma unroll
+        for (int i = 0; i < 4; i++) to[i] = i * 8 < there ? widen<float>(p[i * 8]) : 0.0f;
+      });
+    };
+    load_four(a.weight, 0, weight), load_four(a.left, row * a.n, left);
+  }
+};
+
+template <class Table>
+__global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
+    dot_product_kernel(const __grid_constant__ Table bank, const Dot a) {
+  using Entry = Pack<float, 1>;
+  alignas(16) __shared__ uint32_t digits[2][16 * kDigitRow];  // of this tile and the next: [words c, c + 1][bit][lane]; or tables
+  __shared__ TaskLines lines[kDotTasks];
+  __shared__ double sums[kDotTasks], pairs[2][kDotTasks / 2 * kPairs];
+  __shared__ uint32_t extremes[2][2][kDotWarps];
+  static_assert(sizeof(digits) >= kDotThreads * 16 * sizeof(Entry));
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int part = static_cast<int>(blockIdx.x % a.sums.parts);
+  const int64_t row = blockIdx.x / a.sums.parts;
+  const int first = blockIdx.y * kDotTasks, tasks = min(kDotTasks, bank.tasks - first);
+  const int64_t begin = part * a.tiles_a_part, end = min(a.tiles, begin + a.tiles_a_part);
+  for (int i = threadIdx.x; i < tasks; i += kDotThreads) lines[i] = bank.task(first + i);
+  for (int i = threadIdx.x; i < kDotTasks; i += kDotThreads) sums[i] = 0;
+  for (int i = threadIdx.x; i < kDotTasks / 2 * kPairs; i += kDotThreads) pairs[0][i] = pairs[1][i] = 0;
+  __syncthreads();
+
+  const int groups = (tasks + kProductTasks - 1) / kProductTasks;
+  uint4 next[2];  // words 4 (lane % 4) and on of tasks lane / 4 and lane / 4 + 8
+  const auto fetch = [&](int64_t tile, int group) {
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const int task = group * kProductTasks + i * 8 + lane / 4;
+      next[i] = uint4{};
+      if (task >= tasks) continue;
+      const TaskLines line = lines[task];
+      next[i] = __ldg(reinterpret_cast<const uint4*>(line.first + tile * line.step) + lane % 4);
+    }
+  };
+
+  Quads quads;
+  if (begin < end) quads.load_from(a, row, begin);
+  for (int64_t tile = begin; tile < end; tile++) {
+    if (warp < groups) fetch(tile, warp);
+    double products[4];
+    uint32_t most = 0, least = ~0u;  // high words, the sign aside: as numbers ordered as sizes are
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      products[i] = double{quads.left[i]} * double{quads.weight[i]};
+      const auto size = static_cast<uint32_t>(static_cast<uint64_t>(__double_as_longlong(products[i])) >> 32) & 0x7fffffffu;
+      most = max(most, size);
+      if (products[i] != 0) least = min(least, size);
+    }
+    const int now = static_cast<int>(tile & 1);
+    most = __reduce_max_sync(kAllLanes, most), least = __reduce_min_sync(kAllLanes, least);
+    if (lane == 0) extremes[now][0][warp] = most, extremes[now][1][warp] = least;
+    __syncthreads();  // who reads digits or tables of the tile before is done, too
+#pragma unroll
+    for (int w = 0; w < kDotWarps; w++) most = max(most, extremes[now][0][w]), least = min(least, extremes[now][1][w]);
+    const int top = static_cast<int>(most >> 20), bottom = static_cast<int>(least >> 20);  // biased exponents
+    if (most > 0 && (top == 2047 || top - bottom > kProductSpread)) {
+      auto* tables = reinterpret_cast<Entry*>(digits);
+      Factors<float, false> factors;
+      factors.load_from(a, row, tile * kTile + threadIdx.x * 4);
+      const double p[1][4] = {{factors.product(0), factors.product(1), factors.product(2), factors.product(3)}};
+      tabulate<float>(p, reinterpret_cast<Quarter<Entry>*>(tables) + threadIdx.x * 4);
+      __syncthreads();
+      for (int task = threadIdx.x; task < tasks; task += kDotThreads) {
+        const TaskLines line = lines[task];
+        const auto* words = reinterpret_cast<const uint32_t*>(line.first + tile * line.step);
+        double sum = 0;
+#pragma unroll 1
+        for (int w = 0; w < static_cast<int>(kTile) / 32; w++) {
+          const Codes<Entry> code(words[w], static_cast<uint32_t>(w * (8 * 16 * sizeof(Entry))));
+#pragma unroll
+          for (int j = 0; j < 8; j += 2) sum += double{code.pick(tables, j, j).v[0] + code.pick(tables, j + 1, j + 1).v[0]};
+        }
+        sums[task] += sum;  // this thread's alone
+      }
+      if (tile + 1 < end) quads.load_from(a, row, tile + 1);
+      continue;
+    }
+
+    // A product of p is p 2^(kProductBits - 1 - exponent of the largest), times 2^(7 - bit).
+    const int shift = most > 0 ? kProductBits - 1 - (top - 1023) : 0;
+    const int bit = static_cast<int>(threadIdx.x) % 8, word = static_cast<int>(threadIdx.x) / 8;
+    const double up = power_of_two(shift + 7 - bit);
+    uint32_t low[4], high[4], of[2][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const auto scaled = static_cast<uint64_t>(llrint(products[i] * up));
+      const uint64_t bytes = (scaled + kHalves) ^ kHalves;
+      low[i] = static_cast<uint32_t>(bytes), high[i] = static_cast<uint32_t>(bytes >> 32);
+    }
+    gather_bytes(low, of[0]), gather_bytes(high, of[1]);
+    uint32_t* to = digits[now] + (word % 4 / 2 * 8 + bit) * kDigitRow + word / 4 * 2 + word % 2;
+#pragma unroll
+    for (int digit = 0; digit < 8; digit++) to[digit * 8] = of[digit / 4][digit % 4];
+    if (tile + 1 < end) quads.load_from(a, row, tile + 1);
+    __syncthreads();
+
+    const double down = power_of_two(-shift - 7 + lane % 4 * 16);
+    for (int group = warp; group < groups; group += kDotWarps) {
+      const uint32_t words[2][4] = {{next[0].x, next[0].y, next[0].z, next[0].w}, {next[1].x, next[1].y, next[1].z, next[1].w}};
+      if (group + kDotWarps < groups) fetch(tile, group + kDotWarps);
+      __syncwarp();        // for the products, lanes must have come together
+      int sum[2][4] = {};  // two chains, that one product need not wait for the one before
+#pragma unroll
+      for (int c = 0; c < 4; c += 2)
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+          const uint32_t* mine = digits[now] + (c / 2 * 8 + i) * kDigitRow + lane * 2;
+          const Pack<uint32_t, 2> pack = *reinterpret_cast<const Pack<uint32_t, 2>*>(mine);
+          const uint32_t pick = 0x01010101u << i, b[2] = {pack.v[0], pack.v[1]};
+          const uint32_t bits[4] = {words[0][c] & pick, words[1][c] & pick, words[0][c + 1] & pick, words[1][c + 1] & pick};
+          multiply_bytes(sum[c / 2], bits, b);
+        }
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const int64_t pair = int64_t{sum[0][i * 2] + sum[1][i * 2]} + int64_t{sum[0][i * 2 + 1] + sum[1][i * 2 + 1]} * 256;
+        pairs[i][group * kWarpSize + lane] += static_cast<double>(pair) * down;  // this thread's alone
+      }
+    }
+  }
+  __syncthreads();
+  for (int task = threadIdx.x; task < tasks; task += kDotThreads) {
+    const double* pair = pairs[task / 8 % 2] + task / kProductTasks * kWarpSize + task % 8 * kPairs;
+    a.sums.put(row, part, first + task, ((pair[0] + pair[1]) + (pair[2] + pair[3])) + sums[task]);
+  }
+}
+
 constexpr int64_t kMostScratch = 64 << 20;  // bytes
 
 // out[row][task] = sum of the products of the row that the mask of the task opens. How tiles are divided depends on sizes of
@@ -601,7 +1015,10 @@ template <class W, bool Outer>
 void dot_rows(const Place& place, const Bank& bank, Dot dot, int64_t rows, int64_t left_bytes, int64_t grad_y_bytes,
               int64_t out_bytes) {
   const int64_t task_chunks = ceil_div(bank.tasks(), kDotTasks);
-  dot.tiles_a_part = std::max<int64_t>(1, ceil_div(dot.tiles * task_chunks, place.processors() * 8));
+  // As many blocks as there is room for at once, where they are long; by tables more, of which fewer wait for their memory.
+  constexpr bool kByProducts = std::is_same_v<W, float> && !Outer;
+  const int64_t blocks = int64_t{place.processors()} * (kByProducts ? kProductBlocksAtOnce : 8);
+  dot.tiles_a_part = std::max<int64_t>(1, ceil_div(dot.tiles * task_chunks, blocks));
   dot.sums.parts = static_cast<int32_t>(std::max<int64_t>(1, ceil_div(dot.tiles, dot.tiles_a_part)));
   const int64_t row_bytes = dot.sums.parts == 1 ? 0 : dot.sums.parts * bank.tasks() * 8;
   const int64_t at_once = std::clamp<int64_t>(kMostScratch / std::max<int64_t>(row_bytes, 1), 1, INT32_MAX / dot.sums.parts);
@@ -610,9 +1027,15 @@ void dot_rows(const Place& place, const Bank& bank, Dot dot, int64_t rows, int64
   for (int64_t row = 0; row < rows; row += at_once) {
     const int64_t some = std::min(at_once, rows - row);
     bank.with_table([&](const auto& table) {
-      place.launch(dot_kernel<W, Outer, std::decay_t<decltype(table)>>,
-                   dim3(static_cast<unsigned>(some * dot.sums.parts), static_cast<unsigned>(task_chunks)), kDotThreads, 0, table,
-                   dot);
+      using Table = std::decay_t<decltype(table)>;
+      const auto launch = [&](auto kernel) {
+        place.launch(kernel, dim3(static_cast<unsigned>(some * dot.sums.parts), static_cast<unsigned>(task_chunks)), kDotThreads,
+                     0, table, dot);
+      };
+      if constexpr (kByProducts)
+        launch(dot_product_kernel<Table>);
+      else
+        launch(dot_kernel<W, Outer, Table>);
     });
     add_parts(place, dot.sums, some);
     dot.left.data = static_cast<const char*>(dot.left.data) + some * left_bytes;
