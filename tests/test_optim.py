@@ -363,6 +363,10 @@ def test_freeze_of_layers_that_another_optimizer_owns():
     assert_frozen_stayed(optimizer, layers[:1], step_with_noise(optimizer, layers[:1]))
 
 
+@pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13),
+    reason="Dynamo before torch 2.13 cannot trace id() of a parameter group: there the step is a graph break",
+)
 def test_step_compiles_without_a_graph_break():
     ours, theirs = pair("AdamW", {})
     steps([ours, theirs], 1)

@@ -556,6 +556,7 @@ struct ProductShared {
   float sums[2][kBatch][kThreads];
 };
 
+// Two blocks a multiprocessor are worth the few bytes of a thread that spill in dx, of product_kernel and tensor_kernel alike.
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads, 2)
     product_kernel(const float* rows, const float* weight, const Slot* slots, int count, int each, int64_t outputs,
@@ -710,6 +711,7 @@ struct TensorShared {
   float sums[2][kBatch][kSplit * Tile<Transposed>::kOutputs + 4];  // 4 more keep the slots off each other's banks
 };
 
+// As in product_kernel, dx spills a few bytes of a thread in tensor_kernel.
 template <class T, bool Transposed>
 __global__ void __launch_bounds__(kThreads, 2) tensor_kernel(const T* rows_, const T* weight_, const Slot* slots, int count,
                                                              int each, int64_t outputs, int64_t inputs, float* partial) {

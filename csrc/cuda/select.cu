@@ -632,8 +632,13 @@ __device__ __forceinline__ unsigned scan_strip(const Job& job, Attempt& attempt,
 
 // A block takes the next `run` strips of the table, and counts in shared memory what it finds of each layer: the histogram of its
 // candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kScanBlocks = 3;  // on a multiprocessor: four would spill there
+#else
+constexpr int kScanBlocks = 4;
+#endif
 template <class T>
-__global__ void __launch_bounds__(kStripThreads, 4)
+__global__ void __launch_bounds__(kStripThreads, kScanBlocks)
     scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, const unsigned* missed,
                 int round, int run) {
   __shared__ unsigned bins[kBins];
