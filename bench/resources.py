@@ -16,7 +16,7 @@ SOURCES = {"CUDA C++ (nvcc)": "cuda", "Triton": "triton"}
 
 def family(kernel: str) -> str:
     """A kernel's name without template arguments, dtype and sizes."""
-    return re.sub(r"<.*|-(fp32|fp16|bf16)\b.*|-\d.*", "", kernel)
+    return re.sub(r"<.*|-(fp32|fp16|bf16|i8|i16|i32|i64)\b.*|-\d.*", "", kernel)
 
 
 def table(rows: list[dict]) -> list[str]:
