@@ -3,7 +3,8 @@
 `SGD`, `RMSprop`, `Adam` and `AdamW` have the signatures, defaults, groups and state of ``torch.optim``'s, so learning-rate schedules,
 ``GradScaler`` and checkpoints work as ever; each group's step is one call of a multi-tensor kernel. What is frozen is asked of the
 masked layers at every step. ``foreach``, ``fused`` and ``capturable`` are accepted and make no difference. `freeze` gives the same
-promise to any other optimizer, at the price of copies.
+promise to any other optimizer, at the price of copies. One difference to torch.optim: a step reads running averages below the smallest
+normal number as 0, where those of weights without a gradient end and processors multiply a hundred times as slowly.
 
 With ``fuse_ste=True`` the gradients of weights and scores are made inside the step. Backward then leaves one gradient a layer, that of
 the effective weight G, in ``weight.grad`` where the weight learns, else in ``scores.grad``; clipping, logging and hooks see G. The

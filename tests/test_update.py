@@ -578,6 +578,39 @@ def test_memory_order(case, shape, dtype):
     assert_same_bits([[t.contiguous() for t in some] for some in call(ops, case, ordered, frozen)], want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_averages_below_the_normal_numbers_end(cpu_isa, dtype):
+    """Without a gradient an average decays to 0 and not to a number that slows every later step; a frozen one keeps its bits."""
+    small = torch.finfo(torch.promote_types(dtype, torch.float32)).tiny / 4
+    of = lambda value: torch.full((600,), value, dtype=dtype)  # noqa: E731
+    weight, averages = of(1.0), [of(small), of(small)]
+    frozen = reference.pack(torch.arange(600) < 300)
+    step, lr = torch.tensor(5.0), torch.tensor(0.1, dtype=torch.float64)
+    ops.update_adam_(
+        [weight],
+        [of(0.0)],
+        averages[:1],
+        averages[1:],
+        [],
+        [step],
+        [frozen],
+        lr,
+        None,
+        None,
+        0.9,
+        0.999,
+        1e-8,
+        0.0,
+        False,
+        False,
+        False,
+    )
+    for average in averages:
+        assert torch.equal(average[:300], of(small)[:300])
+        assert torch.equal(average[300:], of(0.0)[300:])
+    assert torch.equal(weight, of(1.0))
+
+
 # ----------------------------------------------------------------------------------------------------------------- on a GPU
 
 

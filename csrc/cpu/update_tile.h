@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Half.h>
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -66,6 +67,16 @@ SK_INLINE A select(int8_t keep, A before, A after) {
       A, static_cast<Word>((__builtin_bit_cast(Word, before) & mask) | (__builtin_bit_cast(Word, after) & ~mask)));
 }
 
+// What a step reads of a running average: 0 where it is below the smallest normal number, on which processors multiply a hundred
+// times as slowly. A weight whose gradient stays 0 would keep its average there for ever.
+template <class A>
+SK_INLINE A normal(A x) {
+  using Word = std::conditional_t<sizeof(A) == 8, int64_t, int32_t>;
+  constexpr Word kMagnitude = std::numeric_limits<Word>::max(), kLeast = Word{1} << (sizeof(A) == 8 ? 52 : 23);
+  const Word word = __builtin_bit_cast(Word, x);
+  return __builtin_bit_cast(A, (word & kMagnitude) < kLeast ? Word{0} : word);
+}
+
 SK_INLINE float root(float x) { return __builtin_sqrtf(x); }
 SK_INLINE double root(double x) { return __builtin_sqrt(x); }
 
@@ -90,8 +101,8 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
     const A grad = g[i], weight = w[i];
     if constexpr (rule == kAdam || rule == kAmsgrad) {
       const A mean = a[i], square = b[i];
-      const A new_mean = lerp(mean, grad, s.new_mean);
-      const A new_square = s.square * square + s.new_square * (grad * grad);
+      const A new_mean = lerp(normal(mean), grad, s.new_mean);
+      const A new_square = s.square * normal(square) + s.new_square * (grad * grad);
       A variance = new_square;
       if constexpr (rule == kAmsgrad) {
         const A most = c[i];
@@ -105,18 +116,18 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
       SK_STORE(w, weight, moved);
     } else if constexpr (rule >= kRms && rule <= kRmsCenteredMomentum) {
       const A square = a[i];
-      const A new_square = s.square * square + s.new_square * (grad * grad);
+      const A new_square = s.square * normal(square) + s.new_square * (grad * grad);
       A variance = new_square;
       if constexpr (rule == kRmsCentered || rule == kRmsCenteredMomentum) {
         const A mean = b[i];
-        const A new_mean = lerp(mean, grad, s.new_square);
+        const A new_mean = lerp(normal(mean), grad, s.new_square);
         variance = new_square - new_mean * new_mean;
         SK_STORE(b, mean, new_mean);
       }
       A change = grad / (root(variance) + s.eps);
       if constexpr (rule == kRmsMomentum || rule == kRmsCenteredMomentum) {
         const A buffer = c[i];
-        change = s.mean * buffer + change;
+        change = s.mean * normal(buffer) + change;
         SK_STORE(c, buffer, change);
       }
       const A moved = weight - s.rate * change;
@@ -126,7 +137,7 @@ SK_INLINE void step(A* __restrict w, const A* __restrict g, A* __restrict a, A* 
       A change = grad;
       if constexpr (rule != kSgd) {
         const A buffer = a[i];
-        if constexpr (rule == kSgdMomentum || rule == kNesterov) change = s.mean * buffer + s.new_mean * grad;
+        if constexpr (rule == kSgdMomentum || rule == kNesterov) change = s.mean * normal(buffer) + s.new_mean * grad;
         SK_STORE(a, buffer, change);
         if constexpr (rule == kNesterov || rule == kNesterovFirst) change = grad + s.mean * change;
       }

@@ -64,6 +64,13 @@ __device__ __forceinline__ A lerp_to(A from, A to, A share) {
   return share < A(0.5) ? fused(share, to - from, from) : fused(share - 1, to - from, to);
 }
 
+// What a step reads of a running average: 0 where it is below the smallest normal number (csrc/cpu/update_tile.h says why).
+template <class A>
+__device__ __forceinline__ A normal(A x) {
+  constexpr A kLeast = sizeof(A) == 8 ? A(2.2250738585072014e-308) : A(1.17549435e-38f);
+  return fabs(x) < kLeast ? A(0) : x;
+}
+
 // The gradient that a rule sees: unscaled, negated to maximize, with weight decay added.
 template <class A>
 __device__ __forceinline__ A prepared(A grad, A weight, const Settings<A>& s, const Scalars<A>& x) {
@@ -77,8 +84,8 @@ __device__ __forceinline__ A prepared(A grad, A weight, const Settings<A>& s, co
 template <Rule rule, class A>
 __device__ __forceinline__ void step(A& weight, A grad, A (&state)[kStates], const Settings<A>& s, const Scalars<A>& x) {
   if constexpr (rule == Rule::adam || rule == Rule::adam_amsgrad) {
-    state[0] = lerp_to(state[0], grad, s.new_mean);
-    state[1] = product(s.square, state[1]) + product(s.new_square, product(grad, grad));
+    state[0] = lerp_to(normal(state[0]), grad, s.new_mean);
+    state[1] = product(s.square, normal(state[1])) + product(s.new_square, product(grad, grad));
     A variance = state[1];
     if constexpr (rule == Rule::adam_amsgrad) {
       const A most = state[2];
@@ -87,22 +94,22 @@ __device__ __forceinline__ void step(A& weight, A grad, A (&state)[kStates], con
     }
     weight = product(weight, x.decay) - product(x.rate, state[0]) / (root(variance) + x.eps);
   } else if constexpr (rule == Rule::rmsprop) {
-    state[0] = product(s.square, state[0]) + product(s.new_square, product(grad, grad));
+    state[0] = product(s.square, normal(state[0])) + product(s.new_square, product(grad, grad));
     A variance = state[0];
     if (s.centered) {
-      state[1] = lerp_to(state[1], grad, s.new_square);
+      state[1] = lerp_to(normal(state[1]), grad, s.new_square);
       variance = variance - product(state[1], state[1]);
     }
     A change = grad / (root(variance) + x.eps);
     if (s.momentum) {
-      change = product(s.mean, state[2]) + change;
+      change = product(s.mean, normal(state[2])) + change;
       state[2] = change;
     }
     weight = weight - product(x.rate, change);
   } else {
     A change = grad;
     if constexpr (rule == Rule::sgd_momentum) {
-      if (!s.first) change = product(s.mean, state[0]) + product(s.new_mean, grad);
+      if (!s.first) change = product(s.mean, normal(state[0])) + product(s.new_mean, grad);
       state[0] = change;
       if (s.nesterov) change = grad + product(s.mean, change);
     }

@@ -58,6 +58,12 @@ def _incoming(grad, at, n, weight, numbers, maximize, weight_decay):
 
 
 @triton.jit
+def _normal(average):
+    """0 where it is below the smallest normal number, as the specification has it."""
+    return tl.where(tl.abs(average) < 1.1754943508222875e-38, 0.0, average)
+
+
+@triton.jit
 def _lerp(start, end, share):
     """From the nearer end, as torch.lerp."""
     return tl.where(share < 0.5, start + share * (end - start), end - (end - start) * (1 - share))
@@ -92,7 +98,7 @@ def _sgd_kernel(
             if has_momentum != 0:
                 moving = change
                 if first_step == 0:
-                    moving = momentum * _load(buffer, at, size) + share * change
+                    moving = momentum * _normal(_load(buffer, at, size)) + share * change
                 _store(buffer, at, moving, live, size)
                 if nesterov != 0:
                     change += momentum * moving
@@ -129,15 +135,15 @@ def _rmsprop_kernel(
             at, live = places(BLOCK), _live(frozen, numbers, has_frozen, size, BLOCK)
             weight = _load(param, at, size)
             g = _incoming(grad, at, size, weight, numbers, maximize, weight_decay)
-            square = keep * _load(square_avg, at, size) + share * (g * g)
+            square = keep * _normal(_load(square_avg, at, size)) + share * (g * g)
             _store(square_avg, at, square, live, size)
             if centered != 0:
-                mean = _lerp(_load(grad_avg, at, size), g, share)
+                mean = _lerp(_normal(_load(grad_avg, at, size)), g, share)
                 _store(grad_avg, at, mean, live, size)
                 square -= mean * mean
             change = tl.math.div_rn(g, tl.math.sqrt_rn(square) + tl.load(numbers + _EPS))
             if has_momentum != 0:
-                change += momentum * _load(buffer, at, size)
+                change += momentum * _normal(_load(buffer, at, size))
                 _store(buffer, at, change, live, size)
             _store(param, at, weight - tl.load(numbers + _RATE) * change, live, size)
 
@@ -169,9 +175,9 @@ def _adam_kernel(
             at, live = places(BLOCK), _live(frozen, numbers, has_frozen, size, BLOCK)
             weight = _load(param, at, size)
             g = _incoming(grad, at, size, weight, numbers, maximize, weight_decay)
-            mean = _lerp(_load(exp_avg, at, size), g, mean_share)
+            mean = _lerp(_normal(_load(exp_avg, at, size)), g, mean_share)
             _store(exp_avg, at, mean, live, size)
-            square = keep * _load(exp_avg_sq, at, size) + share * (g * g)
+            square = keep * _normal(_load(exp_avg_sq, at, size)) + share * (g * g)
             _store(exp_avg_sq, at, square, live, size)
             if amsgrad != 0:
                 most = _load(max_exp_avg_sq, at, size)
