@@ -155,6 +155,27 @@ class Place {
 #endif
   }
 
+  // The same for a kernel that calls wait_for_the_kernel_before() first of all: from sm_90 on it is set up while that one runs.
+  template <class... P, class... A>
+  void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, A&&... arguments) const {
+#ifndef SUBNET_KERNELS_EMULATED
+    static int known[64] = {};
+    int& major = known[device_ & 63];
+    if (major == 0) cuda_check(op_, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    if (major >= 9 && grid.x > 0 && grid.y > 0 && grid.z > 0) {
+      cudaLaunchAttribute early{};
+      early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+      early.val.programmaticStreamSerializationAllowed = 1;
+      cudaLaunchConfig_t config{};
+      config.gridDim = grid, config.blockDim = block, config.stream = stream_;
+      config.attrs = &early, config.numAttrs = 1;
+      cuda_check(op_, cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
+      return;
+    }
+#endif
+    launch(kernel, grid, block, 0, std::forward<A>(arguments)...);
+  }
+
  private:
   const char* op_;
   int32_t device_;
@@ -163,6 +184,19 @@ class Place {
   std::optional<torch::stable::accelerator::DeviceGuard> guard_;
 #endif
 };
+
+// For Place::launch_early, in the kernel that is launched so.
+__device__ __forceinline__ void wait_for_the_kernel_before() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// In the one before, once it has begun: the other may be set up as soon as all blocks have said so.
+__device__ __forceinline__ void let_the_next_kernel_wait() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 // ------------------------------------------------------------------------------------------------------------------- tensors
 
