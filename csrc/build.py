@@ -143,7 +143,7 @@ def without_arguments(name: str) -> str:
         depth += {")": 1, "(": -1}.get(name[at], 0)
         if depth == 0:
             break
-    return re.sub(r"\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name[:at])
+    return re.sub(r"(\w+::)*\(anonymous namespace\)::|^void |torch::headeronly::|c10::", "", name[:at])
 
 
 def emulated(address: bool = False) -> Path:

@@ -17,7 +17,12 @@ namespace {
 
 // ---------------------------------------------------------------------------------------------------------------------- choices
 
-bool mixes_by_tables(ScalarType weight) { return weight == ScalarType::Double; }
+// A product takes half the operations of looking up, and more where the sums of a weight end: few tasks of many weights go by
+// tables, which need no sharing of a tile there.
+bool mixes_by_tables(const Place& place, ScalarType weight, int64_t n, const Bank& bank) {
+  const bool few_of_many = bank.tasks() <= 2 * kBlockTasks && tiles(n) >= place.processors() * 64;
+  return weight == ScalarType::Double || few_of_many || !digits_fit(place, bank);
+}
 
 // Few tasks hide tables of float64 behind the memory.
 bool dots_by_tables(bool wide, int64_t tasks) { return wide || tasks <= kWarpSize; }
@@ -50,7 +55,7 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
                   "superpose: alphas must be (K,) or (R, K), one for each of ", bank.tasks(), " tasks, got ",
                   alphas_ ? alphas_->numel() : 0);
   const bool many = alphas_ && alphas_->dim() == 2;
-  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 0, 0, 0, 0};
+  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 0};
   std::optional<Tensor> alphas;
   if (alphas_) {
     place.check("alphas", *alphas_);
@@ -63,7 +68,11 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
   Tensor out = place.empty(sizes.data(), static_cast<int64_t>(sizes.size()), dtype_code(weight));
   if (n == 0 || mix.rows == 0) return out;
   mix.out = out.mutable_data_ptr();
-  if (mixes_by_tables(dtype))
+  if (bank.tasks() == 0) {
+    place.zero(mix.out, static_cast<size_t>(out.numel() * static_cast<int64_t>(out.element_size())));
+    return out;
+  }
+  if (mixes_by_tables(place, dtype, n, bank))
     mix_by_tables(place, bank, mix);
   else
     mix_by_products(place, bank, mix);

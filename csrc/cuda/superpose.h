@@ -11,8 +11,7 @@ struct Mix {
   Floats weight, alphas;  // no alphas: all one, and their sum divided by the number of tasks
   void* out;
   int64_t n, rows;
-  int64_t groups, groups_a_block;  // of tiles
-  int32_t log_slices, log_warps;   // slices of the tasks by tables; warps that share half a tile in a product
+  int32_t log_slices;  // of the tasks, by tables
 
   // Four alphas from a task on, in the dtype of weight, as the reference has them; zero for those from `left` on.
   template <class W>
@@ -33,8 +32,9 @@ struct Mix {
 
 // superpose, sums looked up in tables: any dtype, any number of tasks.
 void mix_by_tables(const Place& place, const Bank& bank, Mix mix);
-// superpose of floats and smaller by products of matrices.
+// superpose of floats and smaller by products of matrices, of a bank whose digits fit.
 void mix_by_products(const Place& place, const Bank& bank, Mix mix);
+bool digits_fit(const Place& place, const Bank& bank);
 
 // How many teams share a tile by tables: depends on sizes alone.
 int log_of_slices(const Place& place, int64_t all_tiles, int64_t tasks);

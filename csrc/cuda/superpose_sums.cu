@@ -4,33 +4,39 @@
 namespace superposition {
 namespace {
 
-constexpr int kAddRows = 32, kAddAtOnce = 8;
+constexpr int kAddTasks = 8, kAddLines = 64;  // of a block
+constexpr int kAddThreads = kAddTasks * kAddLines;
+constexpr int kAddAtOnce = 8;
 
-// Adds the parts: 32 tasks a block, and for each of them 32 threads that take every 32nd part.
-__global__ void __launch_bounds__(kWarpSize* kAddRows) add_parts_kernel(const Sums sums) {
-  __shared__ double lines[kAddRows][kWarpSize + 1];
-  const int chunks = (sums.tasks + kWarpSize - 1) / kWarpSize;
+// A block takes eight tasks, and for each of them 64 threads that take every 64th part.
+__global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const Sums sums) {
+  __shared__ double lines[kAddThreads / kWarpSize][kAddTasks];
+  const int chunks = (sums.tasks + kAddTasks - 1) / kAddTasks;
   const int64_t row = blockIdx.x / chunks;
-  const int lane = threadIdx.x % kWarpSize, line = threadIdx.x / kWarpSize;
-  const int task = static_cast<int>(blockIdx.x % chunks) * kWarpSize + lane;
+  const int column = threadIdx.x % kAddTasks, line = threadIdx.x / kAddTasks;
+  const int task = static_cast<int>(blockIdx.x % chunks) * kAddTasks + column;
+  wait_for_the_kernel_before();
   double sum = 0;
   if (task < sums.tasks) {
     const double* from = sums.partial + row * sums.parts * sums.tasks + task;
-    for (int part = line; part < sums.parts; part += kAddRows * kAddAtOnce) {
+    for (int part = line; part < sums.parts; part += kAddLines * kAddAtOnce) {
       double some[kAddAtOnce];
 #pragma unroll
       for (int i = 0; i < kAddAtOnce; i++) {
-        const int at = part + i * kAddRows;
+        const int at = part + i * kAddLines;
         some[i] = at < sums.parts ? from[int64_t{at} * sums.tasks] : 0;
       }
 #pragma unroll
       for (int i = 0; i < kAddAtOnce; i++) sum += some[i];
     }
   }
-  lines[line][lane] = sum;
+#pragma unroll
+  for (int lanes = kAddTasks; lanes < kWarpSize; lanes *= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  if (threadIdx.x % kWarpSize < kAddTasks) lines[threadIdx.x / kWarpSize][column] = sum;
   __syncthreads();
   if (line > 0 || task >= sums.tasks) return;
-  for (int i = 1; i < kAddRows; i++) sum += lines[i][lane];
+#pragma unroll
+  for (int i = 1; i < kAddThreads / kWarpSize; i++) sum += lines[i][column];
   store_one(sums.out, sums.dtype, row * sums.tasks + task, sum);
 }
 
@@ -38,8 +44,7 @@ __global__ void __launch_bounds__(kWarpSize* kAddRows) add_parts_kernel(const Su
 
 void add_parts(const Place& place, const Sums& sums, int64_t rows) {
   if (sums.parts == 1) return;
-  place.launch(add_parts_kernel, dim3(static_cast<unsigned>(rows * ceil_div(sums.tasks, kWarpSize))), kWarpSize * kAddRows, 0,
-               sums);
+  place.launch_early(add_parts_kernel, dim3(static_cast<unsigned>(rows * ceil_div(sums.tasks, kAddTasks))), kAddThreads, sums);
 }
 
 }  // namespace superposition

@@ -4,13 +4,14 @@
 namespace superposition {
 namespace {
 
-template <class Table>
-__global__ void __launch_bounds__(kMixThreads, 2) mix_by_tables_kernel(const __grid_constant__ Table bank, const Mix a) {
-  SK_DYNAMIC_SHARED(double, memory);
+template <class W, class Table>
+__global__ void __launch_bounds__(kMixThreads, sizeof(W) == 4 ? 4 : 2)
+    mix_by_tables_kernel(const __grid_constant__ Table bank, const Mix a) {
+  SK_DYNAMIC_SHARED(W, memory);
   __shared__ uint32_t opened_words[kTeams][kTeam];
   // rows are neighbours: the bits come from the L2 cache
-  mix_by_tables<double>(bank, a, blockIdx.x % a.rows, blockIdx.x / a.rows * int64_t{kTeams >> a.log_slices}, memory,
-                        opened_words);
+  mix_by_tables<W>(bank, a, blockIdx.x % a.rows, blockIdx.x / a.rows * int64_t{kTeams >> a.log_slices}, a.n, memory,
+                   opened_words);
 }
 
 }  // namespace
@@ -28,8 +29,12 @@ void mix_by_tables(const Place& place, const Bank& bank, Mix mix) {
   const int64_t blocks = ceil_div(tiles(mix.n), kTeams >> mix.log_slices) * mix.rows;
   STD_TORCH_CHECK(blocks <= INT32_MAX, "superpose: ", mix.rows, " rows of ", mix.n, " weights are too many");
   bank.with_table([&](const auto& table) {
-    place.launch(mix_by_tables_kernel<std::decay_t<decltype(table)>>, dim3(static_cast<unsigned>(blocks)), kMixThreads,
-                 kTeams * kTile * sizeof(double), table, mix);
+    using Table = std::decay_t<decltype(table)>;
+    const dim3 grid(static_cast<unsigned>(blocks));
+    if (mix.weight.dtype == ScalarType::Double)
+      place.launch(mix_by_tables_kernel<double, Table>, grid, kMixThreads, kTeams * kTile * sizeof(double), table, mix);
+    else
+      place.launch(mix_by_tables_kernel<float, Table>, grid, kMixThreads, kTeams * kTile * sizeof(float), table, mix);
   });
 }
 

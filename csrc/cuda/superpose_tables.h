@@ -15,12 +15,13 @@ constexpr int kMixThreads = 256;
 constexpr int kTeam = static_cast<int>(kTileBytes) / 4;  // threads
 constexpr int kTeams = kMixThreads / kTeam;
 constexpr int kGroups = static_cast<int>(kBlockTasks) / 4;  // tables of a block of the bank
-constexpr int kStaged = 32;                                 // blocks of the bank whose tables, or digits, are there at a time
+constexpr int kStaged = 32;                                 // blocks of the bank whose tables are there at a time
 
-// The sums of a row for the tiles from the first on, as many as the teams hold. memory: kTeams * kTile W; opened_words: [kTeams].
+// The sums of a row for the tiles from the first on, as many as the teams hold, of weights below `end`. memory: kTeams * kTile W;
+// opened_words: [kTeams].
 template <class W, class Table>
-__device__ __forceinline__ void mix_by_tables(const Table& bank, const Mix& a, int64_t row, int64_t first_tile, W* memory,
-                                              uint32_t (*opened_words)[kTeam]) {
+__device__ __forceinline__ void mix_by_tables(const Table& bank, const Mix& a, int64_t row, int64_t first_tile, int64_t end,
+                                              W* memory, uint32_t (*opened_words)[kTeam]) {
   using Entry = Pack<W, 1>;
   Entry* tables = reinterpret_cast<Entry*>(memory);  // first the tables, then the sums of every team
   const int team = threadIdx.x / kTeam, word = threadIdx.x % kTeam;
@@ -40,7 +41,7 @@ __device__ __forceinline__ void mix_by_tables(const Table& bank, const Mix& a, i
       tabulate<W>(alphas, reinterpret_cast<Quarter<Entry>*>(tables) + group * 4);
     }
     __syncthreads();
-    if (tile * kTile >= a.n) continue;
+    if (tile * kTile >= end) continue;
 
     // A slice takes every so many groups of a block, of the next block those one further on: also many small blocks keep all
     // slices at work. Two slices of a warp have groups of different parity, whose tables lie in different banks.
@@ -105,7 +106,7 @@ __device__ __forceinline__ void mix_by_tables(const Table& bank, const Mix& a, i
   by_dtype(a.weight.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int kAtOnce = 8;  // loads of weights under way
-    const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, a.n - begin);
+    const int64_t begin = first_tile * kTile, here = min(tiles_here * kTile, end - begin);
     const T* from = static_cast<const T*>(a.weight.data) + begin;
     T* to = static_cast<T*>(a.out) + row * a.n + begin;
     for (int base = threadIdx.x; base < here; base += kMixThreads * kAtOnce) {
