@@ -45,7 +45,7 @@ struct ProductShared {
   float sums[2][kBatch][kThreads];
 };
 
-// Two blocks a multiprocessor are worth the few bytes of a thread that spill in dx, of product_kernel and tensor_kernel alike.
+// Two blocks a multiprocessor are worth the few bytes of a thread that spill in dx in product_kernel.
 template <bool Transposed>
 __global__ void __launch_bounds__(kThreads, 2)
     product_kernel(const float* rows, const float* weight, const Slot* slots, int count, int each, int64_t outputs,
