@@ -186,6 +186,33 @@ def test_rows_keep_to_themselves(cpu_isa, dtype, inputs):
         assert not result[row].isfinite().any()
 
 
+@pytest.mark.parametrize("runs", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [3.9, 4.0, 500.0, 512.0, 3e4, "tiny", "least", inf])
+def test_weights_of_any_size(cpu_isa, size, dtype, runs):
+    """Large ones, among others and all over, denormal ones, and infinities: open ones as they are, and nothing of closed ones."""
+    masks = torch.rand(11, 40, 136) < 0.5
+    bank, ids = sk.pack_bank(masks), torch.arange(11 * runs) // runs
+    x, grad = torch.randn(11 * runs, 136).to(dtype), torch.randn(11 * runs, 40).to(dtype)
+    weight = torch.randn(40, 136).clamp(-3, 3).to(dtype)
+    if isinstance(size, str):
+        weight *= torch.finfo(dtype).tiny / (4 if size == "tiny" else 64)
+    else:
+        weight.view(-1)[::17] = size
+        weight[9, 3] = -size
+    wide = [t.double() for t in (x, weight, grad)]
+    results = all_three(x, weight, bank, ids, None, grad)[:2]
+    theirs = reference.mixed_linear(x, weight, bank, ids), reference.mixed_linear_grad_input(grad, weight, bank, ids)
+    exact = own(*wide[:2], masks, ids), torch.stack([g @ where_open(masks[t], wide[1]) for g, t in zip(wide[2], ids.tolist())])
+    for result, their, right in zip(results, theirs, exact):
+        if size == inf:
+            assert torch.equal(result.isnan(), right.isnan())
+            assert torch.equal(result.isinf(), right.isinf())
+            finite = right.isfinite()
+            result, their, right = result[finite], their[finite], right[finite]
+        assert_as_good(result, their, right)
+
+
 def test_many_rows(cpu_isa):
     """More than are taken at a time."""
     masks, bank, ids, x, weight, bias = draw(8200, 3, 2, 5)
