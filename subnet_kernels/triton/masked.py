@@ -53,6 +53,8 @@ def fused_up_to(rows: int) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------------------- bits
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # where there is no PTX
+
 
 @triton.jit
 def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
@@ -74,19 +76,80 @@ def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
 
 
 @triton.jit
-def _where_open(values, words, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """(ROWS, 32 GROUPS) values where their bits in (ROWS, GROUPS) words are set, +0.0 elsewhere.
+def _where_open(values, words, bits, never, AXIS: tl.constexpr):
+    """Values where their bits are set, +0.0 elsewhere; a word has the bits of 32 neighbours along AXIS, -1 or -2.
 
-    Each bit is moved to the sign and spread from there: as integers, values need one AND and no comparison.
+    Shifts move each bit to the top of its byte, one for the four bits that are a byte apart. From there `prmt` spreads the bits of two
+    halves over both, or that of a float, and an AND selects.
+
+    never: false, unknown to the compiler. It moves a loaded operand of a product to the registers that multiply it, and then masks it
+    there, only if nothing but loads and constants goes into the mask; else both pass through shared memory once more. So which bit is
+    whose comes from loads that never read.
     """
-    bit = tl.arange(0, 32).to(tl.uint32)
-    spread = (words[:, :, None] << (31 - bit)[None, None, :]).to(tl.int32, bitcast=True) >> 31
-    spread = tl.reshape(spread, (ROWS, GROUPS * 32))
-    if values.dtype.primitive_bitwidth == 16:
-        integer: tl.constexpr = tl.int16
+    bit, byte = tl.arange(0, 8), tl.arange(0, 4)
+    shift = tl.load(bits + bit, mask=never & (bit >= 0), other=7 - bit).to(tl.uint32)
+    select = tl.load(bits + byte, mask=never & (byte >= 0), other=byte)
+    words = tl.expand_dims(tl.expand_dims(words, AXIS), AXIS)
+    if AXIS == -1:
+        tops, select = words << shift, select[:, None]
+        tops, select = tl.broadcast(tops, select)
     else:
-        integer: tl.constexpr = tl.int32
-    return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
+        tops, select = tl.broadcast(words << shift[:, None], select[:, None, None])
+    tops, select = tl.reshape(tops, values.shape), tl.reshape(select, values.shape)
+    if _INTERPRETED:
+        integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
+        spread = ((tops >> (select * 8 + 7).to(tl.uint32)) & 1).to(tl.int32) * -1
+        return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
+    if values.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 places, mask;
+            mad.lo.u32 places, $5, 0x1100, 0xcc88;  // bytes of the second half's word are 4 to 7, and 8 stands for the sign
+            mad.lo.u32 places, $4, 0x11, places;
+            prmt.b32 mask, $2, $3, places;
+            and.b32 $0, $1, mask;
+            }
+            """,
+            "=r,r,r,r,r,r",
+            [values, tops, select],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 places, mask;
+        mad.lo.u32 places, $3, 0x1111, 0x8888;
+        prmt.b32 mask, $2, $2, places;
+        and.b32 $0, $1, mask;
+        }
+        """,
+        "=r,r,r,r",
+        [values, tops, select],
+        dtype=values.dtype,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _places_of(BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """0 to BLOCK: (BLOCK,), or (PARTS, BLOCK // PARTS)."""
+    if PARTS == 1:
+        return tl.arange(0, BLOCK)
+    else:
+        return tl.arange(0, PARTS)[:, None] * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)[None, :]
+
+
+@triton.jit
+def _no_sums(ROWS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr):
+    """Zeros to add products to: (ROWS, COLUMNS), or as many of each part."""
+    if PARTS == 1:
+        return tl.zeros((ROWS, COLUMNS), tl.float32)
+    else:
+        return tl.zeros((PARTS, ROWS, COLUMNS), tl.float32)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
@@ -168,9 +231,10 @@ def _tile_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_O: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (p, s): a tile of y^T = W x^T over the s-th chunk of the inputs; W on the left is masked between memory and registers."""
+    """Program (p, s): a tile of y^T = W x^T over the s-th chunk of the inputs. A block of inputs may have several parts, a warp each."""
     inputs = inputs // STEP * STEP  # says that rows are aligned
     if STEP == 32:
         outputs = outputs // 16 * 16
@@ -180,20 +244,21 @@ def _tile_kernel(
     o_ok, b_ok = o < outputs, b < rows
     begin = tl.program_id(1) * chunk // 32 * 32
     end = tl.minimum(begin + chunk, inputs)
-    inner = tl.arange(0, BLOCK_K)
-    group = tl.arange(0, BLOCK_K // 32)[None, :]
+    inner = _places_of(BLOCK_K, PARTS)
+    group = tl.expand_dims(_places_of(BLOCK_K // 32, PARTS), -2)
     row = o.to(tl.int64)[:, None]
     w_row = weight + row * inputs
     x_row = x + b.to(tl.int64)[None, :] * inputs
-    total = tl.zeros((BLOCK_O, BLOCK_B), tl.float32)
+    total = _no_sums(BLOCK_O, BLOCK_B, PARTS)
     for k in range(begin, end, BLOCK_K):
         at = k + inner
         inside = at < inputs
-        w = tl.load(w_row + at[None, :], mask=o_ok[:, None] & inside[None, :], other=0.0)
-        v = tl.load(x_row + at[:, None], mask=inside[:, None] & b_ok[None, :], other=0.0)
+        w = tl.load(w_row + tl.expand_dims(at, -2), mask=o_ok[:, None] & tl.expand_dims(inside, -2), other=0.0)
+        v = tl.load(x_row + tl.expand_dims(at, -1), mask=tl.expand_dims(inside, -1) & b_ok[None, :], other=0.0)
         word = _words(bits, words, row, k, group, o_ok[:, None], inputs, STEP)
-        w = _where_open(w, word, BLOCK_O, BLOCK_K // 32)
-        total = tl.dot(w, v, total, input_precision="ieee")
+        total = tl.dot(_where_open(w, word, bits, rows < 0, -1), v, total, input_precision="ieee")
+    if PARTS > 1:
+        total = tl.sum(total, 0)
     ok = o_ok[:, None] & b_ok[None, :]
     if tl.num_programs(1) == 1:
         if has_bias != 0:
@@ -218,9 +283,10 @@ def _grad_input_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_I: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (p, s): a tile of dx = G_y W over the s-th chunk of the outputs."""
+    """Program (p, s): a tile of dx^T = W^T G_y^T over the s-th chunk of the outputs, in parts as above."""
     inputs = inputs // STEP * STEP  # says that rows are aligned
     if STEP >= 16:
         outputs = outputs // 16 * 16
@@ -231,24 +297,26 @@ def _grad_input_kernel(
     i_ok, b_ok = i < inputs, b < rows
     begin = tl.program_id(1) * chunk // 16 * 16
     end = tl.minimum(begin + chunk, outputs)
-    inner = tl.arange(0, BLOCK_K)
-    group = tl.arange(0, BLOCK_I // 32)[None, :]
-    g_row = grad + b.to(tl.int64)[:, None] * outputs
-    total = tl.zeros((BLOCK_B, BLOCK_I), tl.float32)
+    inner = _places_of(BLOCK_K, PARTS)
+    group = tl.arange(0, BLOCK_I // 32)[:, None]
+    w_column = weight + i[:, None]
+    g_row = grad + b.to(tl.int64)[None, :] * outputs
+    total = _no_sums(BLOCK_I, BLOCK_B, PARTS)
     for k in range(begin, end, BLOCK_K):
         o = k + inner
         inside = o < outputs
-        row = o.to(tl.int64)[:, None]
-        g = tl.load(g_row + o[None, :], mask=b_ok[:, None] & inside[None, :], other=0.0)
-        w = tl.load(weight + row * inputs + i[None, :], mask=inside[:, None] & i_ok[None, :], other=0.0)
-        word = _words(bits, words, row, first, group, inside[:, None], inputs, STEP)
-        w = _where_open(w, word, BLOCK_K, BLOCK_I // 32)
-        total = tl.dot(g, w, total, input_precision="ieee")
-    ok = b_ok[:, None] & i_ok[None, :]
+        row, row_ok = tl.expand_dims(o.to(tl.int64), -2), tl.expand_dims(inside, -2)
+        w = tl.load(w_column + row * inputs, mask=row_ok & i_ok[:, None], other=0.0)
+        g = tl.load(g_row + tl.expand_dims(o, -1), mask=tl.expand_dims(inside, -1) & b_ok[None, :], other=0.0)
+        word = _words(bits, words, row, first, group, row_ok, inputs, STEP)
+        total = tl.dot(_where_open(w, word, bits, rows < 0, -2), g, total, input_precision="ieee")
+    if PARTS > 1:
+        total = tl.sum(total, 0)
+    ok = i_ok[:, None] & b_ok[None, :]
     if tl.num_programs(1) == 1:
-        tl.store(d_x + b.to(tl.int64)[:, None] * inputs + i[None, :], total.to(d_x.dtype.element_ty), mask=ok)
+        tl.store(d_x + b.to(tl.int64)[None, :] * inputs + i[:, None], total.to(d_x.dtype.element_ty), mask=ok)
     else:
-        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[:, None] * inputs + i[None, :], total, mask=ok)
+        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[None, :] * inputs + i[:, None], total, mask=ok)
 
 
 @triton.jit(do_not_specialize=["columns", "splits", "has_bias", "elements"])
@@ -320,7 +388,7 @@ def _grad_weight_kernel(
         live = _words(bits, words, row, first, group, o_ok[:, None], inputs, STEP)
         if has_frozen != 0:
             live = live ^ (live & _words(frozen, words, row, first, group, o_ok[:, None], inputs, STEP))
-        d = _where_open(total, live, BLOCK_O, BLOCK_I // 32)
+        d = _where_open(total, live, bits, rows < 0, -1)
         tl.store(d_weight + row * inputs + i[None, :], d.to(d_weight.dtype.element_ty), mask=ok)
     if need_scores != 0:
         slope = total * tl.load(weight + row * inputs + i[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -356,14 +424,14 @@ def _rows_build(dtype: torch.dtype, rows: int, block_o: int, step: int, groups: 
     return _build(_rows_kernel, *arguments, dtype, constants, warps, 1)
 
 
-def _tile_build(dtype: torch.dtype, b: int, o: int, k: int, warps: int, stages: int, step: int) -> Build:
-    constants = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_K": k, "STEP": step}
+def _tile_build(dtype: torch.dtype, b: int, o: int, k: int, warps: int, stages: int, step: int, parts: int = 1) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_K": k, "PARTS": parts, "STEP": step}
     arguments = "x weight bits bias y partial", "rows outputs inputs chunk has_bias", "words"
     return _build(_tile_kernel, *arguments, dtype, constants, warps, stages)
 
 
-def _grad_input_build(dtype: torch.dtype, b: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
-    constants = {"BLOCK_B": b, "BLOCK_I": i, "BLOCK_K": k, "STEP": step}
+def _grad_input_build(dtype: torch.dtype, b: int, i: int, k: int, warps: int, stages: int, step: int, parts: int = 1) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_I": i, "BLOCK_K": k, "PARTS": parts, "STEP": step}
     arguments = "grad weight bits d_x partial", "rows outputs inputs chunk", "words"
     return _build(_grad_input_kernel, *arguments, dtype, constants, warps, stages)
 
@@ -375,8 +443,9 @@ def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, s
     return _build(_grad_weight_kernel, pointers, int32, "words", dtype, constants, warps, stages)
 
 
-# {(dtype, step): [(rows, build), ...]}: a launch takes the first build whose rows its own fit into, or the last.
-_Table = dict[tuple[torch.dtype, int], list[tuple[int, Build]]]
+# {(dtype, step): [(rows, beside, build), ...]}: a launch takes the first build whose rows its own fit into, or the last, and splits sums
+# where that makes up to so many programs beside each other on a multiprocessor.
+_Table = dict[tuple[torch.dtype, int], list[tuple[int, int, Build]]]
 _ROWS: _Table = {}
 _TILES: _Table = {}
 _GRAD_INPUT: _Table = {}
@@ -389,41 +458,44 @@ _SUMS = {
 
 def _fill_tables() -> None:
     for dtype in _HALF:
-        _ROWS[dtype, 32] = [(1, _rows_build(dtype, 1, 8, 32))]  # four rows: 26 us, and 20 on the tensor cores
+        _ROWS[dtype, 32] = [(1, 2, _rows_build(dtype, 1, 8, 32))]  # four rows: 26 us, and 20 on the tensor cores
         _TILES[dtype, 32] = [
-            (16, _tile_build(dtype, 16, 32, 256, 4, 4, 32)),
-            (64, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
-            (128, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (32, 1, _tile_build(dtype, 16, 32, 256, 8, 4, 32, 8)),
+            (64, 2, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, 1, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
         ]
         _GRAD_INPUT[dtype, 32] = [
-            (16, _grad_input_build(dtype, 16, 64, 128, 4, 4, 32)),
-            (64, _grad_input_build(dtype, 64, 64, 64, 4, 4, 32)),
-            (128, _grad_input_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (32, 1, _grad_input_build(dtype, 16, 32, 256, 8, 4, 32, 8)),
+            (64, 2, _grad_input_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, 1, _grad_input_build(dtype, 128, 128, 64, 8, 3, 32)),
         ]
         _GRAD_WEIGHT[dtype, 32] = [
-            (512, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
-            (1024, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (512, 1, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
+            (1024, 1, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
         ]
         for step in (16, 1):
-            _ROWS[dtype, step] = [(_FEW, _rows_build(dtype, _FEW, 4, step))]
-            _TILES[dtype, step] = [(64, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
-            _GRAD_INPUT[dtype, step] = [(64, _grad_input_build(dtype, 64, 64, 64, 8, 2, step))]
-            _GRAD_WEIGHT[dtype, step] = [(64, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
-    _ROWS[torch.float32, 32] = [(1, _rows_build(torch.float32, 1, 4, 32)), (_FEW, _rows_build(torch.float32, _FEW, 4, 32))]
+            _ROWS[dtype, step] = [(_FEW, 2, _rows_build(dtype, _FEW, 4, step))]
+            _TILES[dtype, step] = [(64, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_INPUT[dtype, step] = [(64, 1, _grad_input_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_WEIGHT[dtype, step] = [(64, 1, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
+    _ROWS[torch.float32, 32] = [
+        (1, 2, _rows_build(torch.float32, 1, 4, 32)),
+        (_FEW, 2, _rows_build(torch.float32, _FEW, 4, 32)),
+    ]
     _TILES[torch.float32, 32] = [
-        (16, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
-        (64, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
+        (16, 2, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
+        (64, 1, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
     ]
     _GRAD_INPUT[torch.float32, 32] = [
-        (16, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
-        (64, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
+        (16, 2, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
+        (64, 1, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
     ]
-    _GRAD_WEIGHT[torch.float32, 32] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
+    _GRAD_WEIGHT[torch.float32, 32] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
     for step in (16, 1):
-        _ROWS[torch.float32, step] = [(_FEW, _rows_build(torch.float32, _FEW, 4, step))]
-        _TILES[torch.float32, step] = [(32, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
-        _GRAD_INPUT[torch.float32, step] = [(32, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, step))]
-        _GRAD_WEIGHT[torch.float32, step] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
+        _ROWS[torch.float32, step] = [(_FEW, 2, _rows_build(torch.float32, _FEW, 4, step))]
+        _TILES[torch.float32, step] = [(32, 2, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
+        _GRAD_INPUT[torch.float32, step] = [(32, 2, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, step))]
+        _GRAD_WEIGHT[torch.float32, step] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
 
 
 _fill_tables()
@@ -432,22 +504,22 @@ _fill_tables()
 def builds() -> list[Build]:
     """Every build that a launch of this module can choose."""
     tables = (_ROWS, _TILES, _GRAD_INPUT, _GRAD_WEIGHT)
-    return [build for table in tables for choices in table.values() for _, build in choices] + list(_SUMS.values())
+    return [build for table in tables for choices in table.values() for *_, build in choices] + list(_SUMS.values())
 
 
 def _step(inputs: int, *others: int) -> int:
     return 1 if not aligned(inputs, *others) else 32 if inputs % 32 == 0 else 16
 
 
-def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> Build:
+def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> tuple[int, Build]:
+    """(beside, build) of so many rows."""
     choices = table[dtype, step]
-    return next((build for limit, build in choices if rows <= limit), choices[-1][1])
+    return next(((beside, build) for limit, beside, build in choices if rows <= limit), choices[-1][1:])
 
 
-def _split(build: Build, tiles: int, terms: int, block: int) -> tuple[int, int]:
+def _split(beside: int, tiles: int, terms: int, block: int) -> tuple[int, int]:
     """(splits, terms of one) for sums of so many terms, taken in blocks: one split where tiles nearly fill the device or sums are short."""
-    fill = _DEVICE if build.num_warps == 8 else 2 * _DEVICE  # as many as fit beside each other
-    splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(fill // tiles, terms // (4 * block)))
+    splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(beside * _DEVICE // tiles, terms // (4 * block)))
     chunk = _ceil(_ceil(terms, splits), block) * block
     return _ceil(terms, chunk), chunk
 
@@ -469,13 +541,13 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor |
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     step = _step(inputs)
     if rows <= _ROWS[x.dtype, step][-1][0]:
-        build = _choose(_ROWS, x.dtype, step, rows)
+        beside, build = _choose(_ROWS, x.dtype, step, rows)
         tiles, block, more = _ceil(outputs, build.constants["BLOCK_O"]), build.constants["GROUPS"] * 32, (1,)
     else:
-        build = _choose(_TILES, x.dtype, step if outputs % 16 == 0 else min(step, 16), rows)
+        beside, build = _choose(_TILES, x.dtype, step if outputs % 16 == 0 else min(step, 16), rows)
         tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(rows, build.constants["BLOCK_B"])
         block, more = build.constants["BLOCK_K"], ()
-    splits, chunk = _split(build, tiles, inputs, block)
+    splits, chunk = _split(beside, tiles, inputs, block)
     partial = _workspace(splits, y, words)
     given = y if bias is None else bias
     with on_device(x):
@@ -496,9 +568,9 @@ def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None
     outputs, inputs = weight.shape
     grad, weight, words = plain(grad_y), plain(weight), _words_of(op, bits, weight.numel())
     d_x = torch.empty((*grad.shape[:-1], inputs), dtype=grad.dtype, device=grad.device)
-    build = _choose(_GRAD_INPUT, grad.dtype, _step(inputs, outputs), rows)
+    beside, build = _choose(_GRAD_INPUT, grad.dtype, _step(inputs, outputs), rows)
     tiles = _ceil(inputs, build.constants["BLOCK_I"]) * _ceil(rows, build.constants["BLOCK_B"])
-    splits, chunk = _split(build, tiles, outputs, build.constants["BLOCK_K"])
+    splits, chunk = _split(beside, tiles, outputs, build.constants["BLOCK_K"])
     partial = _workspace(splits, d_x, words)
     with on_device(grad):
         build.launch((tiles, splits), grad, weight, words, d_x, partial, rows, outputs, inputs, chunk, words.numel())
@@ -544,7 +616,7 @@ def masked_linear_grad_weight(
     if not need_weight and scores is None:
         return d_weight, d_scores
     weight, scores_of = (x, x) if scores is None else (plain(weight), plain(scores))
-    build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
+    _, build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
     tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(inputs, build.constants["BLOCK_I"])
     to_weight, to_scores = d_weight if need_weight else x, d_scores if scores is not None else x
     flags = (int(flag) for flag in (frozen is not None, by == "magnitude", need_weight, scores is not None))
