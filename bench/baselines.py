@@ -57,6 +57,17 @@ def select_kthvalue_compare(scores: Tensor, density: float) -> Tensor:
     return key >= key.flatten().kthvalue(1 + int((1 - density) * key.numel())).values
 
 
+def threshold_float(scores: Tensor) -> Tensor:
+    """SupSup: a float mask of the scores that are not negative."""
+    return (scores >= 0).float()
+
+
+def threshold_pack(scores: Tensor) -> Tensor:
+    """The same to bytes in eager PyTorch: groups of eight comparisons, shifted and summed."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=scores.device)
+    return ((scores.view(-1, 8) >= 0).to(torch.uint8) << shifts).sum(1, dtype=torch.uint8)
+
+
 def pack_float(mask: Tensor) -> Tensor:
     """A float mask to bytes in eager PyTorch: groups of eight, shifted and summed."""
     weights = (1 << torch.arange(8, device=mask.device)).to(torch.uint8)

@@ -13,6 +13,7 @@ SHOWN = (
     "step",
     "select",
     "refresh_",
+    "threshold",
     "pack",
     "union_",
     "count",

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from subnet_kernels.reference import nbytes
-from subnet_kernels.triton._build import Build
+from subnet_kernels.triton._build import Build, typed
 
 BLOCK = 2048  # weights of one program
 INTEGERS = {1: "i8", 2: "i16", 4: "i32", 8: "i64"}  # what an element is where it is moved and not computed with, by its size
@@ -57,6 +57,25 @@ def build(function: Any, kind: str, signature: dict[str, str], constants: dict[s
     sizes = "x".join(str(size) for name, size in constants.items() if name != "MOST")
     parts = [module, function.fn.__name__.strip("_").removesuffix("_kernel"), kind, sizes]
     return Build("-".join(part for part in parts if part), function, signature, constants, warps, 1, True)
+
+
+def each(
+    function: Any, kinds: dict[Any, str], pointers: dict[str, str], *numbers: str, warps: int = 4, **constants: Any
+) -> dict[Any, Build]:
+    """A build for each kind of element, by what names it, a dtype or a size.
+
+    pointers: a type, or "" for one that is the kind's; numbers: as in `typed`; constants: a dict has one for each name.
+    """
+    return {
+        key: build(
+            function,
+            kind,
+            typed({name: element or kind for name, element in pointers.items()}, *numbers),
+            {name: value[key] if isinstance(value, dict) else value for name, value in constants.items()},
+            warps,
+        )
+        for key, kind in kinds.items()
+    }
 
 
 def programs(n: int) -> tuple[int]:

@@ -20,6 +20,7 @@ from subnet_kernels.triton._packed import (
     check,
     check_bits,
     check_lengths,
+    each,
     in_place,
     opened,
     places,
@@ -109,35 +110,24 @@ def _straight_through_kernel(
 
 # --------------------------------------------------------------------------------------------------------------- builds
 
-_SIZE = {"BLOCK": BLOCK}
-_APPLY = {
-    size: build(_apply_kernel, kind, typed({"weight": kind, "bits": "u8", "out": kind}, int64="n"), _SIZE)
-    for size, kind in INTEGERS.items()
-}
-_ONES = build(_ones_kernel, "", typed({"bits": "u8", "ones": "i32"}, int64="n"), _SIZE)
-_RESTORE = {
-    size: build(
-        _restore_kernel,
-        kind,
-        typed({"weight": kind, "bits": "u8", "values": kind, "ones": "i32", "before": "i64"}, int64="n count"),
-        _SIZE,
-    )
-    for size, kind in INTEGERS.items()
-}
-_FLOATS, _BITS = ("grad", "weight", "scores"), ("bits", "frozen")
-_STRAIGHT = {
-    dtype: build(
-        _straight_through_kernel,
-        name,
-        typed(
-            dict.fromkeys(_FLOATS, name) | dict.fromkeys(_BITS, "u8") | dict.fromkeys(("d_weight", "d_scores"), name),
-            "has_frozen magnitude need_weight need_scores",
-            "n",
-        ),
-        _SIZE,
-    )
-    for dtype, name in NAMES.items()
-}
+_APPLY = each(_apply_kernel, INTEGERS, {"weight": "", "bits": "u8", "out": ""}, "", "n", BLOCK=BLOCK)
+_ONES = build(_ones_kernel, "", typed({"bits": "u8", "ones": "i32"}, int64="n"), {"BLOCK": BLOCK})
+_RESTORE = each(
+    _restore_kernel,
+    INTEGERS,
+    {"weight": "", "bits": "u8", "values": "", "ones": "i32", "before": "i64"},
+    "",
+    "n count",
+    BLOCK=BLOCK,
+)
+_STRAIGHT = each(
+    _straight_through_kernel,
+    NAMES,
+    {"grad": "", "weight": "", "scores": "", "bits": "u8", "frozen": "u8", "d_weight": "", "d_scores": ""},
+    "has_frozen magnitude need_weight need_scores",
+    "n",
+    BLOCK=BLOCK,
+)
 
 
 def builds() -> list[Build]:

@@ -18,14 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from subnet_kernels.reference import nbytes
 from subnet_kernels.triton._build import NAMES, Build, aligned, on_device, plain, typed
+from subnet_kernels.triton._packed import check, check_bits
 
 # ------------------------------------------------------------------------------------------------------------- crossover
 
 # Rows from which making the open weight costs no more than fusing its mask. Half precision: measured on an H100, 4096 x 4096 bfloat16,
-# kernels alone, L2 flushed, fused against not, us: forward 28 and 34 at 128 rows, 43 and 37 at 256; dx 25 and 37, then 42 and 42; the
-# weight's and the scores' gradient 70 and 67 at 256. Float32, whose products run on the ordinary cores, is an estimate.
+# kernels alone, L2 flushed, by tiles that were masked in shared memory, fused against not, us: forward 28 and 34 at 128 rows, 43 and 37
+# at 256; dx 25 and 37, then 42 and 42; the weight's and the scores' gradient 70 and 67 at 256. Float32, whose products run on the
+# ordinary cores, is an estimate.
 _HALF, _SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
 _CROSSOVER = {
     "masked_linear": {_HALF: 128, _SINGLE: 64},
@@ -53,6 +54,8 @@ def fused_up_to(rows: int) -> Iterator[None]:
 
 # ----------------------------------------------------------------------------------------------------------------- bits
 
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # where there is no PTX
+
 
 @triton.jit
 def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
@@ -74,181 +77,213 @@ def _words(bits, words, row, column, group, ok, columns, STEP: tl.constexpr):
 
 
 @triton.jit
-def _where_open(values, words, ROWS: tl.constexpr, GROUPS: tl.constexpr):
-    """(ROWS, 32 GROUPS) values where their bits in (ROWS, GROUPS) words are set, +0.0 elsewhere.
+def _where_open(values, words, bits, never, AXIS: tl.constexpr):
+    """Values where their bits are set, +0.0 elsewhere; a word has the bits of 32 neighbours along AXIS, -1 or -2.
 
-    Each bit is moved to the sign and spread from there: as integers, values need one AND and no comparison.
+    Shifts move each bit to the top of its byte, one for the four bits that are a byte apart. From there `prmt` spreads the bits of two
+    halves over both, or that of a float, and an AND selects.
+
+    never: false, unknown to the compiler. It moves a loaded operand of a product to the registers that multiply it, and then masks it
+    there, only if nothing but loads and constants goes into the mask; else both pass through shared memory once more. So which bit is
+    whose comes from loads that never read.
     """
-    bit = tl.arange(0, 32).to(tl.uint32)
-    spread = (words[:, :, None] << (31 - bit)[None, None, :]).to(tl.int32, bitcast=True) >> 31
-    spread = tl.reshape(spread, (ROWS, GROUPS * 32))
-    if values.dtype.primitive_bitwidth == 16:
-        integer: tl.constexpr = tl.int16
+    bit, byte = tl.arange(0, 8), tl.arange(0, 4)
+    shift = tl.load(bits + bit, mask=never & (bit >= 0), other=7 - bit).to(tl.uint32)
+    select = tl.load(bits + byte, mask=never & (byte >= 0), other=byte)
+    words = tl.expand_dims(tl.expand_dims(words, AXIS), AXIS)
+    if AXIS == -1:
+        tops, select = words << shift, select[:, None]
+        tops, select = tl.broadcast(tops, select)
     else:
-        integer: tl.constexpr = tl.int32
-    return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
+        tops, select = tl.broadcast(words << shift[:, None], select[:, None, None])
+    tops, select = tl.reshape(tops, values.shape), tl.reshape(select, values.shape)
+    if _INTERPRETED:
+        integer: tl.constexpr = tl.int16 if values.dtype.primitive_bitwidth == 16 else tl.int32
+        spread = ((tops >> (select * 8 + 7).to(tl.uint32)) & 1).to(tl.int32) * -1
+        return (values.to(integer, bitcast=True) & spread.to(integer)).to(values.dtype, bitcast=True)
+    if values.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise(
+            """
+            {
+            .reg .b32 places, mask;
+            mad.lo.u32 places, $5, 0x1100, 0xcc88;  // bytes of the second half's word are 4 to 7, and 8 stands for the sign
+            mad.lo.u32 places, $4, 0x11, places;
+            prmt.b32 mask, $2, $3, places;
+            and.b32 $0, $1, mask;
+            }
+            """,
+            "=r,r,r,r,r,r",
+            [values, tops, select],
+            dtype=values.dtype,
+            is_pure=True,
+            pack=2,
+        )
+    return tl.inline_asm_elementwise(
+        """
+        {
+        .reg .b32 places, mask;
+        mad.lo.u32 places, $3, 0x1111, 0x8888;
+        prmt.b32 mask, $2, $2, places;
+        and.b32 $0, $1, mask;
+        }
+        """,
+        "=r,r,r,r",
+        [values, tops, select],
+        dtype=values.dtype,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@triton.jit
+def _places_of(BLOCK: tl.constexpr, PARTS: tl.constexpr):
+    """0 to BLOCK: (BLOCK,), or (PARTS, BLOCK // PARTS)."""
+    if PARTS == 1:
+        return tl.arange(0, BLOCK)
+    else:
+        return tl.arange(0, PARTS)[:, None] * (BLOCK // PARTS) + tl.arange(0, BLOCK // PARTS)[None, :]
+
+
+@triton.jit
+def _store_sums(total, bias, y, partial, row, column, row_ok, column_ok, rows, columns, has_bias):
+    """Sums of y at rows and columns that broadcast, to y with the bias if there is one split, else to the split's own place in partial."""
+    if tl.num_programs(1) == 1:
+        if has_bias != 0:
+            total += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)
+        tl.store(y + columns.to(tl.int64) * row + column, total.to(y.dtype.element_ty), mask=row_ok & column_ok)
+    else:
+        place = (tl.program_id(1) * rows + row).to(tl.int64) * columns
+        tl.store(partial + place + column, total, mask=row_ok & column_ok)
 
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "has_bias", "one", "words"])
+@triton.jit(do_not_specialize=["rows", "columns", "terms", "chunk", "has_bias", "words"])
 def _rows_kernel(
-    x,  # (rows, inputs)
-    weight,  # (outputs, inputs)
+    x,  # (rows, terms)
+    weight,  # (columns, terms)
     bits,  # int32 (words,)
-    bias,  # (outputs,), read if has_bias
-    y,  # (rows, outputs), written if there is one split
-    partial,  # float32 (splits, rows, outputs), else
+    bias,  # (columns,), read if has_bias
+    y,  # (rows, columns), written if there is one split
+    partial,  # float32 (splits, rows, columns), else
     rows: tl.int32,
-    outputs: tl.int32,
-    inputs: tl.int32,
+    columns: tl.int32,
+    terms: tl.int32,
     chunk: tl.int32,
     has_bias: tl.int32,
-    one: tl.int32,
     words: tl.int64,
-    ROWS: tl.constexpr,
-    BLOCK_O: tl.constexpr,
-    GROUPS: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
     VEC: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (p, s): BLOCK_O outputs of at most ROWS rows, over the s-th chunk of the inputs."""
-    inputs = inputs // STEP * STEP  # says that rows are aligned
-    o = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    ok = o < outputs
+    """Program (p, s): BLOCK_C columns of at most BLOCK_B rows of y = x W^T, over the s-th chunk of the terms."""
+    terms = terms // STEP * STEP  # says that rows are aligned
+    GROUPS: tl.constexpr = BLOCK_K // 32
+    o = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    ok = o < columns
     begin = tl.program_id(1) * chunk // 32 * 32
-    end = tl.minimum(begin + chunk, inputs)
-    # A tile is (outputs, words, 32 // VEC, VEC): a thread holds VEC neighbours of one word, a 16-byte load. That words neighbour
+    end = tl.minimum(begin + chunk, terms)
+    # A tile is (BLOCK_C, GROUPS, 32 // VEC, VEC): a thread holds VEC neighbours of one word, a 16-byte load. That words neighbour
     # each other is hidden behind `one`, or the compiler would load them as wide vectors and hand them round between threads.
     bit = tl.arange(0, 32 // VEC)[:, None] * VEC + tl.arange(0, VEC)[None, :]
     inner = tl.arange(0, GROUPS)[:, None, None] * 32 + bit[None, :, :]
+    one = tl.num_programs(2)
     group = (tl.arange(0, GROUPS) * one)[None, :, None, None] + tl.zeros((1, 1, 32 // VEC, 1), tl.int32)
     row, row_ok = o.to(tl.int64)[:, None, None, None], ok[:, None, None, None]
-    w_row = weight + row * inputs
-    zero = tl.zeros((BLOCK_O, GROUPS, 32 // VEC), tl.float32)
+    w_row = weight + row * terms
+    zero = tl.zeros((BLOCK_C, GROUPS, 32 // VEC), tl.float32)
     sums = (zero,)
-    for _ in tl.static_range(ROWS - 1):
+    for _ in tl.static_range(BLOCK_B - 1):
         sums += (zero,)
-    for k in range(begin, end, GROUPS * 32):
+    for k in range(begin, end, BLOCK_K):
         at = k + inner
-        inside = at < inputs
+        inside = at < terms
         w = tl.load(w_row + at[None], mask=row_ok & inside[None], other=0.0)
-        word = _words(bits, words, row, k, group, row_ok, inputs, STEP)
+        word = _words(bits, words, row, k, group, row_ok, terms, STEP)
         w = tl.where((word >> bit[None, None].to(tl.uint32)) & 1 != 0, w, 0.0).to(tl.float32)
         more = ()
-        for b in tl.static_range(ROWS):
-            v = tl.load(x + b * inputs.to(tl.int64) + at, mask=inside & (b < rows), other=0.0).to(tl.float32)
+        for b in tl.static_range(BLOCK_B):
+            v = tl.load(x + b * terms.to(tl.int64) + at, mask=inside & (b < rows), other=0.0).to(tl.float32)
             more += (sums[b] + tl.sum(w * v[None], 3),)
         sums = more
-    for b in tl.static_range(ROWS):
-        total = tl.sum(tl.reshape(sums[b], (BLOCK_O, GROUPS * (32 // VEC))), 1)
-        if tl.num_programs(1) == 1:
-            if has_bias != 0:
-                total += tl.load(bias + o, mask=ok, other=0.0).to(tl.float32)
-            tl.store(y + b * outputs.to(tl.int64) + o, total.to(y.dtype.element_ty), mask=ok & (b < rows))
-        else:
-            tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64) * outputs + o, total, mask=ok & (b < rows))
+    for b in tl.static_range(BLOCK_B):
+        total = tl.sum(tl.reshape(sums[b], (BLOCK_C, GROUPS * (32 // VEC))), 1)
+        _store_sums(total, bias, y, partial, b, o, b < rows, ok, rows, columns, has_bias)
 
 
-@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "has_bias", "words"])
+@triton.jit(do_not_specialize=["rows", "columns", "terms", "chunk", "has_bias", "words"])
 def _tile_kernel(
-    x,  # (rows, inputs)
-    weight,  # (outputs, inputs)
+    x,  # (rows, terms)
+    weight,  # (columns, terms), or (terms, columns) if TRANSPOSED
     bits,  # int32 (words,)
-    bias,  # (outputs,), read if has_bias
-    y,  # (rows, outputs), written if there is one split
-    partial,  # float32 (splits, rows, outputs), else
+    bias,  # (columns,), read if has_bias
+    y,  # (rows, columns), written if there is one split
+    partial,  # float32 (splits, rows, columns), else
     rows: tl.int32,
-    outputs: tl.int32,
-    inputs: tl.int32,
+    columns: tl.int32,
+    terms: tl.int32,
     chunk: tl.int32,
     has_bias: tl.int32,
     words: tl.int64,
     BLOCK_B: tl.constexpr,
-    BLOCK_O: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    PARTS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (p, s): a tile of y^T = W x^T over the s-th chunk of the inputs; W on the left is masked between memory and registers."""
-    inputs = inputs // STEP * STEP  # says that rows are aligned
-    if STEP == 32:
-        outputs = outputs // 16 * 16
+    """Program (p, s): a tile of y^T = W x^T, or W^T x^T, over the s-th chunk of the terms.
+
+    W is on the left, where it can be masked in registers. A block of terms may have as many parts as there are warps: each multiplies its
+    own, so that none masks what another one does, and the parts' sums are added at the end.
+    """
+    if TRANSPOSED:
+        columns = columns // STEP * STEP  # says that rows are aligned
+        if STEP >= 16:
+            terms = terms // 16 * 16
+    else:
+        terms = terms // STEP * STEP
+        if STEP == 32:
+            columns = columns // 16 * 16
     tiles = tl.cdiv(rows, BLOCK_B)  # programs of one tile of W are neighbours, so that it is read once
-    o = tl.program_id(0) // tiles * BLOCK_O + tl.arange(0, BLOCK_O)
-    b = tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)
-    o_ok, b_ok = o < outputs, b < rows
-    begin = tl.program_id(1) * chunk // 32 * 32
-    end = tl.minimum(begin + chunk, inputs)
-    inner = tl.arange(0, BLOCK_K)
-    group = tl.arange(0, BLOCK_K // 32)[None, :]
-    row = o.to(tl.int64)[:, None]
-    w_row = weight + row * inputs
-    x_row = x + b.to(tl.int64)[None, :] * inputs
-    total = tl.zeros((BLOCK_O, BLOCK_B), tl.float32)
+    first = tl.program_id(0) // tiles * BLOCK_C
+    c = (first + tl.arange(0, BLOCK_C))[:, None]
+    b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B))[None, :]
+    c_ok, b_ok = c < columns, b < rows
+    begin = tl.program_id(1) * chunk // 16 * 16
+    end = tl.minimum(begin + chunk, terms)
+    inner = _places_of(BLOCK_K, PARTS)
+    if TRANSPOSED:
+        group = tl.arange(0, BLOCK_C // 32)[:, None]
+    else:
+        group = tl.expand_dims(_places_of(BLOCK_K // 32, PARTS), -2)
+        row = c.to(tl.int64)
+    x_row = x + b.to(tl.int64) * terms
+    if PARTS == 1:
+        total = tl.zeros((BLOCK_C, BLOCK_B), tl.float32)
+    else:
+        total = tl.zeros((PARTS, BLOCK_C, BLOCK_B), tl.float32)
     for k in range(begin, end, BLOCK_K):
         at = k + inner
-        inside = at < inputs
-        w = tl.load(w_row + at[None, :], mask=o_ok[:, None] & inside[None, :], other=0.0)
-        v = tl.load(x_row + at[:, None], mask=inside[:, None] & b_ok[None, :], other=0.0)
-        word = _words(bits, words, row, k, group, o_ok[:, None], inputs, STEP)
-        w = _where_open(w, word, BLOCK_O, BLOCK_K // 32)
+        ok = at < terms
+        v = tl.load(x_row + tl.expand_dims(at, -1), mask=tl.expand_dims(ok, -1) & b_ok, other=0.0)
+        at, ok = tl.expand_dims(at, -2), tl.expand_dims(ok, -2)
+        if TRANSPOSED:
+            row = at.to(tl.int64)
+            w = tl.load(weight + row * columns + c, mask=ok & c_ok, other=0.0)
+            word = _words(bits, words, row, first, group, ok, columns, STEP)
+            w = _where_open(w, word, bits, rows < 0, -2)
+        else:
+            w = tl.load(weight + row * terms + at, mask=c_ok & ok, other=0.0)
+            word = _words(bits, words, row, k, group, c_ok, terms, STEP)
+            w = _where_open(w, word, bits, rows < 0, -1)
         total = tl.dot(w, v, total, input_precision="ieee")
-    ok = o_ok[:, None] & b_ok[None, :]
-    if tl.num_programs(1) == 1:
-        if has_bias != 0:
-            total += tl.load(bias + o, mask=o_ok, other=0.0).to(tl.float32)[:, None]
-        tl.store(y + b.to(tl.int64)[None, :] * outputs + o[:, None], total.to(y.dtype.element_ty), mask=ok)
-    else:
-        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[None, :] * outputs + o[:, None], total, mask=ok)
-
-
-@triton.jit(do_not_specialize=["rows", "outputs", "inputs", "chunk", "words"])
-def _grad_input_kernel(
-    grad,  # (rows, outputs)
-    weight,  # (outputs, inputs)
-    bits,  # int32 (words,)
-    d_x,  # (rows, inputs), written if there is one split
-    partial,  # float32 (splits, rows, inputs), else
-    rows: tl.int32,
-    outputs: tl.int32,
-    inputs: tl.int32,
-    chunk: tl.int32,
-    words: tl.int64,
-    BLOCK_B: tl.constexpr,
-    BLOCK_I: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Program (p, s): a tile of dx = G_y W over the s-th chunk of the outputs."""
-    inputs = inputs // STEP * STEP  # says that rows are aligned
-    if STEP >= 16:
-        outputs = outputs // 16 * 16
-    tiles = tl.cdiv(rows, BLOCK_B)
-    first = tl.program_id(0) // tiles * BLOCK_I
-    i = first + tl.arange(0, BLOCK_I)
-    b = tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B)
-    i_ok, b_ok = i < inputs, b < rows
-    begin = tl.program_id(1) * chunk // 16 * 16
-    end = tl.minimum(begin + chunk, outputs)
-    inner = tl.arange(0, BLOCK_K)
-    group = tl.arange(0, BLOCK_I // 32)[None, :]
-    g_row = grad + b.to(tl.int64)[:, None] * outputs
-    total = tl.zeros((BLOCK_B, BLOCK_I), tl.float32)
-    for k in range(begin, end, BLOCK_K):
-        o = k + inner
-        inside = o < outputs
-        row = o.to(tl.int64)[:, None]
-        g = tl.load(g_row + o[None, :], mask=b_ok[:, None] & inside[None, :], other=0.0)
-        w = tl.load(weight + row * inputs + i[None, :], mask=inside[:, None] & i_ok[None, :], other=0.0)
-        word = _words(bits, words, row, first, group, inside[:, None], inputs, STEP)
-        w = _where_open(w, word, BLOCK_K, BLOCK_I // 32)
-        total = tl.dot(g, w, total, input_precision="ieee")
-    ok = b_ok[:, None] & i_ok[None, :]
-    if tl.num_programs(1) == 1:
-        tl.store(d_x + b.to(tl.int64)[:, None] * inputs + i[None, :], total.to(d_x.dtype.element_ty), mask=ok)
-    else:
-        tl.store(partial + (tl.program_id(1) * rows + b).to(tl.int64)[:, None] * inputs + i[None, :], total, mask=ok)
+    if PARTS > 1:
+        total = tl.sum(total, 0)
+    _store_sums(total, bias, y, partial, b, c, b_ok, c_ok, rows, columns, has_bias)
 
 
 @triton.jit(do_not_specialize=["columns", "splits", "has_bias", "elements"])
@@ -320,7 +355,7 @@ def _grad_weight_kernel(
         live = _words(bits, words, row, first, group, o_ok[:, None], inputs, STEP)
         if has_frozen != 0:
             live = live ^ (live & _words(frozen, words, row, first, group, o_ok[:, None], inputs, STEP))
-        d = _where_open(total, live, BLOCK_O, BLOCK_I // 32)
+        d = _where_open(total, live, bits, rows < 0, -1)
         tl.store(d_weight + row * inputs + i[None, :], d.to(d_weight.dtype.element_ty), mask=ok)
     if need_scores != 0:
         slope = total * tl.load(weight + row * inputs + i[None, :], mask=ok, other=0.0).to(tl.float32)
@@ -339,33 +374,31 @@ _REDUCE = 1024
 _DEVICE = 132  # multiprocessors that sums are split for, where fewer programs would leave some idle; a number, so that bits stay
 
 
+_PRODUCT = "x weight bits bias y partial", "rows columns terms chunk has_bias", "words"  # arguments of both its kernels
+
+
 def _build(
-    function, pointers: str, int32: str, int64: str, dtype: torch.dtype, constants: dict, warps: int, stages: int
+    function, pointers: str, int32: str, int64: str, dtype: torch.dtype, constants: dict, warps: int, stages: int, kind: str = ""
 ) -> Build:
     elements = {"bits": "i32", "frozen": "i32", "partial": "fp32"}
     signature = typed({name: elements.get(name, NAMES[dtype]) for name in pointers.split()}, int32, int64)
-    sizes = "x".join(str(size) for name, size in constants.items() if name not in ("VEC", "STEP"))
+    sizes = "x".join(str(size) for name, size in constants.items() if name not in ("VEC", "TRANSPOSED", "STEP"))
     step = f"-step{constants['STEP']}" if "STEP" in constants else ""
-    name = f"masked-{function.__name__.strip('_').removesuffix('_kernel')}-{NAMES[dtype]}-{sizes}{step}"
+    kind = kind or function.__name__.strip("_").removesuffix("_kernel")
+    name = f"masked-{kind}-{NAMES[dtype]}-{sizes}{step}"
     return Build(name, function, signature, constants, warps, stages, constants.get("STEP", 32) == 32)
 
 
-def _rows_build(dtype: torch.dtype, rows: int, block_o: int, step: int, groups: int = 32, warps: int = 4) -> Build:
-    constants = {"ROWS": rows, "BLOCK_O": block_o, "GROUPS": groups, "VEC": 16 // dtype.itemsize, "STEP": step}
-    arguments = "x weight bits bias y partial", "rows outputs inputs chunk has_bias one", "words"
-    return _build(_rows_kernel, *arguments, dtype, constants, warps, 1)
+def _rows_build(dtype: torch.dtype, b: int, c: int, step: int) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_K": 1024, "VEC": 16 // dtype.itemsize, "STEP": step}
+    return _build(_rows_kernel, *_PRODUCT, dtype, constants, 4, 1)
 
 
-def _tile_build(dtype: torch.dtype, b: int, o: int, k: int, warps: int, stages: int, step: int) -> Build:
-    constants = {"BLOCK_B": b, "BLOCK_O": o, "BLOCK_K": k, "STEP": step}
-    arguments = "x weight bits bias y partial", "rows outputs inputs chunk has_bias", "words"
-    return _build(_tile_kernel, *arguments, dtype, constants, warps, stages)
-
-
-def _grad_input_build(dtype: torch.dtype, b: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
-    constants = {"BLOCK_B": b, "BLOCK_I": i, "BLOCK_K": k, "STEP": step}
-    arguments = "grad weight bits d_x partial", "rows outputs inputs chunk", "words"
-    return _build(_grad_input_kernel, *arguments, dtype, constants, warps, stages)
+def _tile_build(
+    dtype: torch.dtype, b: int, c: int, k: int, warps: int, stages: int, step: int, parts: int = 1, transposed: bool = False
+) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_K": k, "PARTS": parts, "TRANSPOSED": transposed, "STEP": step}
+    return _build(_tile_kernel, *_PRODUCT, dtype, constants, warps, stages, "grad_input" if transposed else "tile")
 
 
 def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
@@ -375,8 +408,9 @@ def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, s
     return _build(_grad_weight_kernel, pointers, int32, "words", dtype, constants, warps, stages)
 
 
-# {(dtype, step): [(rows, build), ...]}: a launch takes the first build whose rows its own fit into, or the last.
-_Table = dict[tuple[torch.dtype, int], list[tuple[int, Build]]]
+# {(dtype, step): [(rows, beside, build), ...]}: a launch takes the first build whose rows its own fit into, or the last, and splits sums
+# where that makes up to so many programs beside each other on a multiprocessor.
+_Table = dict[tuple[torch.dtype, int], list[tuple[int, int, Build]]]
 _ROWS: _Table = {}
 _TILES: _Table = {}
 _GRAD_INPUT: _Table = {}
@@ -389,41 +423,44 @@ _SUMS = {
 
 def _fill_tables() -> None:
     for dtype in _HALF:
-        _ROWS[dtype, 32] = [(1, _rows_build(dtype, 1, 8, 32))]  # four rows: 26 us, and 20 on the tensor cores
+        _ROWS[dtype, 32] = [(1, 2, _rows_build(dtype, 1, 8, 32))]  # four rows: 26 us, and 20 on the tensor cores
         _TILES[dtype, 32] = [
-            (16, _tile_build(dtype, 16, 32, 256, 4, 4, 32)),
-            (64, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
-            (128, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (32, 1, _tile_build(dtype, 16, 32, 256, 8, 4, 32, 8)),
+            (64, 2, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
+            (128, 1, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
         ]
         _GRAD_INPUT[dtype, 32] = [
-            (16, _grad_input_build(dtype, 16, 64, 128, 4, 4, 32)),
-            (64, _grad_input_build(dtype, 64, 64, 64, 4, 4, 32)),
-            (128, _grad_input_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (32, 1, _tile_build(dtype, 16, 32, 256, 8, 4, 32, 8, transposed=True)),
+            (64, 2, _tile_build(dtype, 64, 64, 64, 4, 4, 32, transposed=True)),
+            (128, 1, _tile_build(dtype, 128, 128, 64, 8, 3, 32, transposed=True)),
         ]
         _GRAD_WEIGHT[dtype, 32] = [
-            (512, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
-            (1024, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (512, 1, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
+            (1024, 1, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
         ]
         for step in (16, 1):
-            _ROWS[dtype, step] = [(_FEW, _rows_build(dtype, _FEW, 4, step))]
-            _TILES[dtype, step] = [(64, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
-            _GRAD_INPUT[dtype, step] = [(64, _grad_input_build(dtype, 64, 64, 64, 8, 2, step))]
-            _GRAD_WEIGHT[dtype, step] = [(64, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
-    _ROWS[torch.float32, 32] = [(1, _rows_build(torch.float32, 1, 4, 32)), (_FEW, _rows_build(torch.float32, _FEW, 4, 32))]
+            _ROWS[dtype, step] = [(_FEW, 2, _rows_build(dtype, _FEW, 4, step))]
+            _TILES[dtype, step] = [(64, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
+            _GRAD_INPUT[dtype, step] = [(64, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step, transposed=True))]
+            _GRAD_WEIGHT[dtype, step] = [(64, 1, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
+    _ROWS[torch.float32, 32] = [
+        (1, 2, _rows_build(torch.float32, 1, 4, 32)),
+        (_FEW, 2, _rows_build(torch.float32, _FEW, 4, 32)),
+    ]
     _TILES[torch.float32, 32] = [
-        (16, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
-        (64, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
+        (16, 2, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
+        (64, 1, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
     ]
     _GRAD_INPUT[torch.float32, 32] = [
-        (16, _grad_input_build(torch.float32, 16, 64, 16, 4, 4, 32)),
-        (64, _grad_input_build(torch.float32, 64, 64, 16, 8, 4, 32)),
+        (16, 2, _tile_build(torch.float32, 16, 64, 16, 4, 4, 32, transposed=True)),
+        (64, 1, _tile_build(torch.float32, 64, 64, 16, 8, 4, 32, transposed=True)),
     ]
-    _GRAD_WEIGHT[torch.float32, 32] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
+    _GRAD_WEIGHT[torch.float32, 32] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
     for step in (16, 1):
-        _ROWS[torch.float32, step] = [(_FEW, _rows_build(torch.float32, _FEW, 4, step))]
-        _TILES[torch.float32, step] = [(32, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
-        _GRAD_INPUT[torch.float32, step] = [(32, _grad_input_build(torch.float32, 32, 64, 16, 4, 3, step))]
-        _GRAD_WEIGHT[torch.float32, step] = [(64, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
+        _ROWS[torch.float32, step] = [(_FEW, 2, _rows_build(torch.float32, _FEW, 4, step))]
+        _TILES[torch.float32, step] = [(32, 2, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
+        _GRAD_INPUT[torch.float32, step] = [(32, 2, _tile_build(torch.float32, 32, 64, 16, 4, 3, step, transposed=True))]
+        _GRAD_WEIGHT[torch.float32, step] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
 
 
 _fill_tables()
@@ -432,22 +469,22 @@ _fill_tables()
 def builds() -> list[Build]:
     """Every build that a launch of this module can choose."""
     tables = (_ROWS, _TILES, _GRAD_INPUT, _GRAD_WEIGHT)
-    return [build for table in tables for choices in table.values() for _, build in choices] + list(_SUMS.values())
+    return [build for table in tables for choices in table.values() for *_, build in choices] + list(_SUMS.values())
 
 
 def _step(inputs: int, *others: int) -> int:
     return 1 if not aligned(inputs, *others) else 32 if inputs % 32 == 0 else 16
 
 
-def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> Build:
+def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> tuple[int, Build]:
+    """(beside, build) of so many rows."""
     choices = table[dtype, step]
-    return next((build for limit, build in choices if rows <= limit), choices[-1][1])
+    return next(((beside, build) for limit, beside, build in choices if rows <= limit), choices[-1][1:])
 
 
-def _split(build: Build, tiles: int, terms: int, block: int) -> tuple[int, int]:
+def _split(beside: int, tiles: int, terms: int, block: int) -> tuple[int, int]:
     """(splits, terms of one) for sums of so many terms, taken in blocks: one split where tiles nearly fill the device or sums are short."""
-    fill = _DEVICE if build.num_warps == 8 else 2 * _DEVICE  # as many as fit beside each other
-    splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(fill // tiles, terms // (4 * block)))
+    splits = 1 if tiles >= 3 * _DEVICE // 4 else max(1, min(beside * _DEVICE // tiles, terms // (4 * block)))
     chunk = _ceil(_ceil(terms, splits), block) * block
     return _ceil(terms, chunk), chunk
 
@@ -460,30 +497,16 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor |
     op = "masked_linear"
     rows = _rows_of(x)
     _check_linear(op, x, weight, 1, "x must be (..., I) and weight (O, I)")
-    _check(bias is None or bias.numel() == weight.shape[0], op, "bias must have one element for each output")
+    check(bias is None or bias.numel() == weight.shape[0], op, "bias must have one element for each output")
     if bits is None or not _serves(rows, x, weight, bias) or not fuses(op, x.dtype, rows):
         return F.linear(x, _open_weight(weight, bits), bias)
     outputs, inputs = weight.shape
-    x, weight, words = plain(x), plain(weight), _words_of(op, bits, weight.numel())
-    bias = None if bias is None else plain(bias)
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device=x.device)
     step = _step(inputs)
     if rows <= _ROWS[x.dtype, step][-1][0]:
-        build = _choose(_ROWS, x.dtype, step, rows)
-        tiles, block, more = _ceil(outputs, build.constants["BLOCK_O"]), build.constants["GROUPS"] * 32, (1,)
+        beside, build = _choose(_ROWS, x.dtype, step, rows)
     else:
-        build = _choose(_TILES, x.dtype, step if outputs % 16 == 0 else min(step, 16), rows)
-        tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(rows, build.constants["BLOCK_B"])
-        block, more = build.constants["BLOCK_K"], ()
-    splits, chunk = _split(build, tiles, inputs, block)
-    partial = _workspace(splits, y, words)
-    given = y if bias is None else bias
-    with on_device(x):
-        build.launch(
-            (tiles, splits), x, weight, words, given, y, partial, rows, outputs, inputs, chunk, int(bias is not None), *more, words.numel()
-        )  # fmt: skip
-        _add(partial, splits, bias, y)
-    return y
+        beside, build = _choose(_TILES, x.dtype, step if outputs % 16 == 0 else min(step, 16), rows)
+    return _product(op, beside, build, x, weight, bits, bias, outputs, inputs)
 
 
 def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
@@ -494,16 +517,29 @@ def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None
     if bits is None or not _serves(rows, grad_y, weight) or not fuses(op, grad_y.dtype, rows):
         return grad_y @ _open_weight(weight, bits)
     outputs, inputs = weight.shape
-    grad, weight, words = plain(grad_y), plain(weight), _words_of(op, bits, weight.numel())
-    d_x = torch.empty((*grad.shape[:-1], inputs), dtype=grad.dtype, device=grad.device)
-    build = _choose(_GRAD_INPUT, grad.dtype, _step(inputs, outputs), rows)
-    tiles = _ceil(inputs, build.constants["BLOCK_I"]) * _ceil(rows, build.constants["BLOCK_B"])
-    splits, chunk = _split(build, tiles, outputs, build.constants["BLOCK_K"])
-    partial = _workspace(splits, d_x, words)
-    with on_device(grad):
-        build.launch((tiles, splits), grad, weight, words, d_x, partial, rows, outputs, inputs, chunk, words.numel())
-        _add(partial, splits, None, d_x)
-    return d_x
+    beside, build = _choose(_GRAD_INPUT, grad_y.dtype, _step(inputs, outputs), rows)
+    return _product(op, beside, build, grad_y, weight, bits, None, inputs, outputs)
+
+
+def _product(
+    op: str, beside: int, build: Build, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, columns: int, terms: int
+) -> Tensor:
+    """Launches a build of `_rows_kernel` or `_tile_kernel`, and the reduction of what it splits."""
+    rows = _rows_of(x)
+    x, weight, words = plain(x), plain(weight), _words_of(op, bits, weight.numel())
+    y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
+    block_b, block_c, block_k = (build.constants[name] for name in ("BLOCK_B", "BLOCK_C", "BLOCK_K"))
+    tiles = _ceil(columns, block_c) * _ceil(rows, block_b)
+    splits, chunk = _split(beside, tiles, terms, block_k)
+    given, has_bias = (y, 0) if bias is None else (plain(bias), 1)
+    partial = torch.empty((splits, y.numel()), dtype=torch.float32, device=x.device) if splits > 1 else words.view(torch.float32)
+    with on_device(x):
+        build.launch(
+            (tiles, splits), x, weight, words, given, y, partial, rows, columns, terms, chunk, has_bias, words.numel()
+        )  # fmt: skip
+        if splits > 1:
+            _SUMS[y.dtype].launch((_ceil(y.numel(), _REDUCE),), partial, given, y, columns, splits, has_bias, y.numel())
+    return y
 
 
 def masked_linear_grad_weight(
@@ -518,15 +554,15 @@ def masked_linear_grad_weight(
 ) -> tuple[Tensor, Tensor]:
     """The op of `reference.masked_linear_grad_weight` on a GPU."""
     op = "masked_linear_grad_weight"
-    _check(by in ("magnitude", "value"), op, f"by must be 'magnitude' or 'value', got '{by}'")
-    _check(scores is None or (weight is not None and bits is not None), op, "scores need their weight and bits")
-    _check(frozen is None or bits is not None, op, "frozen bits need the mask's")
-    _check(grad_y.dim() >= 1 and x.dim() >= 1, op, "grad_y must be (..., O) and x (..., I)")
+    check(by in ("magnitude", "value"), op, f"by must be 'magnitude' or 'value', got '{by}'")
+    check(scores is None or (weight is not None and bits is not None), op, "scores need their weight and bits")
+    check(frozen is None or bits is not None, op, "frozen bits need the mask's")
+    check(grad_y.dim() >= 1 and x.dim() >= 1, op, "grad_y must be (..., O) and x (..., I)")
     rows, outputs, inputs = _rows_of(grad_y), grad_y.shape[-1], x.shape[-1]
-    _check(_rows_of(x) == rows, op, f"grad_y and x must have the same rows, got {rows} and {_rows_of(x)}")
+    check(_rows_of(x) == rows, op, f"grad_y and x must have the same rows, got {rows} and {_rows_of(x)}")
     n = outputs * inputs
     for t in (weight, scores):
-        _check(t is None or t.numel() == n, op, f"weight and scores must be (O, I), {n} elements")
+        check(t is None or t.numel() == n, op, f"weight and scores must be (O, I), {n} elements")
     if bits is None or not _serves(rows, grad_y, x, weight, scores) or not fuses(op, x.dtype, rows):
         if not need_weight and scores is None:
             return x.new_empty(0), x.new_empty(0)
@@ -544,7 +580,7 @@ def masked_linear_grad_weight(
     if not need_weight and scores is None:
         return d_weight, d_scores
     weight, scores_of = (x, x) if scores is None else (plain(weight), plain(scores))
-    build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
+    _, build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
     tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(inputs, build.constants["BLOCK_I"])
     to_weight, to_scores = d_weight if need_weight else x, d_scores if scores is not None else x
     flags = (int(flag) for flag in (frozen is not None, by == "magnitude", need_weight, scores is not None))
@@ -579,13 +615,8 @@ def _rows_of(t: Tensor) -> int:
     return t.shape[:-1].numel()
 
 
-def _check(condition: bool, op: str, sentence: str) -> None:
-    if not condition:
-        raise RuntimeError(f"{op}: {sentence}")
-
-
 def _check_linear(op: str, t: Tensor, weight: Tensor, side: int, sentence: str) -> None:
-    _check(weight.dim() == 2 and t.dim() >= 1 and t.shape[-1] == weight.shape[side], op, sentence)
+    check(weight.dim() == 2 and t.dim() >= 1 and t.shape[-1] == weight.shape[side], op, sentence)
 
 
 def _serves(rows: int, *tensors: Tensor | None) -> bool:
@@ -596,25 +627,9 @@ def _serves(rows: int, *tensors: Tensor | None) -> bool:
 
 
 def _words_of(op: str, bits: Tensor, n: int) -> Tensor:
-    _check(
-        bits.dtype == torch.uint8 and bits.dim() == 1 and bits.numel() == nbytes(n),
-        op,
-        f"bits must be contiguous uint8 with {nbytes(n)} bytes for {n} weights, got {bits.numel()}",
-    )
+    check_bits(op, bits, n)
     return plain(bits).view(torch.int32)
 
 
 def _open_weight(weight: Tensor, bits: Tensor | None) -> Tensor:
     return weight if bits is None else torch.ops.subnet_kernels.apply.default(weight, bits)
-
-
-def _workspace(splits: int, y: Tensor, words: Tensor) -> Tensor:
-    """Parts of y's sums, one a split; with one split nothing is written there, and words stand for it."""
-    return torch.empty((splits, y.numel()), dtype=torch.float32, device=y.device) if splits > 1 else words.view(torch.float32)
-
-
-def _add(partial: Tensor, splits: int, bias: Tensor | None, y: Tensor) -> None:
-    if splits > 1:
-        grid = (_ceil(y.numel(), _REDUCE),)
-        given = y if bias is None else bias
-        _SUMS[y.dtype].launch(grid, partial, given, y, y.shape[-1], splits, int(bias is not None), y.numel())

@@ -31,6 +31,7 @@ from subnet_kernels.triton._packed import (
     check,
     check_bits,
     check_lengths,
+    each,
     in_place,
     places,
     programs,
@@ -300,20 +301,20 @@ _ROUNDS = {2: 3, 4: 4}  # one that may miss, then all bits of a key, 11 at a tim
 _INFINITY = {torch.float16: 0x7C00, torch.bfloat16: 0x7F80, torch.float32: 0x7F800000}
 
 
-def _builds_of(function, pointers: dict[str, str], int32: str, int64: str, warps: int = 4, **sizes: int) -> dict[int, Build]:
-    """The builds of a kernel for scores of 2 and of 4 bytes."""
-    return {
-        size: build(
-            function, INTEGERS[size], typed({"scores": INTEGERS[size]} | pointers, int32, int64), sizes | {"MOST": most}, warps
-        )
-        for size, most in _MOST.items()
-    }
-
-
-_FEW_BUILDS = _builds_of(_few_kernel, {"bits": "u8"}, "infinity value rule k", "n", 8, FEW=_FEW)
-_GUESS = _builds_of(_guess_kernel, {"state": "i64"}, "infinity value upper lower", "n", 8, SAMPLE=_SAMPLE, BINS=_BINS)
-_ROUND = _builds_of(
-    _round_kernel, {"state": "i64", "counts": "i32"}, "infinity value", "n", BLOCK=BLOCK, BINS=_BINS, COPIES=_COPIES
+_STATE = {"scores": "", "state": "i64"}
+_KINDS = {size: INTEGERS[size] for size in _MOST}
+_FEW_BUILDS = each(_few_kernel, _KINDS, {"scores": "", "bits": "u8"}, "infinity value rule k", "n", warps=8, FEW=_FEW, MOST=_MOST)
+_GUESS = each(_guess_kernel, _KINDS, _STATE, "infinity value upper lower", "n", warps=8, SAMPLE=_SAMPLE, BINS=_BINS, MOST=_MOST)
+_ROUND = each(
+    _round_kernel,
+    _KINDS,
+    _STATE | {"counts": "i32"},
+    "infinity value",
+    "n",
+    BLOCK=BLOCK,
+    BINS=_BINS,
+    COPIES=_COPIES,
+    MOST=_MOST,
 )
 _DECIDE = build(
     _decide_kernel,
@@ -322,11 +323,10 @@ _DECIDE = build(
     {"BINS": _BINS, "COPIES": _COPIES},
     8,
 )
-_WRITE = _builds_of(_write_kernel, {"state": "i64", "bits": "u8", "ties": "i32"}, "infinity value", "n", BLOCK=BLOCK)
-_CUT_TIES = _builds_of(
-    _cut_ties_kernel, {"state": "i64", "bits": "u8", "ties": "i32", "before": "i64"}, "infinity value", "n", BLOCK=BLOCK
-)
-_THRESHOLD = _builds_of(_threshold_kernel, {"bits": "u8"}, "infinity least", "n", BLOCK=BLOCK)
+_WRITTEN = _STATE | {"bits": "u8", "ties": "i32"}
+_WRITE = each(_write_kernel, _KINDS, _WRITTEN, "infinity value", "n", BLOCK=BLOCK, MOST=_MOST)
+_CUT_TIES = each(_cut_ties_kernel, _KINDS, _WRITTEN | {"before": "i64"}, "infinity value", "n", BLOCK=BLOCK, MOST=_MOST)
+_THRESHOLD = each(_threshold_kernel, _KINDS, {"scores": "", "bits": "u8"}, "infinity least", "n", BLOCK=BLOCK, MOST=_MOST)
 
 
 def builds() -> list[Build]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from subnet_kernels import reference
 from subnet_kernels.reference import BLOCK as TASKS
 from subnet_kernels.reference import TILE
-from subnet_kernels.triton._build import NAMES, Build, on_device, plain, typed
-from subnet_kernels.triton._packed import BLOCK, build, check, programs, step_of
+from subnet_kernels.triton._build import NAMES, Build, on_device, plain
+from subnet_kernels.triton._packed import BLOCK, check, each, programs, step_of
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -148,27 +148,23 @@ _CHUNKS = 256
 _POINTERS = ("block0", "block1", "block2", "block3")
 
 
-def _superpose_build(name: str) -> Build:
-    pointers = {"weight": name} | dict.fromkeys(_POINTERS, "i32")
-    pointers |= {"alphas": "fp32", "sums": "fp32", "seen": "i32", "out": name}
-    numbers = "tasks0 tasks1 tasks2 tasks3 equal begins ends width rows"
-    return build(_superpose_kernel, name, typed(pointers, numbers, "n"), {"TILES": _TILES})
-
-
-_SUPERPOSE = {dtype: _superpose_build(name) for dtype, name in NAMES.items()}
-_COUNTS = {
-    dtype: build(_counts_kernel, name, typed({"weight": name, "counts": "i32", "out": name}, "tasks", "n"), {"BLOCK": BLOCK})
-    for dtype, name in NAMES.items()
-}
-_GRAD = {
-    dtype: build(
-        _grad_kernel,
-        name,
-        typed({"grad": name, "weight": name, "block": "u8", "parts": "fp64"}, "first tasks all_tasks chunk rows", "n"),
-        {"GROUP": _GROUP},
-    )
-    for dtype, name in NAMES.items()
-}
+_SUPERPOSE = each(
+    _superpose_kernel,
+    NAMES,
+    {"weight": ""} | dict.fromkeys(_POINTERS, "i32") | {"alphas": "fp32", "sums": "fp32", "seen": "i32", "out": ""},
+    "tasks0 tasks1 tasks2 tasks3 equal begins ends width rows",
+    "n",
+    TILES=_TILES,
+)
+_COUNTS = each(_counts_kernel, NAMES, {"weight": "", "counts": "i32", "out": ""}, "tasks", "n", BLOCK=BLOCK)
+_GRAD = each(
+    _grad_kernel,
+    NAMES,
+    {"grad": "", "weight": "", "block": "u8", "parts": "fp64"},
+    "first tasks all_tasks chunk rows",
+    "n",
+    GROUP=_GROUP,
+)
 
 
 def builds() -> list[Build]:

@@ -6,7 +6,7 @@ Parameters or state that a kernel cannot write where they lie are copied and cop
 waits for `found_inf` where there is one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -14,8 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from subnet_kernels import reference
-from subnet_kernels.triton._build import NAMES, Build, on_device, plain, typed
-from subnet_kernels.triton._packed import build, check, check_bits, check_lengths, opened, places, step_of
+from subnet_kernels.triton._build import NAMES, Build, on_device, plain
+from subnet_kernels.triton._packed import check, check_bits, check_lengths, each, opened, places, step_of
 
 # -------------------------------------------------------------------------------------------------------------- kernels
 
@@ -193,35 +193,33 @@ def _adam_kernel(
 _BLOCK = 1024  # weights of one program, which holds up to five tensors of them
 
 
-def _builds_of(function, tensors: str, int32: str, fp32: str) -> dict[torch.dtype, Build]:
-    return {
-        dtype: build(
-            function,
-            name,
-            typed(dict.fromkeys(tensors.split(), name) | {"frozen": "u8", "numbers": "fp32"}, int32, "n", fp32),
-            {"BLOCK": _BLOCK},
-        )
-        for dtype, name in NAMES.items()
-    }
-
-
-_SGD = _builds_of(
+_ENDS = {"frozen": "u8", "numbers": "fp32"}
+_SGD = each(
     _sgd_kernel,
-    "param grad buffer",
+    NAMES,
+    dict.fromkeys(("param", "grad", "buffer"), "") | _ENDS,
     "has_frozen maximize has_momentum nesterov first_step",
+    "n",
     "weight_decay momentum share",
+    BLOCK=_BLOCK,
 )
-_RMSPROP = _builds_of(
+_RMSPROP = each(
     _rmsprop_kernel,
-    "param grad square_avg grad_avg buffer",
+    NAMES,
+    dict.fromkeys(("param", "grad", "square_avg", "grad_avg", "buffer"), "") | _ENDS,
     "has_frozen maximize centered has_momentum",
+    "n",
     "weight_decay momentum keep share",
+    BLOCK=_BLOCK,
 )
-_ADAM = _builds_of(
+_ADAM = each(
     _adam_kernel,
-    "param grad exp_avg exp_avg_sq max_exp_avg_sq",
+    NAMES,
+    dict.fromkeys(("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq"), "") | _ENDS,
     "has_frozen maximize amsgrad row",
+    "n",
     "weight_decay mean_share keep share",
+    BLOCK=_BLOCK,
 )
 
 
@@ -251,17 +249,13 @@ def update_sgd_(
     beside: Sequence[Tensor] | None = None,
 ) -> None:
     """The op of `reference.update_sgd_` on a GPU."""
-    op = "update_sgd_"
-    states = [momentum_buffers if momentum != 0 else None]
-    grads = _gradients(op, params, grads, states, frozen, pairs, beside)
-    options = (momentum, dampening, weight_decay, nesterov, maximize, first_step)
-    ours, wide = _split(params)
-    if wide:
-        lists = _of(wide, params, grads, momentum_buffers, frozen)
-        reference.update_sgd_(*lists, lr, grad_scale, found_inf, *options)
+    states, lists = [momentum_buffers if momentum != 0 else None], (params, grads, momentum_buffers, frozen)
+    options = momentum, dampening, weight_decay, nesterov, maximize, first_step
+    ours, grads, rate, scale, skip = _begin(
+        reference.update_sgd_, lists, states, None, (lr, grad_scale, found_inf), options, pairs, beside
+    )
     if not ours:
         return
-    rate, scale, skip = _scalars(lr, grad_scale, found_inf)
     one = torch.ones_like(rate)
     numbers = _rows(rate, one, one, scale, skip)
     for i in ours:
@@ -291,19 +285,14 @@ def update_rmsprop_(
     beside: Sequence[Tensor] | None = None,
 ) -> None:
     """The op of `reference.update_rmsprop_` on a GPU."""
-    op = "update_rmsprop_"
-    _check_steps(op, params, steps)
     states = [square_avgs, grad_avgs if centered else None, momentum_buffers if momentum > 0 else None]
-    grads = _gradients(op, params, grads, states, frozen, pairs, beside)
-    options = (alpha, eps, weight_decay, momentum, centered, maximize)
-    ours, wide = _split(params)
-    if wide:
-        lists = _of(wide, params, grads, square_avgs, grad_avgs, momentum_buffers, steps, frozen)
-        reference.update_rmsprop_(*lists, lr, grad_scale, found_inf, *options)
+    lists = params, grads, square_avgs, grad_avgs, momentum_buffers, steps, frozen
+    options = alpha, eps, weight_decay, momentum, centered, maximize
+    ours, grads, rate, scale, skip = _begin(
+        reference.update_rmsprop_, lists, states, steps, (lr, grad_scale, found_inf), options, pairs, beside
+    )
     if not ours:
         return
-    rate, scale, skip = _scalars(lr, grad_scale, found_inf)
-    _count([steps[i] for i in ours], None if found_inf is None else skip)
     numbers = _rows(rate, torch.full_like(rate, eps), torch.ones_like(rate), scale, skip)
     for i in ours:
         flags = (int(flag) for flag in (frozen[i] is not None, maximize, centered, momentum > 0))
@@ -333,19 +322,14 @@ def update_adam_(
     beside: Sequence[Tensor] | None = None,
 ) -> None:
     """The op of `reference.update_adam_` on a GPU."""
-    op = "update_adam_"
-    _check_steps(op, params, steps)
     states = [exp_avgs, exp_avg_sqs, max_exp_avg_sqs if amsgrad else None]
-    grads = _gradients(op, params, grads, states, frozen, pairs, beside)
-    options = (beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled)
-    ours, wide = _split(params)
-    if wide:
-        lists = _of(wide, params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, frozen)
-        reference.update_adam_(*lists, lr, grad_scale, found_inf, *options)
+    lists = params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, frozen
+    options = beta1, beta2, eps, weight_decay, amsgrad, maximize, decoupled
+    ours, grads, rate, scale, skip = _begin(
+        reference.update_adam_, lists, states, steps, (lr, grad_scale, found_inf), options, pairs, beside
+    )
     if not ours:
         return
-    rate, scale, skip = _scalars(lr, grad_scale, found_inf)
-    _count([steps[i] for i in ours], None if found_inf is None else skip)
     count = torch.stack([steps[i].reshape(()) for i in ours]).double()
     root = (1 - beta2**count).sqrt()
     decay = 1 - rate * weight_decay if decoupled else torch.ones_like(rate)
@@ -357,6 +341,41 @@ def update_adam_(
 
 
 _States = Sequence[Sequence[Tensor] | None]  # lists that a rule may have, in the order of its kernel; None: it has not
+
+
+def _begin(
+    rule: Callable[..., None],
+    lists: Sequence[Sequence[Tensor | None]],
+    states: _States,
+    steps: Sequence[Tensor] | None,
+    scalars: tuple[Tensor, Tensor | None, Tensor | None],
+    options: Sequence[float],
+    pairs: Sequence[int],
+    beside: Sequence[Tensor] | None,
+) -> tuple[list[int], list[Tensor], Tensor, Tensor, Tensor]:
+    """Which parameters the kernels are to move, all gradients, and rate, scale and 1 where the step is skipped, else 0.
+
+    The arguments are checked, steps are counted, and float64 parameters get the step of the reference, rule, which takes lists, scalars
+    and options. What is returned last is 0-dim float64 on the device, never read by the host.
+    """
+    op, (params, grads, *rest), (lr, grad_scale, found_inf) = rule.__name__, lists, scalars
+    if steps is not None:
+        check_lengths(op, len(params), len(steps), "steps")
+        fit = all(step.dtype == torch.float32 and step.numel() == 1 for step in steps)
+        check(fit, op, "steps must be float32 with one element each")
+    grads = _gradients(op, params, grads, states, rest[-1], pairs, beside)
+    ours = [i for i, p in enumerate(params) if p.dtype in NAMES]
+    wide = [i for i, p in enumerate(params) if p.dtype not in NAMES]
+    if wide:
+        rule(*([some[i] for i in wide if len(some)] for some in (params, grads, *rest)), *scalars, *options)
+    rate = lr.detach().reshape(()).double()
+    scale = torch.ones_like(rate) if grad_scale is None else grad_scale.reshape(()).to(rate)
+    skip = torch.zeros_like(rate) if found_inf is None else (found_inf.reshape(()) != 0).to(rate)
+    if ours and steps is not None:
+        counted = [steps[i] for i in ours]
+        # one tensor alone would be read by the host
+        torch._foreach_add_(counted, 1 if found_inf is None else [(1 - skip).float()] * len(counted))
+    return ours, grads, rate, scale, skip
 
 
 def _gradients(
@@ -410,39 +429,8 @@ def _unread_bits(weight: Tensor) -> Tensor:
     return torch.empty(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
 
 
-def _check_steps(op: str, params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-    check_lengths(op, len(params), len(steps), "steps")
-    fit = all(step.dtype == torch.float32 and step.numel() == 1 for step in steps)
-    check(fit, op, "steps must be float32 with one element each")
-
-
-def _split(params: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    """The parameters that the kernels move, and those that the reference does."""
-    wide = [i for i, p in enumerate(params) if p.dtype not in NAMES]
-    return [i for i, p in enumerate(params) if p.dtype in NAMES], wide
-
-
-def _of(indices: list[int], *lists: Sequence) -> list[list]:
-    return [[some[i] for i in indices] if len(some) else [] for some in lists]
-
-
 def _of_one(i: int, states: _States) -> list[Tensor | None]:
     return [None if some is None else some[i] for some in states]
-
-
-def _scalars(lr: Tensor, grad_scale: Tensor | None, found_inf: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Rate, scale, and 1 where the step is skipped, else 0: 0-dim float64, never read by the host."""
-    rate = lr.detach().reshape(()).double()
-    scale = torch.ones_like(rate) if grad_scale is None else grad_scale.reshape(()).to(rate)
-    skip = torch.zeros_like(rate) if found_inf is None else (found_inf.reshape(()) != 0).to(rate)
-    return rate, scale, skip
-
-
-def _count(steps: list[Tensor], skip: Tensor | None) -> None:
-    if skip is None:
-        torch._foreach_add_(steps, 1)
-    else:
-        torch._foreach_add_(steps, [(1 - skip).float()] * len(steps))  # one tensor alone would be read by the host
 
 
 def _rows(*numbers: Tensor) -> Tensor:
