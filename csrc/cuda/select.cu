@@ -36,7 +36,7 @@ void run(const Place& place, std::vector<Job>& jobs) {
       first_block.of[i] = job.first_block = blocks;
       first_segment.of[i] = job.first_segment = segments;
       first_strip.of[i] = static_cast<int>(job.first_tile);
-      job.large = -1, job.blocks = 1;
+      job.large = -1, job.blocks = 0, job.segments = 1;
       if (job.n > kSmall) {
         // Room for a twelfth of the scores, twice what a window should hold, and for whole strips of ties at either end of it.
         job.large = large++;
@@ -46,11 +46,12 @@ void run(const Place& place, std::vector<Job>& jobs) {
             static_cast<int>(std::bit_floor(static_cast<uint64_t>(std::clamp<int64_t>(strips(job.n) / 128, 1, kMostSegments))));
         job.capacity =
             static_cast<int>(std::min<int64_t>(job.n / (12 * job.segments) + 2 * kStrip + 2 * kStrip / job.segments, INT32_MAX));
-        segments += job.segments;
         bytes += candidate_bytes(job);
       }
-      blocks += job.blocks;
+      blocks += job.blocks, segments += job.segments;
     }
+    const dim3 settling(static_cast<unsigned>(segments));
+    if (large == 0) return place.launch(settle_kernel<T>, settling, kBlock, 0, table, first_segment, nullptr, nullptr, kFirst);
     constexpr int64_t kHead = 512;
     const int64_t states_end = kHead + ceil_div(int64_t{large} * int64_t{sizeof(State)}, 512) * 512;
     const Tensor scratch = place.scratch(states_end + bytes);
@@ -64,18 +65,19 @@ void run(const Place& place, std::vector<Job>& jobs) {
       job.candidates = candidates;
       candidates += candidate_bytes(job);
     }
-    if (large) place.zero(memory, static_cast<size_t>(states_end));
-    place.launch(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, 0, table, first_block, states);
+    const int64_t pieces = states_end / int64_t{sizeof(uint4)};
+    place.launch(zero_kernel, dim3(static_cast<unsigned>(ceil_div(pieces, kBlock))), kBlock, 0, reinterpret_cast<uint4*>(memory),
+                 pieces);
+    place.launch_early(begin_kernel<T>, dim3(static_cast<unsigned>(blocks)), kBlock, table, first_block, states);
     STD_TORCH_CHECK(table.tiles <= INT32_MAX, place.op(), ": more than 2^41 scores in a call");
     const auto run = static_cast<int>(std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1));
     const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
     for (const int round : {kFirst, kAgain, kTies}) {
       if (round == kTies && !all) break;
-      place.launch(scan_kernel<T>, dim3(scanning), kStripThreads, 0, table, first_strip, states, missed, round, run);
+      place.launch_early(scan_kernel<T>, dim3(scanning), kStripThreads, table, first_strip, states, missed, round, run);
       if (round == kTies) break;
-      place.launch(settle_kernel<T>, dim3(static_cast<unsigned>(segments)), kBlock, 0, table, first_segment, states, missed,
-                   round);
+      place.launch_early(settle_kernel<T>, settling, kBlock, table, first_segment, states, missed, round);
     }
   });
 }

@@ -24,8 +24,9 @@ struct Job : Layer {
   int64_t k;
   uint8_t* candidates;
   int64_t stride;               // n by the number of scores that `begin` samples
-  int first_block, blocks;      // of `begin`: those that sample it, or the one that selects from it
-  int first_segment, segments;  // the candidates' list is in 2^x parts: a counter each, and a block each that settles it
+  int first_block, blocks;      // of `begin`: those that sample it
+  int first_segment, segments;  // the candidates' list is in 2^x parts: a counter each, and a block each that settles it; a small
+                                // layer has the one block that selects from it
   int capacity;                 // of a segment
   int large;                    // its number among the layers that are scanned, or -1
   bool value;
@@ -125,6 +126,7 @@ struct State {
 // block's own. All threads of a block.
 __device__ bool last_to_come(unsigned* counter, int blocks, unsigned& came) {
   __syncthreads();
+  if (blocks == 1) return true;
   if (threadIdx.x == 0) {  // a fence is for all that the barrier has put before it
     __threadfence();
     came = atomicAdd(counter, 1u);
@@ -137,6 +139,19 @@ __device__ bool last_to_come(unsigned* counter, int blocks, unsigned& came) {
 // ------------------------------------------------------------------------------------------------------------------ hints
 
 __device__ bool makes_sense(const double* hint) { return hint[1] > 0 && hint[1] < 1e19 && fabs(hint[0]) < 1e19; }
+
+// The window that the hint names; false if there is none.
+template <class C>
+__device__ bool window_of_hint(const Job& job, const C& c, uint64_t& from, uint64_t& to) {
+  if (job.hint == nullptr || !makes_sense(job.hint)) return false;
+  const uint64_t most = c.most();
+  const double middle = c.from_hint(job.hint[0]), half = job.hint[1] * static_cast<double>(c.places);
+  const double low = ceil(middle - half), high = floor(middle + half), end = static_cast<double>(most);
+  if (!(low <= high)) return false;
+  const auto inside = [&](double x) { return x <= 0 ? 0 : x >= end ? most : static_cast<uint64_t>(x); };
+  from = inside(low), to = inside(high);
+  return true;
+}
 
 // Writes where the k-th largest score stands now, and how wide the next window should be: from how far it moved, and how many
 // scores a step of the coordinate is worth here, by the `within` ones that the last window of `span` steps held. One thread; out

@@ -1,7 +1,6 @@
 // `begin`: the window of a layer, from its hint or from a sample of its scores.
 #pragma once
 #include "select.h"
-#include "select_small.h"
 
 namespace {
 
@@ -141,34 +140,32 @@ __device__ void guess_by_sample(Attempt& attempt, const Job& job, const C& c, do
   if (threadIdx.x == 0) set_window(attempt, job, c, low, high);
 }
 
-// The window that the hint names; false if there is none.
-template <class C>
-__device__ bool window_of_hint(const Job& job, const C& c, uint64_t& from, uint64_t& to) {
-  if (job.hint == nullptr || !makes_sense(job.hint)) return false;
-  const uint64_t most = c.most();
-  const double middle = c.from_hint(job.hint[0]), half = job.hint[1] * static_cast<double>(c.places);
-  const double low = ceil(middle - half), high = floor(middle + half), end = static_cast<double>(most);
-  if (!(low <= high)) return false;
-  const auto inside = [&](double x) { return x <= 0 ? 0 : x >= end ? most : static_cast<uint64_t>(x); };
-  from = inside(low), to = inside(high);
-  return true;
-}
-
 // A block's part of the guess: all its layer's take a sample, and the last one looks at it.
 template <class C>
 __device__ void begin_large(const Job& job, const C& c, State& state, int block, Ranking& r) {
   Attempt& attempt = state.attempt[kFirst];
   uint64_t low = 0, high = 0;
   if (job.k == 0 || job.k == job.n || window_of_hint(job, c, low, high)) {
+    let_next_start();
+    wait_for_last();
     if (block == 0 && threadIdx.x == 0) set_window(attempt, job, c, low, high);
     return;
   }
   constexpr int64_t kOwn = kSampled * kBlock;
   const int64_t parts = job.blocks * kOwn;
   take_sample<kSampled>(job, c, 0, block * kOwn, job.stride, r);
+  let_next_start();  // not before: the scan's reads would delay the sample's
+  wait_for_last();
   for (int i = threadIdx.x; i < 1 << kDigit; i += kBlock)
     if (r.bins[i] != 0) atomicAdd(&state.sample[i], r.bins[i]);
   if (last_to_come(&state.sampled, job.blocks, r.listed)) guess_by_sample(attempt, job, c, 3.5, parts, state.sample, r);
+}
+
+// Zeros what the launches tell each other.
+__global__ void __launch_bounds__(kBlock) zero_kernel(uint4* memory, int64_t pieces) {
+  let_next_start();
+  const int64_t i = int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  if (i < pieces) memory[i] = make_uint4(0, 0, 0, 0);
 }
 
 template <class T>
@@ -177,11 +174,6 @@ __global__ void __launch_bounds__(kBlock)
   __shared__ Ranking ranking;
   const int block = static_cast<int>(blockIdx.x);
   const Job& job = job_at(table, firsts, block);
-  if (job.large < 0)
-    return with_scores(job.size, job.value, [&](auto raw, auto value) {
-      using S = decltype(raw);
-      select_in_block(job, Coordinate<Key<S>>(job, kFirst, sizeof(S), decltype(value)::value), 0, ranking);
-    });
   with_coordinate(job, kFirst, [&](const auto& c) { begin_large(job, c, states[job.large], block - job.first_block, ranking); });
 }
 

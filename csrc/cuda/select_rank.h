@@ -44,14 +44,13 @@ __device__ void find_bin(Ranking& r, long long upper, long long lower, int64_t n
   __syncthreads();
 }
 
-// The need-th largest of the list's values in [low, high], 1 <= need <= their number: narrowed down to a range that holds at most
-// `enough` of them, or to one value. get(i, value) says whether item i takes part;
-// Flight of a thread's are asked for at a time. All threads of a block of kBlock.
+// The need-th largest of the `count` values of the list in [low, high], 1 <= need <= count: narrowed down to a range that holds
+// at most `enough` of them, or to one value. get(i, value) says whether item i takes part; Flight of a thread's are asked for at
+// a time. All threads of a block of kBlock.
 template <int Flight, class Get>
-__device__ Rank rank_in_block(int64_t items, uint64_t low, uint64_t high, int64_t need, int64_t enough, Ranking& r,
+__device__ Rank rank_in_block(int64_t items, int64_t count, uint64_t low, uint64_t high, int64_t need, int64_t enough, Ranking& r,
                               const Get& get) {
   constexpr int64_t kRun = int64_t{1} << 31;  // items whose counts fit in a bin
-  int64_t count = items;
   while (low < high && count > enough) {
     const int shift = max(64 - __clzll(static_cast<long long>(high - low)) - kDigit, 0);
     const int bin = (1 << kDigit) - 1 - 2 * static_cast<int>(threadIdx.x);
@@ -84,13 +83,13 @@ struct Cut {
   double within, span;  // of the list's values so many lie in a range of so many steps about it
 };
 
-// The need-th largest of a list whose values lie in [low, high] and whose orders, all different, in [first, last]; value(i),
-// order(i). With `all_ties` its value alone, of order `first`. All threads of a block of kBlock.
+// The need-th largest of the `among` values of a list that lie in [low, high]; orders, all different, lie in [first, last];
+// value(i), order(i). With `all_ties` its value alone, of order `first`. All threads of a block of kBlock.
 template <int Flight, class Value, class Order>
-__device__ Cut cut_in_block(int64_t items, uint64_t low, uint64_t high, uint64_t first, uint64_t last, int64_t need,
-                            bool all_ties, Ranking& r, const Value& value, const Order& order) {
+__device__ Cut cut_in_block(int64_t items, int64_t among, uint64_t low, uint64_t high, uint64_t first, uint64_t last,
+                            int64_t need, bool all_ties, Ranking& r, const Value& value, const Order& order) {
   const int thread = threadIdx.x;
-  Rank found = rank_in_block<Flight>(items, low, high, need, kFew, r, [&](int64_t i, uint64_t& at) {
+  Rank found = rank_in_block<Flight>(items, among, low, high, need, kFew, r, [&](int64_t i, uint64_t& at) {
     at = value(i);
     return true;
   });
@@ -98,7 +97,7 @@ __device__ Cut cut_in_block(int64_t items, uint64_t low, uint64_t high, uint64_t
   const double within = static_cast<double>(found.count), span = static_cast<double>(high - low) + 1;
   if (found.count > kFew) {  // ties
     if (all_ties || found.need >= found.count) return {low, first, within, span};
-    found = rank_in_block<Flight>(items, first, last, found.need, kFew, r, [&](int64_t i, uint64_t& at) {
+    found = rank_in_block<Flight>(items, found.count, first, last, found.need, kFew, r, [&](int64_t i, uint64_t& at) {
       at = order(i);
       return value(i) == low;
     });

@@ -4,6 +4,8 @@
 
 namespace {
 
+constexpr int kAhead = 64 << 10;  // bytes that a block of the scan asks for ahead: all of them together fit in the L2 cache
+
 // The candidates of a layer: keys and places in the tensor, first of all segments, then, again with as much room, of the bin that
 // holds the k-th largest.
 template <class K>
@@ -91,6 +93,15 @@ __device__ __forceinline__ unsigned scan_strip(const Job& job, Attempt& attempt,
   return above;
 }
 
+// Asks the cache for the first strips of a block's own, those of one layer, while the window is being guessed.
+__device__ __forceinline__ void ask_ahead(const Job& job, int start, int end) {
+  const int64_t strip = start - job.first_tile + threadIdx.x;
+  const int bytes = kStrip * job.size;
+  if (static_cast<int>(threadIdx.x) < kAhead / bytes && start + static_cast<int>(threadIdx.x) < end &&
+      (strip + 1) * kStrip <= job.n)
+    prefetch(static_cast<const uint8_t*>(job.scores) + strip * bytes, bytes);
+}
+
 // A block takes the next `run` strips of the table, and counts in shared memory what it finds of each layer: the histogram of its
 // candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -103,9 +114,12 @@ __global__ void __launch_bounds__(kStripThreads, kScanBlocks)
     scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, const unsigned* missed,
                 int round, int run) {
   __shared__ unsigned bins[kBins];
+  let_next_start();
+  const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
+  if (round == kFirst) ask_ahead(job_at(table, firsts, start), start, end);
+  wait_for_last();
   if (round != kFirst && *missed == 0) return;
   for (int i = threadIdx.x; i < kBins; i += kStripThreads) bins[i] = 0;
-  const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
   for (int strip = start; strip < end;) {
     const Job& job = job_at(table, firsts, strip);
     Attempt& attempt = states[job.large].attempt[round == kAgain];

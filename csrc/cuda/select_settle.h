@@ -42,7 +42,7 @@ __device__ void settle_bin(const Job& job, const C& c, State& state, const Total
     }
   }
   const Cut cut = cut_in_block<1>(
-      count, low_key, high_key, first, last, totals.need, job.ties == Ties::all, ranking,
+      count, count, low_key, high_key, first, last, totals.need, job.ties == Ties::all, ranking,
       [&](int64_t i) -> uint64_t { return candidates.key(listed + i); },
       [&](int64_t i) { return c.order(candidates.index(listed + i)); });
   const auto within = static_cast<double>(totals.within);
@@ -68,17 +68,13 @@ __device__ void settle_bin(const Job& job, const C& c, State& state, const Total
   }
 }
 
-// What comes next for a layer whose window has missed, once and twice. Out of line: rare, they would take registers from what is
-// not.
+// What comes next for a layer whose window has missed. Out of line: rare, it would take registers from what is not.
 __device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, Ranking& ranking) {
   with_coordinate(job, kAgain, [&](const auto& c) {
     constexpr int64_t kParts = kSampledAgain * kBlock;
     take_sample<kSampledAgain>(job, c, 1, 0, job.n / kParts, ranking);
     guess_by_sample(attempt, job, c, 5, kParts, ranking.bins, ranking);
   });
-}
-__device__ __noinline__ void select_from_all(const Job& job, Ranking& ranking) {
-  with_coordinate(job, kAgain, [&](const auto& c) { select_in_block(job, c, 2, ranking); });
 }
 
 template <class C>
@@ -113,7 +109,7 @@ __device__ void settle_segment(const Job& job, const C& c, State& state, int rou
   const bool one_key = attempt.guess == Guess::one_key;
   if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
     if (segment != 0) return;
-    if (round == kAgain) return select_from_all(job, ranking);
+    if (round == kAgain) return select_from_all<kAgain>(job, ranking);
     if (thread == 0) *missed = 1;
     return sample_again(job, state.attempt[1], ranking);
   }
@@ -146,9 +142,15 @@ __global__ void __launch_bounds__(kBlock) settle_kernel(const __grid_constant__ 
                                                         State* states, unsigned* missed, int round) {
   __shared__ Ranking ranking;
   __shared__ Totals totals;
-  if (round != kFirst && *missed == 0) return;
+  let_next_start();
   const int block = static_cast<int>(blockIdx.x);
   const Job& job = job_at(table, firsts, block);
+  if (job.large < 0) {
+    if (round == kFirst) select_from_all<kFirst>(job, ranking);  // needs nothing of the launches ahead
+    return wait_for_last();
+  }
+  wait_for_last();
+  if (round != kFirst && *missed == 0) return;
   State& state = states[job.large];
   if (state.attempt[round].guess < Guess::window) return;
   with_coordinate(job, round, [&](const auto& c) {
