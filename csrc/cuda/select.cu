@@ -3,13 +3,10 @@
 // One read of the scores. A window of keys that should hold the k-th largest one is guessed (`begin`), from the last call's hint
 // or from a sample. The scan writes the bits of all scores above it, counts them, and lists the few inside: the candidates. The
 // counts prove the guess, and then the candidates are settled exactly: by a histogram of the window that the scan has made, all
-// but those of the bin of the k-th largest, and by the last block of the layer these. Where the counts disprove the guess, one
-// more launch scans with another sample, and the block that ends a layer's scan settles it; should that fail too, this block
-// selects from all scores, as one block does for a small layer at once. That launch ends at once where no layer needs it: nothing
-// waits for the host, and the launches depend on sizes alone.
-//
-// A call is launches that depend on each other, so each starts before the one ahead of it has ended, where the device can: its
-// blocks are there by then, a small layer's, which need nothing of it, even at work, and those of the scan have asked for scores.
+// but those of the bin of the k-th largest, and by the last block of the layer these. Where the counts disprove the guess, the
+// scan and the settling run once more with another sample; should that fail too, one block selects from all scores, as it does
+// for small layers at once. Both second launches end at once where no layer needs them: nothing waits for the host, and the
+// launches depend on sizes alone.
 //
 // Ties are no special case, because the window is one of key and place: among equal keys the strip of a score decides
 // (`Coordinate`), so that constant scores are sampled, bounded and settled as any others are. ties="all" knows no places: its
@@ -54,7 +51,7 @@ void run(const Place& place, std::vector<Job>& jobs) {
       blocks += job.blocks, segments += job.segments;
     }
     const dim3 settling(static_cast<unsigned>(segments));
-    if (large == 0) return place.launch(settle_kernel<T>, settling, kBlock, 0, table, first_segment, nullptr, nullptr);
+    if (large == 0) return place.launch(settle_kernel<T>, settling, kBlock, 0, table, first_segment, nullptr, nullptr, kFirst);
     constexpr int64_t kHead = 512;
     const int64_t states_end = kHead + ceil_div(int64_t{large} * int64_t{sizeof(State)}, 512) * 512;
     const Tensor scratch = place.scratch(states_end + bytes);
@@ -76,13 +73,12 @@ void run(const Place& place, std::vector<Job>& jobs) {
     const auto run = static_cast<int>(std::max<int64_t>(ceil_div(table.tiles, place.processors() * 4), 1));
     const auto scanning = static_cast<unsigned>(ceil_div(table.tiles, run));
     const bool all = table.layer[0].ties == Ties::all;
-    place.launch_early(scan_kernel<T>, dim3(scanning), kStripThreads, table, first_strip, states, missed, kFirst, run);
-    place.launch_early(settle_kernel<T>, settling, kBlock, table, first_segment, states, missed);
-    const auto long_run = static_cast<int>(ceil_div(table.tiles, place.processors()));
-    // Its registers spill a little, off the usual path.
-    place.launch_early(again_kernel<T>, dim3(static_cast<unsigned>(ceil_div(table.tiles, long_run))), kBlock, table, first_strip,
-                       states, missed, long_run);
-    if (all) place.launch_early(scan_kernel<T>, dim3(scanning), kStripThreads, table, first_strip, states, missed, kTies, run);
+    for (const int round : {kFirst, kAgain, kTies}) {
+      if (round == kTies && !all) break;
+      place.launch_early(scan_kernel<T>, dim3(scanning), kStripThreads, table, first_strip, states, missed, round, run);
+      if (round == kTies) break;
+      place.launch_early(settle_kernel<T>, settling, kBlock, table, first_segment, states, missed, round);
+    }
   });
 }
 

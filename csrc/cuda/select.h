@@ -110,7 +110,7 @@ struct Attempt {
   uint64_t low, high;  // the window, both ends in it
   uint64_t low_key, high_key;
   int64_t low_place, high_place;  // of the ends; high_place may be -1, before the first
-  unsigned done, listed;  // segments settled, or, in the second round, strips scanned; candidates in the bin of the k-th largest
+  unsigned done, listed;          // blocks that have settled their segment; candidates in the bin of the k-th largest
   Segment segment[kMostSegments];
   unsigned bins[kBins];
 };
@@ -122,18 +122,18 @@ struct State {
   unsigned sample[1 << kDigit];
 };
 
-// Whether this block, with its `parts`, is the last of those that come here with `all` parts together; it then sees what the
-// others have written before. `came` is the block's own. All threads of a block.
-__device__ bool last_to_come(unsigned* counter, unsigned all, unsigned& came, unsigned parts = 1) {
+// Whether this block is the last of `blocks` that come here; it then sees what the others have written before. `came` is the
+// block's own. All threads of a block.
+__device__ bool last_to_come(unsigned* counter, int blocks, unsigned& came) {
   __syncthreads();
-  if (parts == all) return true;
+  if (blocks == 1) return true;
   if (threadIdx.x == 0) {  // a fence is for all that the barrier has put before it
     __threadfence();
-    came = atomicAdd(counter, parts);
+    came = atomicAdd(counter, 1u);
     __threadfence();
   }
   __syncthreads();
-  return came == all - parts;
+  return came == static_cast<unsigned>(blocks - 1);
 }
 
 // ------------------------------------------------------------------------------------------------------------------ hints

@@ -102,42 +102,8 @@ __device__ __forceinline__ void ask_ahead(const Job& job, int start, int end) {
     prefetch(static_cast<const uint8_t*>(job.scores) + strip * bytes, bytes);
 }
 
-// Scans the strips [start, end) of the table, all of them a block's. It counts in shared memory what it finds of each layer: the
-// histogram of its candidates, whose atomics would queue for the L2 cache, is added to the layer's once. After a layer's part
-// done(job, strips of the part) is called. All threads of a block of `Threads`.
-template <int Threads, class T, class Done>
-__device__ __forceinline__ void scan_strips(const T& table, const Firsts<T>& firsts, State* states, int round, int start, int end,
-                                            unsigned* bins, const Done& done) {
-  for (int i = threadIdx.x; i < kBins; i += Threads) bins[i] = 0;
-  for (int strip = start; strip < end;) {
-    const Job& job = job_at(table, firsts, strip);
-    Attempt& attempt = states[job.large].attempt[round == kAgain];
-    const int first = strip - static_cast<int>(job.first_tile);
-    int own = first + static_cast<int>(threadIdx.x) / kWarpSize;
-    const int last = static_cast<int>(min(end - job.first_tile, strips(job.n)));
-    strip = static_cast<int>(job.first_tile) + last;
-    if (round == kAgain && attempt.guess == Guess::none) continue;
-    if (round == kTies && attempt.guess != Guess::ties) continue;
-    __syncthreads();  // the bins are zero
-    unsigned above = 0;
-    with_scores(job.size, job.value, [&](auto raw, auto value) {
-#pragma unroll 1
-      for (; own < last; own += Threads / kWarpSize)
-        above += scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, own, bins);
-    });
-    above = __reduce_add_sync(kAllLanes, above);
-    if (lane_of_thread() == 0 && above != 0)
-      atomicAdd(&attempt.segment[own & (job.segments - 1)].above, static_cast<unsigned long long>(above));
-    __syncthreads();
-    for (int i = threadIdx.x; i < kBins; i += Threads) {
-      if (bins[i] != 0) atomicAdd(&attempt.bins[i], bins[i]);
-      bins[i] = 0;
-    }
-    done(job, last - first);
-  }
-}
-
-// A block takes the next `run` strips of the table.
+// A block takes the next `run` strips of the table, and counts in shared memory what it finds of each layer: the histogram of its
+// candidates, whose atomics would queue for the L2 cache, is added to the layer's once.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 constexpr int kScanBlocks = 3;  // on a multiprocessor: four would spill there
 #else
@@ -148,12 +114,36 @@ __global__ void __launch_bounds__(kStripThreads, kScanBlocks)
     scan_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, const unsigned* missed,
                 int round, int run) {
   __shared__ unsigned bins[kBins];
-  if (round == kFirst) let_next_start();  // the last launch of a call lets nobody else's start
+  let_next_start();
   const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
   if (round == kFirst) ask_ahead(job_at(table, firsts, start), start, end);
   wait_for_last();
   if (round != kFirst && *missed == 0) return;
-  scan_strips<kStripThreads>(table, firsts, states, round, start, end, bins, [](const Job&, int) {});
+  for (int i = threadIdx.x; i < kBins; i += kStripThreads) bins[i] = 0;
+  for (int strip = start; strip < end;) {
+    const Job& job = job_at(table, firsts, strip);
+    Attempt& attempt = states[job.large].attempt[round == kAgain];
+    int own = strip - static_cast<int>(job.first_tile) + static_cast<int>(threadIdx.x) / kWarpSize;
+    const int last = static_cast<int>(min(end - job.first_tile, strips(job.n)));
+    strip = static_cast<int>(job.first_tile) + last;
+    if (round == kAgain && attempt.guess == Guess::none) continue;
+    if (round == kTies && attempt.guess != Guess::ties) continue;
+    __syncthreads();  // the bins are zero
+    unsigned above = 0;
+    with_scores(job.size, job.value, [&](auto raw, auto value) {
+#pragma unroll 1
+      for (; own < last; own += kStripWarps)
+        above += scan_strip<decltype(raw), decltype(value)::value>(job, attempt, round, own, bins);
+    });
+    above = __reduce_add_sync(kAllLanes, above);
+    if (lane_of_thread() == 0 && above != 0)
+      atomicAdd(&attempt.segment[own & (job.segments - 1)].above, static_cast<unsigned long long>(above));
+    __syncthreads();
+    for (int i = threadIdx.x; i < kBins; i += kStripThreads) {
+      if (bins[i] != 0) atomicAdd(&attempt.bins[i], bins[i]);
+      bins[i] = 0;
+    }
+  }
 }
 
 }  // namespace

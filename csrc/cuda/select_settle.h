@@ -77,117 +77,84 @@ __device__ __noinline__ void sample_again(const Job& job, Attempt& attempt, Rank
   });
 }
 
-// Settles the segments [from, to) of a layer: one, by a block each, or all of them. All threads of a block.
-template <int Round, class C>
-__device__ void settle_segments(const Job& job, const C& c, State& state, int from, int to, unsigned* missed, Ranking& ranking,
-                                Totals& totals) {
-  Attempt& attempt = state.attempt[Round];
+template <class C>
+__device__ void settle_segment(const Job& job, const C& c, State& state, int round, int segment, unsigned* missed,
+                               Ranking& ranking, Totals& totals) {
+  Attempt& attempt = state.attempt[round];
   const int thread = threadIdx.x;
   // What the block will need is asked for at once: the histogram, in descending order, two bins a thread as a ranking's are, and
   // the first candidates, which may not be there.
   const int first = (1 << kDigit) - 1 - 2 * thread;
   const unsigned upper = first < kBins ? attempt.bins[first] : 0, lower = first < kBins ? attempt.bins[first - 1] : 0;
   const Candidates<typename C::K> candidates(job);
-  const int64_t early = int64_t{from} * job.capacity + thread;
-  auto key = thread < job.capacity ? candidates.key(early) : 0;
-  int64_t index = thread < job.capacity ? candidates.index(early) : 0;
-  unsigned within = attempt.segment[from].within;
+  const int64_t begin = int64_t{segment} * job.capacity;
+  auto key = thread < job.capacity ? candidates.key(begin + thread) : 0;
+  int64_t index = thread < job.capacity ? candidates.index(begin + thread) : 0;
+  const int64_t count = min(attempt.segment[segment].within, static_cast<unsigned>(job.capacity));
   if (thread < kWarpSize) {
-    long long above = 0, inside = 0;
+    long long above = 0, within = 0;
     bool over = false;
 #pragma unroll
     for (int i = 0; i < kMostSegments; i += kWarpSize) {
       if (i + thread >= job.segments) break;
       const Segment& one = attempt.segment[i + thread];
-      above += static_cast<long long>(one.above), inside += one.within;
+      above += static_cast<long long>(one.above), within += one.within;
       over |= one.within > static_cast<unsigned>(job.capacity);
     }
-    above = warp_sum(above), inside = warp_sum(inside);
+    above = warp_sum(above), within = warp_sum(within);
     const int overflow = __any_sync(kAllLanes, over);
-    if (thread == 0) totals.above = above, totals.within = inside, totals.overflow = overflow;
+    if (thread == 0) totals.above = above, totals.within = within, totals.overflow = overflow;
   }
   __syncthreads();
   const bool one_key = attempt.guess == Guess::one_key;
   if (totals.above >= job.k || totals.above + totals.within < job.k || (!one_key && totals.overflow)) {
-    if (from != 0) return;
-    if constexpr (Round == kAgain) return select_from_all<kAgain>(job, ranking);
+    if (segment != 0) return;
+    if (round == kAgain) return select_from_all<kAgain>(job, ranking);
     if (thread == 0) *missed = 1;
-    return sample_again(job, state.attempt[kAgain], ranking);
+    return sample_again(job, state.attempt[1], ranking);
   }
   const int64_t need = job.k - totals.above;
   if (one_key) {
-    if (from == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, Round);
+    if (segment == 0 && thread == 0) learn(job, c, attempt.low, static_cast<double>(totals.within), 1, round);
     return;
   }
   find_bin(ranking, upper, lower, need);  // the one that holds the k-th largest
   const int bin = ranking.bin;
   if (thread == 0) totals.bin = bin, totals.need = ranking.need, totals.count = ranking.count;
 #pragma unroll 1
-  for (int segment = from; segment < to; segment++) {
-    if (segment != from) within = attempt.segment[segment].within;
-    const int64_t begin = int64_t{segment} * job.capacity, count = min(within, static_cast<unsigned>(job.capacity));
-#pragma unroll 1
-    for (int64_t at = 0; at < count; at += kBlock) {  // whole warps at a time: they list together
-      const bool there = at + thread < count;
-      if (there && (at != 0 || segment != from))
-        key = candidates.key(begin + at + thread), index = candidates.index(begin + at + thread);
-      const int own = there ? static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift) : -1;
-      if (own > bin) open_one(job, index);
-      const unsigned same = __ballot_sync(kAllLanes, own == bin);
-      if (same == 0) continue;
-      unsigned listed = 0;
-      if (lane_of_thread() == 0) listed = atomicAdd(&attempt.listed, static_cast<unsigned>(__popc(same)));
-      listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
-      if (own == bin) candidates.set(candidates.room() + listed, key, index);
-    }
+  for (int64_t at = 0; at < count; at += kBlock) {  // whole warps at a time: they list together
+    const bool there = at + thread < count;
+    if (at != 0 && there) key = candidates.key(begin + at + thread), index = candidates.index(begin + at + thread);
+    const int own = there ? static_cast<int>((c.of(key, index) - attempt.low) >> attempt.shift) : -1;
+    if (own > bin) open_one(job, index);
+    const unsigned same = __ballot_sync(kAllLanes, own == bin);
+    if (same == 0) continue;
+    unsigned listed = 0;
+    if (lane_of_thread() == 0) listed = atomicAdd(&attempt.listed, static_cast<unsigned>(__popc(same)));
+    listed = __shfl_sync(kAllLanes, listed, 0) + __popc(same & ((1u << lane_of_thread()) - 1));
+    if (own == bin) candidates.set(candidates.room() + listed, key, index);
   }
-  if (last_to_come(&attempt.done, static_cast<unsigned>(job.segments), ranking.listed, static_cast<unsigned>(to - from)))
-    settle_bin(job, c, state, totals, Round, ranking);
+  if (last_to_come(&attempt.done, job.segments, ranking.listed)) settle_bin(job, c, state, totals, round, ranking);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kBlock)
-    settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts, State* states, unsigned* missed) {
+__global__ void __launch_bounds__(kBlock) settle_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts,
+                                                        State* states, unsigned* missed, int round) {
   __shared__ Ranking ranking;
   __shared__ Totals totals;
-  if (states != nullptr) let_next_start();
+  let_next_start();
   const int block = static_cast<int>(blockIdx.x);
   const Job& job = job_at(table, firsts, block);
   if (job.large < 0) {
-    select_from_all<kFirst>(job, ranking);  // needs nothing of the launches ahead
+    if (round == kFirst) select_from_all<kFirst>(job, ranking);  // needs nothing of the launches ahead
     return wait_for_last();
   }
   wait_for_last();
+  if (round != kFirst && *missed == 0) return;
   State& state = states[job.large];
-  if (state.attempt[kFirst].guess < Guess::window) return;
-  const int segment = block - job.first_segment;
-  with_coordinate(job, kFirst,
-                  [&](const auto& c) { settle_segments<kFirst>(job, c, state, segment, segment + 1, missed, ranking, totals); });
-}
-
-// ------------------------------------------------------------------------------------------------------------ second round
-
-__device__ __noinline__ void settle_alone(const Job& job, State& state, Ranking& ranking, Totals& totals) {
-  with_coordinate(job, kAgain,
-                  [&](const auto& c) { settle_segments<kAgain>(job, c, state, 0, job.segments, nullptr, ranking, totals); });
-}
-
-// Scans the layers whose window has missed once more, `run` strips a block; the block that ends a layer's scan settles it.
-template <class T>
-__global__ void __launch_bounds__(kBlock) again_kernel(const __grid_constant__ T table, const __grid_constant__ Firsts<T> firsts,
-                                                       State* states, const unsigned* missed, int run) {
-  __shared__ Ranking ranking;
-  __shared__ Totals totals;
-  __shared__ unsigned bins[kBins];
-  wait_for_last();
-  if (*missed == 0) return;
-  const int start = run * static_cast<int>(blockIdx.x), end = start + min(run, static_cast<int>(table.tiles) - start);
-  scan_strips<kBlock>(table, firsts, states, kAgain, start, end, bins, [&](const Job& job, int scanned) {
-    State& state = states[job.large];
-    const auto all = static_cast<unsigned>(strips(job.n));
-    if (!last_to_come(&state.attempt[kAgain].done, all, ranking.listed, static_cast<unsigned>(scanned))) return;
-    settle_alone(job, state, ranking, totals);
-    __syncthreads();  // the next layer's may use the same memory
+  if (state.attempt[round].guess < Guess::window) return;
+  with_coordinate(job, round, [&](const auto& c) {
+    settle_segment(job, c, state, round, block - job.first_segment, missed, ranking, totals);
   });
 }
 
