@@ -126,6 +126,18 @@ class Place {
 #endif
   }
 
+  // Whether the device can start a launch before the one ahead of it has ended (compute capability 9.0).
+  bool overlaps_launches() const {
+#ifndef SUBNET_KERNELS_EMULATED
+    static int known[64] = {};
+    int& major = known[device_ & 63];
+    if (major == 0) cuda_check(op_, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
+    return major >= 9;
+#else
+    return false;
+#endif
+  }
+
   // Shared memory that a block may ask for, in bytes; a little less where the kernel has some of its own.
   size_t shared_memory() const {
 #ifndef SUBNET_KERNELS_EMULATED
@@ -155,18 +167,17 @@ class Place {
 #endif
   }
 
-  // The same for a kernel that calls wait_for_the_kernel_before() first of all: from sm_90 on it is set up while that one runs.
+  // Runs a kernel behind another one of the same op, whose blocks let it start early (let_next_start): it must wait_for_last
+  // before it touches what that one writes, in every block, so that it never ends before that one has. Captured into a graph too.
   template <class... P, class... A>
   void launch_early(void (*kernel)(P...), dim3 grid, dim3 block, A&&... arguments) const {
 #ifndef SUBNET_KERNELS_EMULATED
-    static int known[64] = {};
-    int& major = known[device_ & 63];
-    if (major == 0) cuda_check(op_, cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device_));
-    if (major >= 9 && grid.x > 0 && grid.y > 0 && grid.z > 0) {
-      cudaLaunchAttribute early{};
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+    if (overlaps_launches()) {
+      cudaLaunchAttribute early = {};
       early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
       early.val.programmaticStreamSerializationAllowed = 1;
-      cudaLaunchConfig_t config{};
+      cudaLaunchConfig_t config = {};
       config.gridDim = grid, config.blockDim = block, config.stream = stream_;
       config.attrs = &early, config.numAttrs = 1;
       cuda_check(op_, cudaLaunchKernelEx(&config, kernel, std::forward<A>(arguments)...));
@@ -185,16 +196,16 @@ class Place {
 #endif
 };
 
-// For Place::launch_early, in the kernel that is launched so.
-__device__ __forceinline__ void wait_for_the_kernel_before() {
+// In a kernel ahead of one that Place::launch_early starts: that one may start once all blocks have come here or ended.
+__device__ __forceinline__ void let_next_start() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// In the one before, once it has begun: the other may be set up as soon as all blocks have said so.
-__device__ __forceinline__ void let_the_next_kernel_wait() {
+// Waits for the end of the launch ahead and for what it has written; at once where that is past, or this was not started early.
+__device__ __forceinline__ void wait_for_last() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
 

@@ -75,7 +75,14 @@ __device__ __forceinline__ uint4 load_16(const void* at) {
 __device__ __forceinline__ void store_16(void* at, uint4 x) {
   asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
+// Asks for memory to be brought into the L2 cache; `bytes` is a multiple of 16, and so is the address. sm_90 or later.
+__device__ __forceinline__ void prefetch(const void* at, int bytes) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(at), "r"(bytes) : "memory");
+#endif
+}
 #else
+inline void prefetch(const void*, int) {}
 inline uint4 load_16(const void* at) { return *static_cast<const uint4*>(at); }
 inline void store_16(void* at, uint4 x) { *static_cast<uint4*>(at) = x; }
 #endif

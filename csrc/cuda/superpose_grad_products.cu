@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kDotThreads, kProductBlocksAtOnce)
   __shared__ double sums[kDotTasks], pairs[2][kDotTasks / 2 * kPairs];
   __shared__ uint32_t extremes[2][2][kDotWarps];
   static_assert(sizeof(digits) >= kDotThreads * 16 * sizeof(Entry));
-  let_the_next_kernel_wait();
+  let_next_start();
   const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
   const int part = static_cast<int>(blockIdx.x % a.sums.parts);
   const int64_t row = blockIdx.x / a.sums.parts;

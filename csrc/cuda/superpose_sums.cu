@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kAddThreads) add_parts_kernel(const Sums sums)
   const int64_t row = blockIdx.x / chunks;
   const int column = threadIdx.x % kAddTasks, line = threadIdx.x / kAddTasks;
   const int task = static_cast<int>(blockIdx.x % chunks) * kAddTasks + column;
-  wait_for_the_kernel_before();
+  wait_for_last();
   double sum = 0;
   if (task < sums.tasks) {
     const double* from = sums.partial + row * sums.parts * sums.tasks + task;
