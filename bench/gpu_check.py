@@ -268,10 +268,10 @@ def table(seconds: float) -> Outcome:
 
 PARTS: dict[str, tuple[Callable[[float], Outcome], float]] = {
     "load": (load, 240.0),
-    "graph": (graph, 120.0),
-    "tests": (tests, 180.0),
-    "sanitize": (sanitize, 110.0),
-    "bench": (bench, 180.0),
+    "graph": (graph, 180.0),
+    "tests": (tests, 240.0),
+    "sanitize": (sanitize, 240.0),
+    "bench": (bench, 240.0),
     "table": (table, 20.0),
 }
 

@@ -15,7 +15,7 @@ struct Staged {
   // The elements of one row are converted already: shared memory moves no less than 4 bytes a lane.
   using Element = std::conditional_t<Rows == 1, Wide<T>, T>;
   using Column = Pack<Element, Rows>;
-  static constexpr int kVector = (Rows > 4 ? 4 : 16) / sizeof(T);  // columns that a thread loads at once
+  static constexpr int kVector = (Rows > 4 ? 8 : 16) / sizeof(T);  // columns that a thread loads at once
 
   Column* memory;
 
@@ -57,10 +57,12 @@ struct Staged {
     for (int unit = threadIdx.x; unit < units; unit += blockDim.x) {
       const int column = unit_column(unit);
       Pack<T, kVector> part[Rows];
+      const T* from = x + column;
 #pragma unroll
-      for (int r = 0; r < Rows; r++) {
+      for (int r = 0; r < Rows; r++, from += inputs) {
+        if constexpr (Rows > 4) keep_in_register(from);  // not an address for each row of x
         if (r < rows && column < inputs)
-          part[r] = *reinterpret_cast<const Pack<T, kVector>*>(x + int64_t{r} * inputs + column);
+          part[r] = *reinterpret_cast<const Pack<T, kVector>*>(from);
         else
 #pragma unroll
           for (int k = 0; k < kVector; k++) part[r].v[k] = T(0.0f);
