@@ -183,17 +183,16 @@ def test_masked_launches_choose_what_is_listed(asked):
     """Launches of all sizes, dtypes and optional arguments ask for exactly the builds, as they are compiled here."""
     from subnet_kernels.triton import masked
 
-    with masked.fused_up_to(1 << 20):
-        for dtype in (torch.float32, torch.float16, torch.bfloat16):
-            for rows in (1, 2, 3, 4, 5, 16, 17, 64, 65, 128, 200, 513):
-                for outputs, inputs in ((1, 1), (16, 32), (33, 64), (16, 48), (32, 8224), (5, 16), (160, 33)):
-                    x, grad = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(rows, outputs, dtype=dtype)
-                    weight, bits = torch.zeros(outputs, inputs, dtype=dtype), reference.pack(torch.zeros(outputs, inputs) > 0)
-                    masked.masked_linear(x, weight, bits)
-                    masked.masked_linear(x, weight, bits, weight[:, 0])
-                    masked.masked_linear_grad_input(grad, weight, bits)
-                    masked.masked_linear_grad_weight(grad, x, None, None, bits, bits)
-                    masked.masked_linear_grad_weight(grad, x, weight, weight, bits, None, "value", False)
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for rows in (1, 2, 3, 4, 5, 16, 17, 64, 65, 200, 513):
+            for outputs, inputs in ((1, 1), (16, 32), (33, 64), (16, 48), (32, 8224), (5, 16), (160, 33)):
+                x, grad = torch.zeros(rows, inputs, dtype=dtype), torch.zeros(rows, outputs, dtype=dtype)
+                weight, bits = torch.zeros(outputs, inputs, dtype=dtype), reference.pack(torch.zeros(outputs, inputs) > 0)
+                masked.masked_linear(x, weight, bits)
+                masked.masked_linear(x, weight, bits, weight[:, 0])
+                masked.masked_linear_grad_input(grad, weight, bits)
+                masked.masked_linear_grad_weight(grad, x, None, None, bits, bits)
+                masked.masked_linear_grad_weight(grad, x, weight, weight, bits, None, "value", False)
     assert set(asked) == listed(masked.builds())
 
 

@@ -21,7 +21,7 @@ DTYPES = [torch.float32, *HALF]
 # rows, outputs, inputs: every build's rows, tails in every dimension, rows that are whole words, whole loads or neither, words that
 # lie across the end of the bits, sums that are split
 SHAPES = [
-    (1, 9, 64), (1, 3, 1056), (2, 9, 80), (2, 5, 7), (3, 33, 96), (4, 7, 41),
+    (1, 9, 64), (1, 3, 1056), (2, 9, 80), (2, 5, 7), (3, 1, 64), (3, 33, 96), (4, 7, 41),
     (5, 1, 1), (7, 48, 64), (16, 33, 160), (16, 16, 2080), (17, 70, 48), (17, 19, 33), (64, 16, 32), (65, 48, 64), (130, 144, 160),
 ]  # fmt: skip
 
@@ -38,19 +38,14 @@ def _poisoned(monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **how: empty(*size, **how).fill_(NAN))
 
 
-@pytest.fixture(autouse=True)
-def _fused():
-    with masked.fused_up_to(1 << 20):
-        yield
-
-
 @pytest.fixture
 def launched(monkeypatch):
-    """Names of the builds launched so far."""
+    """Names of this module's builds launched so far."""
     names, launch = [], _build.Build.launch
 
     def noted(build, *args):
-        names.append(build.name)
+        if build.name.startswith("masked-"):
+            names.append(build.name)
         launch(build, *args)
 
     monkeypatch.setattr(_build.Build, "launch", noted)
@@ -95,7 +90,7 @@ class TestShapes:
             exact = F.linear(x.double(), opened.double(), None if bias is None else bias.double())
             y = masked.masked_linear(x, behind(weight, mask), bits, bias)
             assert near(y, F.linear(x, opened, bias), exact)
-        assert len(launched) >= 2
+        assert len(launched) >= 2 if dtype != torch.float32 or rows <= 4 else not launched
 
     def test_grad_input(self, device, dtype, rows, outputs, inputs, launched):
         mask = mask_of(outputs, inputs, device)
@@ -103,7 +98,7 @@ class TestShapes:
         opened = where_open(weight, mask)
         d_x = masked.masked_linear_grad_input(grad, behind(weight, mask), reference.pack(mask))
         assert near(d_x, grad @ opened, grad.double() @ opened.double())
-        assert launched
+        assert launched if dtype != torch.float32 or rows <= 16 else not launched
 
     def test_grad_weight(self, device, dtype, rows, outputs, inputs, launched):
         mask, owned = mask_of(outputs, inputs, device), mask_of(outputs, inputs, device)
@@ -125,12 +120,16 @@ class TestShapes:
         alone = masked.masked_linear_grad_weight(grad, x, None, None, bits, frozen)
         assert near(alone[0], *(reference.apply(g, bits & ~frozen) for g in (grad.t() @ x, grad.double().t() @ x.double())))
         assert alone[1].numel() == 0
-        assert len(launched) == 4
+        assert len(launched) == (4 if dtype != torch.float32 or rows <= 128 else 0)
 
 
 def test_every_build_runs(device, launched):
     """The shapes above reach every build of the dtypes that can run here."""
-    cases = [(4, 32), (4, 48), (4, 33), (16, 32), (64, 32), (128, 32), (17, 48), (17, 33), (1, 8224), (513, 32)]
+    cases = [
+        (1, 8224),
+        *((rows, 32) for rows in (4, 16, 32, 64, 128, 256)),
+        *((rows, inputs) for rows in (4, 17) for inputs in (48, 33)),
+    ]
     for dtype in DTYPES:
         for rows, inputs in cases:
             outputs = 16
@@ -156,27 +155,29 @@ def test_splits_agree_with_one(device, monkeypatch):
     assert near(whole, split, exact)
 
 
-def test_reads_stay_within_the_bits(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_reads_stay_within_the_bits(device, dtype):
     """Bits that end where a tensor of ones goes on: what lies beyond the last weight opens nothing."""
     for outputs, inputs in ((16, 32), (7, 73), (1, 512), (33, 31), (64, 24), (3, 5)):
         mask = mask_of(outputs, inputs, device)
         own = reference.pack(mask)
         wide = torch.full((own.numel() + 128,), 255, dtype=torch.uint8, device=device)
         wide[64:-64] = own
-        x, weight = random((2, inputs), torch.float32, device), random((outputs, inputs), torch.float32, device)
+        x, weight = random((2, inputs), dtype, device), random((outputs, inputs), dtype, device)
         y = masked.masked_linear(x, weight, wide[64:-64])
         assert torch.equal(y, masked.masked_linear(x, weight, own))
         assert near(y, F.linear(x, where_open(weight, mask)), F.linear(x.double(), where_open(weight, mask).double()))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("rows", [2, 20])
-def test_infinite_inputs_reach_every_output(device, rows):
+def test_infinite_inputs_reach_every_output(device, dtype, rows):
     """As in a dense product: 0 times infinity is NaN, whichever kernel a batch takes."""
-    x, weight = random((rows, 40), torch.float32, device), random((9, 40), torch.float32, device)
+    x, weight = random((rows, 40), dtype, device), random((9, 40), dtype, device)
     x[1, 7] = INF
     y = masked.masked_linear(x, weight, torch.zeros(64, dtype=torch.uint8, device=device))
     assert y[1].isnan().all()
-    assert torch.equal(y[0], torch.zeros(9, device=device))
+    assert torch.equal(y[0], torch.zeros(9, dtype=dtype, device=device))
 
 
 def test_closed_gradient_is_plus_zero(device):
@@ -224,10 +225,11 @@ def test_without_bits_weight_is_whole(device, dtype, launched):
     assert not launched
 
 
-def test_strides(device):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_strides(device, dtype):
     """The same bits whatever the strides and the alignment of the arguments are."""
-    x, weight, grad, bias = (random(s, torch.float32, device) for s in ((6, 40), (9, 40), (6, 9), (9,)))
-    scores, bits = random((9, 40), torch.float32, device), reference.pack(mask_of(9, 40, device))
+    x, weight, grad, bias = (random(s, dtype, device) for s in ((4, 40), (9, 40), (4, 9), (9,)))
+    scores, bits = random((9, 40), dtype, device), reference.pack(mask_of(9, 40, device))
 
     def moved(t):
         wide = torch.zeros(t.numel() + 1, dtype=t.dtype, device=device)
@@ -248,23 +250,30 @@ def test_strides(device):
         assert all(torch.equal(a, b) for a, b in zip(run(change), plain))
 
 
-def test_crossover(device, launched):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("outputs", "inputs"), [(16, 32), (9, 40)])
+def test_crossover(device, dtype, outputs, inputs, launched):
     """Above it the weight is masked once and PyTorch multiplies; the results agree."""
-    x, weight, grad = (random(s, torch.float32, device) for s in ((6, 40), (9, 40), (6, 9)))
-    mask = mask_of(9, 40, device)
+    half = 256 if inputs % 32 == 0 else 128
+    weight, mask = random((outputs, inputs), dtype, device), mask_of(outputs, inputs, device)
     bits, opened = reference.pack(mask), where_open(weight, mask)
-    with masked.fused_up_to(5):
-        assert torch.equal(masked.masked_linear(x, weight, bits), F.linear(x, opened))
-        assert torch.equal(masked.masked_linear_grad_input(grad, weight, bits), grad @ opened)
-        for ours, expected in zip(
-            masked.masked_linear_grad_weight(grad, x, weight, weight, bits),
-            reference.masked_linear_grad_weight(grad, x, weight, weight, bits),
-        ):
-            torch.testing.assert_close(ours, expected)
-        assert not launched
-    with masked.fused_up_to(6):
-        torch.testing.assert_close(masked.masked_linear(x, weight, bits), F.linear(x, opened), rtol=1e-5, atol=1e-5)
-        assert launched
+    ops = (
+        (4, lambda x, grad: masked.masked_linear(x, weight, bits), lambda x, grad, opened: F.linear(x, opened)),
+        (16, lambda x, grad: masked.masked_linear_grad_input(grad, weight, bits), lambda x, grad, opened: grad @ opened),
+        (
+            128,
+            lambda x, grad: masked.masked_linear_grad_weight(grad, x, None, None, bits)[0],
+            lambda x, grad, opened: where_open(grad.t() @ x, mask),
+        ),
+    )
+    for single, ours, eager in ops:
+        limit = single if dtype == torch.float32 else half
+        for rows in (limit, limit + 1):
+            launched.clear()
+            x, grad = random((rows, inputs), dtype, device), random((rows, outputs), dtype, device)
+            y = ours(x, grad)
+            assert bool(launched) == (rows == limit)
+            assert near(y, eager(x, grad, opened), eager(x.double(), grad.double(), opened.double()))
 
 
 def test_mixed_dtypes_are_composed(device, launched):

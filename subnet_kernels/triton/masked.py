@@ -1,16 +1,15 @@
 """Masked products: y = x (W where open)^T + b, dx = G_y (W where open), and G = G_y^T x with the straight-through rule behind it.
 
-Few rows are bound by reading W, so its mask is expanded beside it: one row, or a few, in registers (`_rows_kernel`), above on the way
-to the tensor cores (`_tile_kernel`). Many rows are bound by the product, and the open weight is made once for PyTorch's own: `fuses`
-is where the two meet. A weight gradient is one product whose epilogue reads W, the scores' signs and bits, and writes dW and dS.
+Few rows are bound by reading W, so its mask is expanded beside it: in half precision on the way to the tensor cores (`_tile_kernel`), in
+float32 in registers (`_rows_kernel`) or on the way to shared memory (`_grad_input_kernel`). Many rows are bound by the product, and the
+open weight is made once for PyTorch's own: the tables of builds end where the two meet. A weight gradient is one product whose epilogue
+reads W, the scores' signs and bits, and writes dW and dS.
 
 A mask selects. Sums have a fixed order; where one is split among programs, the parts go to a workspace and are added in order.
 Offsets that a row is part of are 64-bit; what counts within a row is 32-bit.
 """
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +19,6 @@ from torch import Tensor
 
 from subnet_kernels.triton._build import NAMES, Build, aligned, on_device, plain, typed
 from subnet_kernels.triton._packed import check, check_bits
-
-# ------------------------------------------------------------------------------------------------------------- crossover
-
-# Rows from which making the open weight costs no more than fusing its mask. Half precision: measured on an H100, 4096 x 4096 bfloat16,
-# kernels alone, L2 flushed, by tiles that were masked in shared memory, fused against not, us: forward 28 and 34 at 128 rows, 43 and 37
-# at 256; dx 25 and 37, then 42 and 42; the weight's and the scores' gradient 70 and 67 at 256. Float32, whose products run on the
-# ordinary cores, is an estimate.
-_HALF, _SINGLE = (torch.float16, torch.bfloat16), (torch.float32,)
-_CROSSOVER = {
-    "masked_linear": {_HALF: 128, _SINGLE: 64},
-    "masked_linear_grad_input": {_HALF: 128, _SINGLE: 64},
-    "masked_linear_grad_weight": {_HALF: 128, _SINGLE: 64},
-}
-_forced: ContextVar[int | None] = ContextVar("fused_up_to", default=None)
-
-
-def fuses(op: str, dtype: torch.dtype, rows: int) -> bool:
-    """Whether an op of so many rows runs the fused kernel, rather than PyTorch's product with a weight that was masked before."""
-    forced = _forced.get()
-    return rows <= (next(r for dtypes, r in _CROSSOVER[op].items() if dtype in dtypes) if forced is None else forced)
-
-
-@contextlib.contextmanager
-def fused_up_to(rows: int) -> Iterator[None]:
-    """Within it every product of at most so many rows is fused: 0 for none. For tests and benchmarks."""
-    token = _forced.set(rows)
-    try:
-        yield
-    finally:
-        _forced.reset(token)
-
 
 # ----------------------------------------------------------------------------------------------------------------- bits
 
@@ -176,12 +144,12 @@ def _rows_kernel(
     BLOCK_B: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    VEC: tl.constexpr,
     STEP: tl.constexpr,
 ):
-    """Program (p, s): BLOCK_C columns of at most BLOCK_B rows of y = x W^T, over the s-th chunk of the terms."""
+    """Program (p, s): BLOCK_C columns of at most BLOCK_B rows of y = x W^T in float32, over the s-th chunk of the terms."""
     terms = terms // STEP * STEP  # says that rows are aligned
     GROUPS: tl.constexpr = BLOCK_K // 32
+    VEC: tl.constexpr = 4
     o = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     ok = o < columns
     begin = tl.program_id(1) * chunk // 32 * 32
@@ -203,10 +171,10 @@ def _rows_kernel(
         inside = at < terms
         w = tl.load(w_row + at[None], mask=row_ok & inside[None], other=0.0)
         word = _words(bits, words, row, k, group, row_ok, terms, STEP)
-        w = tl.where((word >> bit[None, None].to(tl.uint32)) & 1 != 0, w, 0.0).to(tl.float32)
+        w = tl.where((word >> bit[None, None].to(tl.uint32)) & 1 != 0, w, 0.0)
         more = ()
         for b in tl.static_range(BLOCK_B):
-            v = tl.load(x + b * terms.to(tl.int64) + at, mask=inside & (b < rows), other=0.0).to(tl.float32)
+            v = tl.load(x + b * terms.to(tl.int64) + at, mask=inside & (b < rows), other=0.0)
             more += (sums[b] + tl.sum(w * v[None], 3),)
         sums = more
     for b in tl.static_range(BLOCK_B):
@@ -283,6 +251,57 @@ def _tile_kernel(
         total = tl.dot(w, v, total, input_precision="ieee")
     if PARTS > 1:
         total = tl.sum(total, 0)
+    _store_sums(total, bias, y, partial, b, c, b_ok, c_ok, rows, columns, has_bias)
+
+
+@triton.jit(do_not_specialize=["rows", "columns", "terms", "chunk", "has_bias", "words"])
+def _grad_input_kernel(
+    x,  # (rows, terms)
+    weight,  # (terms, columns)
+    bits,  # int32 (words,)
+    bias,  # (columns,), read if has_bias
+    y,  # (rows, columns), written if there is one split
+    partial,  # float32 (splits, rows, columns), else
+    rows: tl.int32,
+    columns: tl.int32,
+    terms: tl.int32,
+    chunk: tl.int32,
+    has_bias: tl.int32,
+    words: tl.int64,
+    BLOCK_B: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Program (p, s): a tile of y = x W in float32, over the s-th chunk of the terms.
+
+    x is on the left, where all threads of a warp read the same of it. On the right, where `_tile_kernel` has it, they read columns that
+    lie a whole line of banks apart in shared memory, eight threads the same bank: 103 us instead of 42 (an H200, 4096 x 4096, 16 rows).
+    """
+    columns = columns // STEP * STEP  # says that rows are aligned
+    if STEP >= 16:
+        terms = terms // 16 * 16
+    tiles = tl.cdiv(rows, BLOCK_B)
+    first = tl.program_id(0) // tiles * BLOCK_C
+    c = (first + tl.arange(0, BLOCK_C))[None, :]
+    b = (tl.program_id(0) % tiles * BLOCK_B + tl.arange(0, BLOCK_B))[:, None]
+    c_ok, b_ok = c < columns, b < rows
+    begin = tl.program_id(1) * chunk // 16 * 16
+    end = tl.minimum(begin + chunk, terms)
+    group = tl.arange(0, BLOCK_C // 32)[None, :]
+    x_row = x + b.to(tl.int64) * terms
+    bit = tl.arange(0, 32).to(tl.uint32)
+    total = tl.zeros((BLOCK_B, BLOCK_C), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        at = k + tl.arange(0, BLOCK_K)
+        ok = at < terms
+        row = at.to(tl.int64)[:, None]
+        v = tl.load(x_row + at[None, :], mask=b_ok & ok[None, :], other=0.0)
+        w = tl.load(weight + row * columns + c, mask=ok[:, None] & c_ok, other=0.0)
+        word = _words(bits, words, row, first, group, ok[:, None], columns, STEP)
+        spread = tl.reshape((word[:, :, None] << (31 - bit)[None, None, :]).to(tl.int32, bitcast=True) >> 31, (BLOCK_K, BLOCK_C))
+        w = (w.to(tl.int32, bitcast=True) & spread).to(tl.float32, bitcast=True)
+        total = tl.dot(v, w, total, input_precision="ieee")
     _store_sums(total, bias, y, partial, b, c, b_ok, c_ok, rows, columns, has_bias)
 
 
@@ -369,12 +388,11 @@ def _grad_weight_kernel(
 
 # How far the sizes are aligned: rows of whole words and 16-byte loads, 16-byte loads, or neither.
 _STEPS = (32, 16, 1)
-_FEW = 4  # rows of the widest build that multiplies every weight where it was loaded
 _REDUCE = 1024
 _DEVICE = 132  # multiprocessors that sums are split for, where fewer programs would leave some idle; a number, so that bits stay
 
 
-_PRODUCT = "x weight bits bias y partial", "rows columns terms chunk has_bias", "words"  # arguments of both its kernels
+_PRODUCT = "x weight bits bias y partial", "rows columns terms chunk has_bias", "words"  # arguments of its kernels
 
 
 def _build(
@@ -382,16 +400,15 @@ def _build(
 ) -> Build:
     elements = {"bits": "i32", "frozen": "i32", "partial": "fp32"}
     signature = typed({name: elements.get(name, NAMES[dtype]) for name in pointers.split()}, int32, int64)
-    sizes = "x".join(str(size) for name, size in constants.items() if name not in ("VEC", "TRANSPOSED", "STEP"))
+    sizes = "x".join(str(size) for name, size in constants.items() if name not in ("TRANSPOSED", "STEP"))
     step = f"-step{constants['STEP']}" if "STEP" in constants else ""
     kind = kind or function.__name__.strip("_").removesuffix("_kernel")
     name = f"masked-{kind}-{NAMES[dtype]}-{sizes}{step}"
     return Build(name, function, signature, constants, warps, stages, constants.get("STEP", 32) == 32)
 
 
-def _rows_build(dtype: torch.dtype, b: int, c: int, step: int) -> Build:
-    constants = {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_K": 1024, "VEC": 16 // dtype.itemsize, "STEP": step}
-    return _build(_rows_kernel, *_PRODUCT, dtype, constants, 4, 1)
+def _rows_build(b: int, c: int, step: int) -> Build:
+    return _build(_rows_kernel, *_PRODUCT, torch.float32, {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_K": 1024, "STEP": step}, 4, 1)
 
 
 def _tile_build(
@@ -401,6 +418,11 @@ def _tile_build(
     return _build(_tile_kernel, *_PRODUCT, dtype, constants, warps, stages, "grad_input" if transposed else "tile")
 
 
+def _grad_input_build(b: int, c: int, k: int, warps: int, stages: int, step: int) -> Build:
+    constants = {"BLOCK_B": b, "BLOCK_C": c, "BLOCK_K": k, "STEP": step}
+    return _build(_grad_input_kernel, *_PRODUCT, torch.float32, constants, warps, stages)
+
+
 def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, stages: int, step: int) -> Build:
     constants = {"BLOCK_O": o, "BLOCK_I": i, "BLOCK_K": k, "STEP": step}
     pointers = "grad x weight scores bits frozen d_weight d_scores"
@@ -408,11 +430,14 @@ def _grad_weight_build(dtype: torch.dtype, o: int, i: int, k: int, warps: int, s
     return _build(_grad_weight_kernel, pointers, int32, "words", dtype, constants, warps, stages)
 
 
-# {(dtype, step): [(rows, beside, build), ...]}: a launch takes the first build whose rows its own fit into, or the last, and splits sums
-# where that makes up to so many programs beside each other on a multiprocessor.
+# {(dtype, step): [(rows, beside, build), ...]}: a launch takes the first build whose rows its own fit into, and splits sums where that
+# makes up to so many programs beside each other on a multiprocessor. More rows than the last build's are not fused: from there on making
+# the open weight costs no more. Measured on an H200, 4096 x 4096, kernels alone, L2 flushed, fused against not, us. Bfloat16, 16, 128 and
+# 256 rows: forward 14 and 30, 22 and 32, 33 and 34; dx 18 and 30, 23 and 33, 32 and 35; the weight's and the scores' gradient 52 and 60,
+# 55 and 61, 64 and 66, and at 512 80 and 76. Float32: forward 99 and 87 at 16 rows; dx 42 and 119 at 16, 88 and 77 at 32; the gradients
+# 133 and 187 at 128. Where rows are not whole words the limits are estimates.
 _Table = dict[tuple[torch.dtype, int], list[tuple[int, int, Build]]]
-_ROWS: _Table = {}
-_TILES: _Table = {}
+_FORWARD: _Table = {}
 _GRAD_INPUT: _Table = {}
 _GRAD_WEIGHT: _Table = {}
 _SUMS = {
@@ -422,45 +447,36 @@ _SUMS = {
 
 
 def _fill_tables() -> None:
-    for dtype in _HALF:
-        _ROWS[dtype, 32] = [(1, 2, _rows_build(dtype, 1, 8, 32))]  # four rows: 26 us, and 20 on the tensor cores
-        _TILES[dtype, 32] = [
-            (32, 1, _tile_build(dtype, 16, 32, 256, 8, 4, 32, 8)),
+    for dtype in (torch.float16, torch.bfloat16):
+        _FORWARD[dtype, 32] = [
+            (16, 2, _tile_build(dtype, 16, 16, 256, 4, 4, 32, parts=4)),  # of one row 14.6 us, and 16.0 summed in registers
+            (32, 1, _tile_build(dtype, 32, 64, 128, 4, 4, 32)),
             (64, 2, _tile_build(dtype, 64, 64, 64, 4, 4, 32)),
-            (128, 1, _tile_build(dtype, 128, 128, 64, 8, 3, 32)),
+            (128, 2, _tile_build(dtype, 128, 64, 64, 4, 4, 32)),
+            (256, 1, _tile_build(dtype, 128, 128, 64, 8, 4, 32)),
         ]
         _GRAD_INPUT[dtype, 32] = [
-            (32, 1, _tile_build(dtype, 16, 32, 256, 8, 4, 32, 8, transposed=True)),
+            (16, 1, _tile_build(dtype, 16, 64, 128, 4, 4, 32, transposed=True)),
+            (32, 1, _tile_build(dtype, 32, 64, 128, 4, 4, 32, transposed=True)),
             (64, 2, _tile_build(dtype, 64, 64, 64, 4, 4, 32, transposed=True)),
-            (128, 1, _tile_build(dtype, 128, 128, 64, 8, 3, 32, transposed=True)),
+            (128, 2, _tile_build(dtype, 128, 64, 64, 4, 4, 32, transposed=True)),
+            (256, 1, _tile_build(dtype, 256, 128, 64, 8, 3, 32, transposed=True)),
         ]
-        _GRAD_WEIGHT[dtype, 32] = [
-            (512, 1, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32)),  # two fit a multiprocessor: an epilogue beside a loop
-            (1024, 1, _grad_weight_build(dtype, 128, 128, 64, 8, 3, 32)),
-        ]
-        for step in (16, 1):
-            _ROWS[dtype, step] = [(_FEW, 2, _rows_build(dtype, _FEW, 4, step))]
-            _TILES[dtype, step] = [(64, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step))]
-            _GRAD_INPUT[dtype, step] = [(64, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step, transposed=True))]
-            _GRAD_WEIGHT[dtype, step] = [(64, 1, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
-    _ROWS[torch.float32, 32] = [
-        (1, 2, _rows_build(torch.float32, 1, 4, 32)),
-        (_FEW, 2, _rows_build(torch.float32, _FEW, 4, 32)),
-    ]
-    _TILES[torch.float32, 32] = [
-        (16, 2, _tile_build(torch.float32, 16, 64, 64, 4, 3, 32)),
-        (64, 1, _tile_build(torch.float32, 64, 64, 32, 8, 3, 32)),
-    ]
-    _GRAD_INPUT[torch.float32, 32] = [
-        (16, 2, _tile_build(torch.float32, 16, 64, 16, 4, 4, 32, transposed=True)),
-        (64, 1, _tile_build(torch.float32, 64, 64, 16, 8, 4, 32, transposed=True)),
-    ]
-    _GRAD_WEIGHT[torch.float32, 32] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 4, 3, 32))]
-    for step in (16, 1):
-        _ROWS[torch.float32, step] = [(_FEW, 2, _rows_build(torch.float32, _FEW, 4, step))]
-        _TILES[torch.float32, step] = [(32, 2, _tile_build(torch.float32, 32, 32, 32, 4, 2, step))]
-        _GRAD_INPUT[torch.float32, step] = [(32, 2, _tile_build(torch.float32, 32, 64, 16, 4, 3, step, transposed=True))]
-        _GRAD_WEIGHT[torch.float32, step] = [(64, 1, _grad_weight_build(torch.float32, 64, 64, 32, 8, 2, step))]
+        # two fit a multiprocessor: an epilogue beside a loop
+        _GRAD_WEIGHT[dtype, 32] = [(256, 1, _grad_weight_build(dtype, 128, 64, 64, 8, 3, 32))]
+        for step, stages in ((16, 4), (1, 2)):  # single elements are not copied in the background
+            _FORWARD[dtype, step] = [
+                (16, 2, _tile_build(dtype, 16, 16, 256, 4, stages, step, parts=4)),
+                (128, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step)),
+            ]
+            _GRAD_INPUT[dtype, step] = [(128, 1, _tile_build(dtype, 64, 64, 64, 8, 2, step, transposed=True))]
+            _GRAD_WEIGHT[dtype, step] = [(128, 1, _grad_weight_build(dtype, 64, 64, 32, 4, 3, step))]
+    for step in _STEPS:
+        _FORWARD[torch.float32, step] = [(4, 2, _rows_build(4, 4, step))]
+        _GRAD_INPUT[torch.float32, step] = [(16, 2, _grad_input_build(16, 64, 16, 4, 4, step))]
+        warps, stages = (4, 3) if step == 32 else (8, 2)
+        _GRAD_WEIGHT[torch.float32, step] = [(128, 1, _grad_weight_build(torch.float32, 64, 64, 32, warps, stages, step))]
+    _FORWARD[torch.float32, 32].insert(0, (1, 2, _rows_build(1, 4, 32)))
 
 
 _fill_tables()
@@ -468,7 +484,7 @@ _fill_tables()
 
 def builds() -> list[Build]:
     """Every build that a launch of this module can choose."""
-    tables = (_ROWS, _TILES, _GRAD_INPUT, _GRAD_WEIGHT)
+    tables = (_FORWARD, _GRAD_INPUT, _GRAD_WEIGHT)
     return [build for table in tables for choices in table.values() for *_, build in choices] + list(_SUMS.values())
 
 
@@ -476,10 +492,9 @@ def _step(inputs: int, *others: int) -> int:
     return 1 if not aligned(inputs, *others) else 32 if inputs % 32 == 0 else 16
 
 
-def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> tuple[int, Build]:
-    """(beside, build) of so many rows."""
-    choices = table[dtype, step]
-    return next(((beside, build) for limit, beside, build in choices if rows <= limit), choices[-1][1:])
+def _choose(table: _Table, dtype: torch.dtype, step: int, rows: int) -> tuple[int, Build] | None:
+    """(beside, build) of so many rows, or None where they are not fused."""
+    return next(((beside, build) for limit, beside, build in table[dtype, step] if rows <= limit), None)
 
 
 def _split(beside: int, tiles: int, terms: int, block: int) -> tuple[int, int]:
@@ -498,15 +513,15 @@ def masked_linear(x: Tensor, weight: Tensor, bits: Tensor | None, bias: Tensor |
     rows = _rows_of(x)
     _check_linear(op, x, weight, 1, "x must be (..., I) and weight (O, I)")
     check(bias is None or bias.numel() == weight.shape[0], op, "bias must have one element for each output")
-    if bits is None or not _serves(rows, x, weight, bias) or not fuses(op, x.dtype, rows):
-        return F.linear(x, _open_weight(weight, bits), bias)
     outputs, inputs = weight.shape
-    step = _step(inputs)
-    if rows <= _ROWS[x.dtype, step][-1][0]:
-        beside, build = _choose(_ROWS, x.dtype, step, rows)
-    else:
-        beside, build = _choose(_TILES, x.dtype, step if outputs % 16 == 0 else min(step, 16), rows)
-    return _product(op, beside, build, x, weight, bits, bias, outputs, inputs)
+    found = None
+    if bits is not None and _serves(rows, x, weight, bias):
+        step = _step(inputs)
+        whole = outputs % 16 == 0 or x.dtype == torch.float32  # tiles of step 32 store whole lines
+        found = _choose(_FORWARD, x.dtype, step if whole else min(step, 16), rows)
+    if found is None:
+        return F.linear(x, _open_weight(weight, bits), bias)
+    return _product(op, *found, x, weight, bits, bias, outputs, inputs)
 
 
 def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None) -> Tensor:
@@ -514,17 +529,19 @@ def masked_linear_grad_input(grad_y: Tensor, weight: Tensor, bits: Tensor | None
     op = "masked_linear_grad_input"
     rows = _rows_of(grad_y)
     _check_linear(op, grad_y, weight, 0, "grad_y must be (..., O) and weight (O, I)")
-    if bits is None or not _serves(rows, grad_y, weight) or not fuses(op, grad_y.dtype, rows):
-        return grad_y @ _open_weight(weight, bits)
     outputs, inputs = weight.shape
-    beside, build = _choose(_GRAD_INPUT, grad_y.dtype, _step(inputs, outputs), rows)
-    return _product(op, beside, build, grad_y, weight, bits, None, inputs, outputs)
+    found = None
+    if bits is not None and _serves(rows, grad_y, weight):
+        found = _choose(_GRAD_INPUT, grad_y.dtype, _step(inputs, outputs), rows)
+    if found is None:
+        return grad_y @ _open_weight(weight, bits)
+    return _product(op, *found, grad_y, weight, bits, None, inputs, outputs)
 
 
 def _product(
     op: str, beside: int, build: Build, x: Tensor, weight: Tensor, bits: Tensor, bias: Tensor | None, columns: int, terms: int
 ) -> Tensor:
-    """Launches a build of `_rows_kernel` or `_tile_kernel`, and the reduction of what it splits."""
+    """Launches a build of a product, and the reduction of what it splits."""
     rows = _rows_of(x)
     x, weight, words = plain(x), plain(weight), _words_of(op, bits, weight.numel())
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
@@ -563,7 +580,10 @@ def masked_linear_grad_weight(
     n = outputs * inputs
     for t in (weight, scores):
         check(t is None or t.numel() == n, op, f"weight and scores must be (O, I), {n} elements")
-    if bits is None or not _serves(rows, grad_y, x, weight, scores) or not fuses(op, x.dtype, rows):
+    found = None
+    if bits is not None and _serves(rows, grad_y, x, weight, scores):
+        found = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
+    if found is None:
         if not need_weight and scores is None:
             return x.new_empty(0), x.new_empty(0)
         total = grad_y.reshape(rows, outputs).t() @ x.reshape(rows, inputs)
@@ -580,7 +600,7 @@ def masked_linear_grad_weight(
     if not need_weight and scores is None:
         return d_weight, d_scores
     weight, scores_of = (x, x) if scores is None else (plain(weight), plain(scores))
-    _, build = _choose(_GRAD_WEIGHT, x.dtype, _step(inputs, outputs), rows)
+    _, build = found
     tiles = _ceil(outputs, build.constants["BLOCK_O"]) * _ceil(inputs, build.constants["BLOCK_I"])
     to_weight, to_scores = d_weight if need_weight else x, d_scores if scores is not None else x
     flags = (int(flag) for flag in (frozen is not None, by == "magnitude", need_weight, scores is not None))
