@@ -26,7 +26,11 @@ FIELDS = {
     "wsn": {"stored_mask": "last_step"},
     "supsup": {"model": "mlp"},
     "impresslearn": {"model": "mlp", "basis": 2, "penalty": 0.1, "controls": False},
+    "stl": {},
+    "mtl": {},
     "finetune": {},
+    "ewc": {"clip_norm": 1.0},
+    "packnet": {},
 }
 
 
