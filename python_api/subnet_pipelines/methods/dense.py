@@ -9,15 +9,16 @@ from typing import Literal
 from torch import nn
 
 from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Benchmark
+from subnet_pipelines.benchmarks.base import Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase
-from subnet_pipelines.models import MODELS
+from subnet_pipelines.models import MODELS, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
 Network = Literal["mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet"]
 OPTIMIZERS = {"adam": optim.Adam, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
+CODE_NORM = {"sound": {}, "code": {"norm": "batch"}, "paper": {}}  # fidelity: what the networks of WSN's code do
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class DenseConfig(MethodConfig):
 
     model: Network = "mlp"
     """The network, and its head."""
+    norm: Literal["running", "batch"] = "running"
+    """What batch norms use at test: running statistics, or those of the test batch (WSN's code), by which a row's logits depend on the
+    rows beside it."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Made afresh for each phase."""
     lr: float = 1e-3
@@ -45,30 +49,30 @@ class DenseConfig(MethodConfig):
             raise Refusal(f"patience must be at least 1, got {self.patience}")
 
 
-def network(config: DenseConfig, outputs: int, benchmark: Benchmark, seed: int, *purpose: str | int) -> nn.Module:
-    """The config's network, with a head of so many outputs, initialised from the stream of that purpose."""
+def make_network(config: DenseConfig, outputs: int, benchmark: Benchmark, seed: int, *purpose: str | int) -> nn.Module:
+    """The config's network with a head of so many outputs, on the benchmark's device, initialised from the stream of that purpose."""
     with seeded(seed, *purpose):
-        return MODELS[config.model](outputs, *benchmark.input_shape).to(benchmark.device)
+        made = MODELS[config.model](outputs, *benchmark.input_shape)
+    return (made if config.norm == "batch" else use_running_statistics(made)).to(benchmark.device)
 
 
 def training(
     config: DenseConfig,
-    benchmark: Benchmark,
+    task: Task,
     parameters: Callable[[], Iterable[nn.Parameter]],
     first: Callable[[], None] | None = None,
     then: Callable[[], None] | None = None,
     lr: float | None = None,
 ) -> Phase:
-    """The phase that every method over a plain network has; without validation rows the rate is constant and the last weights stay."""
-    validated = benchmark.config.val_fraction > 0
+    """The phase "train" of a task; without validation rows the rate is constant and the last weights stay. lr: default the config's."""
     return Phase(
         "train",
         epochs=config.epochs,
         steps=config.iterations,
         batch_size=config.batch_size,
         optimizer=lambda: OPTIMIZERS[config.optimizer](list(parameters()), config.lr if lr is None else lr),
-        schedule=Plateau(config.patience, 2.0, config.lr_min) if validated else None,
-        select=config.select if validated else "last",
+        schedule=None if task.val is None else Plateau(config.patience, 2.0, config.lr_min),
+        select="last" if task.val is None else config.select,
         first=first,
         then=then,
     )

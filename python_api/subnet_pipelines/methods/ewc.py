@@ -52,13 +52,15 @@ class EWC(Finetune):
 
     name = "ewc"
     Config = EWCConfig
-    FIDELITY = {"sound": {}, "code": {"fisher": "batch"}, "paper": {}}
+    FIDELITY = {"sound": {}, "code": {"fisher": "batch", "norm": "batch"}, "paper": {}}
 
     def __init__(self, config: EWCConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         mixes = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats]
         if mixes and config.fisher == "row":
-            raise Refusal(f"fisher must be 'batch' for {config.model}, whose norms mix the rows of a batch, got 'row'")
+            raise Refusal(
+                f"fisher must be 'batch' for {config.model} with norm 'batch', which mixes the rows of a batch; got 'row'"
+            )
         shared = sum(p.numel() for p in self.model.parameters())
         if config.head == "shared":
             shared += self.width * benchmark.classes

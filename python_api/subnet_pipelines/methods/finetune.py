@@ -14,7 +14,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import DenseConfig, network, training
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Finetune(Method):
     name = "finetune"
     Config = FinetuneConfig
     static_step = True
+    FIDELITY = CODE_NORM
     scenarios = ("GG", "GNs")
 
     def __init__(self, config: FinetuneConfig, benchmark: Benchmark, seed: int):
@@ -38,13 +39,13 @@ class Finetune(Method):
         if not benchmark.scenario.test_id and config.head != "shared":
             raise Refusal(f"head must be 'shared' in scenario {benchmark.config.scenario}, where no task id is given at test")
         self.benchmark = benchmark
-        self.model = network(config, benchmark.classes, benchmark, seed, "init")
+        self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         self.width, self.model.head = self.model.head.in_features, nn.Identity()
         self.heads = nn.ModuleList()
 
     def plan(self, task: Task) -> list[Phase]:
         learning = lambda: [*self.model.parameters(), *self.head(task.index).parameters()]  # noqa: E731
-        return [training(self.config, self.benchmark, learning, first=self.add_head)]
+        return [training(self.config, task, learning, first=self.add_head)]
 
     def add_head(self) -> None:
         """The next task's head, initialised from a stream of its own; the shared one is made once."""

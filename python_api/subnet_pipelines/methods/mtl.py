@@ -18,7 +18,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import DenseConfig, network, training
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 
 
 @dataclass(frozen=True)
@@ -32,18 +32,19 @@ class MTL(Method):
     name = "mtl"
     Config = MTLConfig
     static_step = True
+    FIDELITY = CODE_NORM
     joint = True
 
     def __init__(self, config: MTLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         self.benchmark, self.classes, self.learnt = benchmark, benchmark.classes, False
-        self.model = network(config, benchmark.classes, benchmark, seed, "init")
+        self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         width, self.model.head = self.model.head.in_features, nn.Identity()
         with seeded(seed, "heads"):  # one below another: (tasks * classes, width)
             self.heads = nn.Linear(width, len(benchmark) * benchmark.classes, bias=False).to(self.device)
 
     def plan(self, task: Task) -> list[Phase]:
-        return [training(self.config, self.benchmark, self.parameters, then=self.end)]
+        return [training(self.config, task, self.parameters, then=self.end)]
 
     def end(self) -> None:
         self.learnt = True

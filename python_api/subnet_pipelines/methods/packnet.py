@@ -7,7 +7,7 @@ pruned is free, and 0, for the next task; its network is what it and the tasks b
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,7 +17,7 @@ from subnet_pipelines.capacity import packnet_cap
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
-from subnet_pipelines.methods.dense import DenseConfig, network, training
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
 
 
@@ -25,6 +25,8 @@ from subnet_pipelines.methods.masked import MaskedMethod, entry_name
 class PackNetConfig(DenseConfig):
     """PackNet; with the defaults, the recipe of WSN's code on Permuted MNIST, WSN's paper prints 96.37 +- .04 %, not how."""
 
+    norm: Literal["task", "batch"] = "task"
+    """What batch norms use at test: running statistics that each task keeps for itself, or those of the test batch (WSN's code)."""
     keep: float | None = None
     """Share of the free weights of every layer that a task keeps; null is 1 / tasks (WSN's tables, but for Omniglot's .02)."""
     retrain_epochs: int | None = None
@@ -51,6 +53,7 @@ class PackNet(MaskedMethod):
     name = "packnet"
     Config = PackNetConfig
     static_step = True
+    FIDELITY = CODE_NORM
 
     def __init__(self, config: PackNetConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
@@ -58,7 +61,7 @@ class PackNet(MaskedMethod):
         self.share = 1 / len(benchmark) if config.keep is None else config.keep
         with seeded(seed, "init"):  # of the scores, which are then set
             self.adopt(
-                network(config, benchmark.classes, benchmark, seed, "init"),
+                make_network(config, benchmark.classes, benchmark, seed, "init"),
                 sk.SubnetConfig(select="threshold", train_weights=True, per_task=["head"]),
             )
         for layer in self.bank.layers():
@@ -68,8 +71,8 @@ class PackNet(MaskedMethod):
     def plan(self, task: Task) -> list[Phase]:
         c, first = self.config, lambda: self.begin(task.index)
         learning = lambda: [p for p in self.model.parameters() if p.requires_grad]  # noqa: E731
-        train = training(c, self.benchmark, learning, first, self.prune)
-        retrain = training(c, self.benchmark, learning, None, lambda: self.commit(task.index), lr=c.retrain_lr or c.lr / 10)
+        train = training(c, task, learning, first, self.prune)
+        retrain = training(c, task, learning, None, lambda: self.commit(task.index), lr=c.retrain_lr or c.lr / 10)
         retrain.name = "retrain"
         retrain.epochs = c.retrain_epochs or -(-c.epochs // 2)
         retrain.steps = None if c.iterations is None else -(-c.iterations // 2)

@@ -16,7 +16,7 @@ from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.capacity import capacity
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import DenseConfig, network, training
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 
 
 @dataclass(frozen=True)
@@ -30,20 +30,21 @@ class STL(Method):
     name = "stl"
     Config = STLConfig
     static_step = True
+    FIDELITY = CODE_NORM
     forget_free = True
 
     def __init__(self, config: STLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         self.benchmark = benchmark
-        self.model = network(config, benchmark.classes, benchmark, seed, "init", 0)
+        self.model = make_network(config, benchmark.classes, benchmark, seed, "init", 0)
         self.learnt: list[dict[str, Tensor]] = []  # by task; not part of the module, so that model selection copies one network
 
     def plan(self, task: Task) -> list[Phase]:
         begin = lambda: self.begin(task.index)  # noqa: E731
-        return [training(self.config, self.benchmark, self.model.parameters, begin, self.keep)]
+        return [training(self.config, task, self.model.parameters, begin, self.keep)]
 
     def begin(self, task: int) -> None:
-        fresh = network(self.config, self.benchmark.classes, self.benchmark, self.seed, "init", task)
+        fresh = make_network(self.config, self.benchmark.classes, self.benchmark, self.seed, "init", task)
         self.model.load_state_dict(fresh.state_dict())
 
     def keep(self) -> None:

@@ -20,7 +20,7 @@ from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS
+from subnet_pipelines.models import MODELS, use_running_statistics
 from subnet_pipelines.schedules import cosine
 
 
@@ -38,6 +38,8 @@ class SupSupConfig(MethodConfig):
     """The network."""
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
+    norm: Literal["task", "batch"] = "task"
+    """What batch norms use at test: running statistics that each task keeps for itself (the authors' code), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
     mask: Literal["threshold", "topk"] = "threshold"
@@ -105,6 +107,8 @@ class SupSup(MaskedMethod):
         select = {"select": "threshold"} if config.mask == "threshold" else {"density": config.density}
         with seeded(seed, "init"):
             network = MODELS[config.model](outputs, *benchmark.input_shape)
+            if config.norm == "task":
+                use_running_statistics(network)
             own = ["head"] if config.head == "dense" else []
             self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
 
