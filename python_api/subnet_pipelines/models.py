@@ -5,6 +5,7 @@ No biases and no affine norms: what tasks share is weights. WSN's networks follo
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -172,19 +173,19 @@ def _channels(name: str, shape: tuple[int, ...], side: int = 32) -> int:
     return shape[0] if shape else 3
 
 
-def mlp(outputs: int = 10, inputs: int = 784) -> MLP:
-    """784-100-100 with a head: WSN's network on Permuted MNIST (88,400 weights without the head)."""
-    return MLP([inputs, 100, 100], outputs)
+def mlp(outputs: int = 10, *shape: int) -> MLP:
+    """784-100-100 with a head: WSN's network on Permuted MNIST (88,400 weights without the head). shape: of an input, default 784."""
+    return MLP([math.prod(shape or (784,)), 100, 100], outputs)
 
 
-def lenet_300_100(outputs: int = 10, inputs: int = 784) -> MLP:
+def lenet_300_100(outputs: int = 10, *shape: int) -> MLP:
     """LeNet-300-100: SupSup's and ImpressLearn's network on MNIST; outputs may exceed the classes (superfluous neurons)."""
-    return MLP([inputs, 300, 100], outputs)
+    return MLP([math.prod(shape or (784,)), 300, 100], outputs)
 
 
-def fc_1024(outputs: int = 10, inputs: int = 784) -> MLP:
+def fc_1024(outputs: int = 10, *shape: int) -> MLP:
     """784-1024-1024 with a head: SupSup's network on Rotated MNIST."""
-    return MLP([inputs, 1024, 1024], outputs)
+    return MLP([math.prod(shape or (784,)), 1024, 1024], outputs)
 
 
 def alexnet(outputs: int = 100, *shape: int) -> AlexNet:
