@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn as nn
+from image_sets import write_all
 from streams import Pictures, assert_same_run, broken_run
 
 import subnet_kernels as sk
@@ -19,6 +21,7 @@ import subnet_pipelines
 from subnet_kernels.storage import raw
 from subnet_pipelines import METHODS, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig, batches
+from subnet_pipelines.config import Settings
 from subnet_pipelines.methods.masked import entry_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -142,6 +145,22 @@ def test_density_by_layer():
     assert ones == {name: sk.k_kth(n[name], share) for name, share in shares.items()}
 
 
+def test_density_as_a_flag_and_in_a_file(tmp_path):
+    by_layer = {"body.0": 0.5, "*": 0.1}
+    file = tmp_path / "mine.yaml"
+    file.write_text('density: {body.0: 0.5, "*": 0.1}\n')
+    for given in ((None, {"density": "body.0=.5,*=.1"}), (file, {})):
+        settings = Settings("wsn", "cifar100-superclass").resolve(*given)
+        assert settings.values["density"] == settings.build()[0].density == by_layer
+    assert Settings("wsn", "cifar100-superclass").resolve(file, {"density": ".2"}).values["density"] == 0.2
+    number, pairs = "a number", "names and values, as in a=1,b=2"
+    for bad, words in (("body.0=x", number), ("body.0=.5,*", number), ("=.5", pairs), ("null", number)):
+        with pytest.raises(Refusal, match=f"density must be {words}, got '{re.escape(bad)}'"):
+            Settings("wsn", "cifar100-superclass").resolve(None, {"density": bad})
+    with pytest.raises(Refusal, match="lr must be a number, got 'a=1'"):
+        Settings("wsn", "cifar100-superclass").resolve(None, {"lr": "a=1"})
+
+
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
@@ -205,6 +224,53 @@ def test_which_mask_is_kept_with_the_best_copy(stored, tmp_path, monkeypatch):
     run(method, benchmark, RunConfig(), tmp_path / stored)
     kept = method.bank.bits(entry_name(0))
     assert all(torch.equal(bits, put_back[0][name]) for name, bits in kept.items()) == (stored == "restored")
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- recipes
+
+# WSN's launchers: weights that are masked, lr_min, epochs, rows of a training and of a test batch, outputs of a head in their code
+RECIPES = {
+    "permuted-mnist": (88_400, 1e-6, 5, 10, 500, 10),  # without norms, so that 500 rows give what their 10 do
+    "five-datasets": (1_090_140, 1e-5, 100, 64, 64, 10),
+    "omniglot-rotation": (24_436_400, 1e-6, 100, 64, 64, 12),
+    "cifar100-split": (6_499_328, 1e-6, 200, 64, 64, 100),
+    "cifar100-superclass": (2_986_500, 1e-5, 50, 64, 256, 100),
+    "tiny-imagenet": (2_743_520, 1e-6, 10, 10, 64, 15),  # 200, but for the test's set of 15 classes
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_run(name, data, tmp_path):
+    """The authors' mode of each, three tasks of two steps, on tiny sets in the official formats."""
+    weights, lr_min, epochs, batch, eval_batch, outputs = RECIPES[name]
+    settings = Settings("wsn", name)
+    values = settings.values
+    assert (values["lr"], values["lr_min"], values["patience"], values["density"]) == (1e-3, lr_min, 6, 0.1)
+    assert (values["epochs"], values["batch_size"], values["eval_batch"]) == (epochs, batch, eval_batch)
+    assert values["tasks"] == {"five-datasets": 5, "omniglot-rotation": 100, "cifar100-superclass": 20, "tiny-imagenet": 40}.get(
+        name, 10
+    )
+    assert values["val_fraction"] == (0.1 if name in ("permuted-mnist", "tiny-imagenet") else 0.05)
+    flags = {"tasks": 3, "iterations": 2, "eval_images": 12}
+    if name == "omniglot-rotation":
+        flags |= {"val_split": "balanced"}  # the training rows again take its large network many seconds
+    settings.resolve(None, flags, "code")
+    assert (values["ties"], values["stored_mask"], values["norm"]) == ("all", "last_step", "batch")
+    method_config, benchmark_config, run_config = settings.build()
+    benchmark = settings.benchmark(benchmark_config, 1, data)
+    method = settings.method(method_config, benchmark, 1)
+    assert sum(layer.weight.numel() for layer in method.bank.layers()) == weights
+    assert method.model.head.out_features == outputs
+    result = run(method, benchmark, run_config, tmp_path)
+    assert result.bwt == 0.0
+    assert len(result.final) == 3
+    assert 0.1 <= result.capacity["used_fraction"] <= 0.3
+    method.bank.verify()
 
 
 # ------------------------------------------------------------------------------------------------------------------ stopped and killed
