@@ -73,6 +73,27 @@ def test_the_page_is_self_contained(tmp_path):
     assert name_of(RESULT) in text
 
 
+def test_reuse_is_drawn_and_not_listed(tmp_path):
+    layer = {"all": [0, 0.5, 0.25], "some": [0, 0, 0.25], "none": [1, 0.5, None]}
+    pairs = [[1.0, 0.5, None], [0.5, 1.0, -0.1], [None, -0.1, 1.0]]
+    found = {
+        "masks": ["a", "b", "c"],
+        "tasks": layer,
+        "layers": {"one": layer, "two": layer},
+        "overlap": None,
+        "correlation": pairs,
+    }
+    reusing = replace(RESULT, method_report={"reuse": found})
+    drawn = draw([reusing], tmp_path)
+    assert {"reuse_tasks.png", "reuse_layers.png", "correlation.png"} < {p.name for p in drawn}
+    assert "overlap" not in page("title", [reusing], captioned([reusing], drawn))
+    found["correlation"], found["layers"] = None, {f"a.long.layer.name.{i}": layer for i in range(20)}
+    assert "correlation.png" not in {p.name for p in draw([reusing], tmp_path)}
+    one = {name: values[:1] for name, values in layer.items()}
+    only = replace(RESULT, method_report={"reuse": {**found, "tasks": one, "layers": {"one": one}}})
+    assert "reuse_layers.png" not in {p.name for p in draw([only], tmp_path)}
+
+
 def test_plots_are_quick(tmp_path):
     draw([RESULT], tmp_path)  # imports
     begun = time.process_time()
@@ -112,6 +133,9 @@ def test_summary_over_seeds(tmp_path):
     write_seeds([RESULT, second], tmp_path)
     assert (tmp_path / "report.html").stat().st_mtime_ns == stamp
     assert summarise([RESULT])["acc"] == {"mean": RESULT.acc, "std": None}
+    elsewhere = replace(second, environment={"torch": "2", "commit": "abc"})
+    assert summarise([RESULT, second])["environment"] == {"torch": "2"}
+    assert summarise([RESULT, elsewhere])["environment"] == {"torch": "2", "commit": [None, "abc"]}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 9}', '{"schema": 1}'])
