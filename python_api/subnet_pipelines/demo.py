@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ import torch
 from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import Settings
 from subnet_pipelines.interrupt import Interrupted
+from subnet_pipelines.progress import count_bar
 from subnet_pipelines.report import COLUMNS, Result, draw, name_of, number, page, table_row
 from subnet_pipelines.train import run
 
@@ -37,7 +36,7 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
     begun = time.monotonic()
     results: list[Result | None] = [None] * len(runs)
     workers = min(WORKERS, os.cpu_count() or 1, len(runs))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, bar(len(runs)) as done:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, count_bar(len(runs)) as done:
         jobs = {pool.submit(one_run, seed, out, *spec): i for i, spec in enumerate(runs)}
         for job in as_completed(jobs):
             result = job.result()
@@ -71,24 +70,6 @@ def one_run(seed: int, out: Path, name: str, stream: str, values: dict[str, Any]
         return run(method, benchmark, run_config, folder, note={"fidelity": settings.fidelity})
     except Interrupted as stopped:
         return stopped.signum
-
-
-@contextlib.contextmanager
-def bar(total: int) -> Iterator[Any]:
-    """A bar of finished runs on a terminal, a line for each elsewhere: gives a function to call with the run's line."""
-    if not sys.stderr.isatty():
-        yield lambda line: print(line, file=sys.stderr, flush=True)
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"{total} runs", total=total)
-
-        def done(line: str) -> None:
-            progress.console.print(line)
-            progress.advance(task)
-
-        yield done
 
 
 def print_table(results: list[Result]) -> None:

@@ -239,24 +239,29 @@ def table_row(result: Result) -> dict[str, float | None]:
 # ---- plots and page -------------------------------------------------------------------------------------------------
 
 
-def draw(results: list[Result], folder: Path) -> list[Path]:
-    """PNGs into the folder: for one result the matrix, a curve per task, the used fraction and how masks share weights, where there are
-    such; the final accuracies of all."""
+def plot(path: Path, paint: Callable[[Any], None], **labels: Any) -> Path:
+    """A PNG of what `paint` puts on the axes; labels are the axes'. Returns the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(4.6, 3.8), dpi=100)
+    axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
+    paint(axes)
+    axes.set(**labels)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_label_text().endswith("task"):
+            axis.get_major_locator().set_params(integer=True)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+    return path
+
+
+def draw(results: list[Result], folder: Path) -> list[Path]:
+    """PNGs into the folder: for one result the matrix, a curve per task, the used fraction and how masks share weights, where there are
+    such; the final accuracies of all."""
     made = []
 
     def save(name: str, paint: Callable[[Any], None], **labels: Any) -> None:
-        figure = Figure(figsize=(4.6, 3.8), dpi=100)
-        axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
-        paint(axes)
-        axes.set(**labels)
-        for axis in (axes.xaxis, axes.yaxis):
-            if axis.get_label_text().endswith("task"):
-                axis.get_major_locator().set_params(integer=True)
-        FigureCanvasAgg(figure).print_png(folder / name, metadata={"Software": None})
-        made.append(folder / name)
+        made.append(plot(folder / name, paint, **labels))
 
     if len(results) == 1:
         matrix, used = results[0].accuracy_matrix, (results[0].capacity or {}).get("used_fraction_per_task")
