@@ -106,6 +106,10 @@ CASES = {
         made, "impresslearn", tasks=3, basis=2, model="mlp", epochs=3, basis_epochs=3, batch_size=20, penalty=0.01
     ),
     "finetune": functools.partial(made, "finetune", epochs=3, lr=0.01),
+    "stl": functools.partial(made, "stl", epochs=3, lr=0.01),
+    "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),
+    "ewc": functools.partial(made, "ewc", epochs=3, optimizer="sgd", lr=0.05, clip_norm=1.0),
+    "packnet": functools.partial(made, "packnet", epochs=3, lr=0.01),
     "swinging": swinging,
     "swinging, one stream": functools.partial(swinging, scenario="NNs"),
 }

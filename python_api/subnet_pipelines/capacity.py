@@ -23,9 +23,9 @@ def wsn_used(cap: float, tasks: int, rate: float = WSN_RATE) -> float:
     return cap / 100 - (1 - rate) * tasks / 32
 
 
-def packnet_cap(tasks: int) -> float:
-    """PackNet's CAP in WSN's tables, in percent: each task keeps 1/N of what is free, and a bit per weight and task."""
-    return 100 * (1 - (1 - 1 / tasks) ** tasks + tasks / 32)
+def packnet_cap(tasks: int, keep: float | None = None) -> float:
+    """PackNet's CAP in WSN's tables, in percent: each of N tasks keeps 1/N (or `keep`) of what is free, and a bit per weight and task."""
+    return 100 * (1 - (1 - (1 / tasks if keep is None else keep)) ** tasks + tasks / 32)
 
 
 def capacity(

@@ -94,6 +94,10 @@ class Matrix:
             self.used[str(t)] = used
         return line
 
+    def leave_out(self, end: int) -> None:
+        """Rows before row `end` are of times at which there was nothing to measure: null."""
+        self.rows |= {str(t): {str(j): {"right": None, "told": None} for j in range(t + 1)} for t in range(end)}
+
     def measure(self, name: str, tests: Iterable[int], stop: Stop) -> dict[str, Any] | None:
         """Measure what is missing of a row; None where nothing is. Raises Interrupted, and keeps what is measured by then."""
         row = self.rows.setdefault(name, {})

@@ -115,18 +115,25 @@ class Run:
 
     def go_on(self) -> None:
         every, total = self.benchmark.stream(), len(self.benchmark)
+        if self.method.joint:
+            every = [total - 1]
+            self.matrix.leave_out(every[0])
         if self.config.eval_future and self.cursor == Cursor():
             self.measure(lambda: self.matrix.measure("untrained", range(total), self.stop))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
             parts = range(total) if index is None else [index]
-            plan = self.method.plan(None if index is None else self.benchmark.task(index))
+            plan = self.method.plan(None if index is None else self.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
             self.measure(lambda parts=parts: self.matrix.mark(parts[-1], self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:
                 self.save()
+
+    def task(self, i: int) -> Task:
+        """Task i of the stream, or the union of all."""
+        return self.benchmark.union() if self.method.joint else self.benchmark.task(i)
 
     def phase(self, phase: Phase, index: int | None, parts: Sequence[int], marks: bool) -> None:
         """first, the steps, then. marks: measure at the hidden borders within it."""
@@ -147,7 +154,7 @@ class Run:
         self.step = GraphedSteps(self.method, self.opt, phase.batch_size) if graphed else self.method.step
         settle()  # after the optimizer, whose first one imports the most
         while self.cursor.part < len(parts):
-            self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
+            self.part(phase, self.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
                 self.measure(lambda: self.matrix.mark(parts[self.cursor.part], self.stop))
             self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)

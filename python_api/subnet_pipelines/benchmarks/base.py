@@ -67,13 +67,36 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The rows of several tasks' splits, one after another, each marked with its own task: splits[i] is task i's."""
+
+    splits: tuple[Split, ...]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def marked(self, task: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All rows as `Split.marked` has them, with the task that each is of; None for `task` hides it."""
+        x = y = t = None
+        at = 0
+        for i, split in enumerate(self.splits):
+            part, labels = split.tensors()
+            if x is None:
+                x, y = (v.new_empty((len(self), *v.shape[1:])) for v in (part, labels))
+                t = torch.empty_like(y)
+            rows = slice(at, at := at + len(labels))
+            x[rows], y[rows], t[rows] = part, labels, i
+        return x, y, None if task is None else t
+
+
+@dataclass(frozen=True)
 class Task:
-    """One task of a stream; index is its place in the stream."""
+    """One task of a stream; index is its place in the stream. Of a union of tasks the rows are Joined."""
 
     index: int
     name: str
-    train: Split
-    val: Split | None
+    train: Split | Joined
+    val: Split | Joined | None
     classes: int
 
 
@@ -176,6 +199,12 @@ class Benchmark:
         view = self.view(i)
         val = None if self._held is None else Split(*self._train, self._held, view)
         return Task(i, self.title(i), Split(*self._train, self._kept, view), val, self.classes)
+
+    def union(self) -> Task:
+        """All tasks of the stream as one, in the place of the last."""
+        tasks = [self.task(i) for i in range(len(self))]
+        val = None if tasks[0].val is None else Joined(tuple(task.val for task in tasks))
+        return Task(len(self) - 1, "all tasks", Joined(tuple(task.train for task in tasks)), val, self.classes)
 
     def test(self, i: int) -> Split:
         """Task i's test rows."""

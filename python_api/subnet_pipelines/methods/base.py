@@ -96,6 +96,7 @@ class Method(nn.Module):
     static_step = (
         False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
     )
+    joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 

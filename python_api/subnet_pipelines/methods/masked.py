@@ -47,9 +47,13 @@ class MaskedMethod(Method):
     def ready(self, clock: Clock) -> None:
         self.run_live()
 
+    def network(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of x (B, ...) through whatever mask is active."""
+        return self.model(x)
+
     def logits(self, batch: Batch, clock: Clock) -> Tensor:
         self.ready(clock)
-        return self.model(batch.x)
+        return self.network(batch.x)
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:
         name = entry_name(task)
@@ -57,7 +61,7 @@ class MaskedMethod(Method):
             raise NotLearnt(f"{name} has no entry in the bank yet")
         if self.bank.active != name:
             self.bank.activate(name)
-        return Prediction(self.model(x), torch.full((len(x),), task, device=x.device))
+        return Prediction(self.network(x), torch.full((len(x),), task, device=x.device))
 
     def report(self) -> dict[str, Any]:
         capacity = self.bank.capacity()
