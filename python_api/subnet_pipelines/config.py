@@ -99,8 +99,9 @@ class Settings:
                 self.values[key] = convert(value, self.types[key])
             except ValueError as error:
                 raise Refusal(f"{prefix}{key} must be {error}, got {value!r}") from None
-        if layer.get("angles") is not None and "tasks" not in layer:  # a list of angles is a stream as long as it
-            self.values["tasks"] = len(self.values["angles"])
+        for key in ("angles", "sets"):  # a list of angles, or of sets, is a stream as long as it
+            if layer.get(key) is not None and "tasks" not in layer:
+                self.values["tasks"] = len(self.values[key])
 
     def unknown(self, key: str) -> str:
         """The sentence for a key that is no field here."""

@@ -182,7 +182,12 @@ class Run:
             clock.epoch = c.epoch
             order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
             order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
-            self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
+            augment, draws = task.train.augment, None
+            if augment is not None:
+                draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", task.index, c.phase, c.epoch))
+                draws = draws.to(order.device)
+            feed = batches(*train, order, phase.batch_size, c.batch, augment, draws)
+            self.steps(feed, phase.schedule if self.plateau is None else None, rates)
             goes_on = self.epoch_end(phase, val)
             c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
             more = c.epoch * a_round < steps
