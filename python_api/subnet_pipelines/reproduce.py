@@ -151,9 +151,10 @@ def locked(out: Path) -> Iterator[int]:
 
 
 def look_at_data(jobs: list[Job], asked: Asked) -> None:
-    """Make each benchmark once, so that what can be downloaded is there before runs ask for it side by side; a benchmark whose files are
-    missing takes its jobs out of the queue. In a process of its own, which gives the memory back."""
-    first = {job.cell.benchmark: job for job in reversed(jobs)}
+    """Make each benchmark once of which no run was begun, so that what can be downloaded is there before runs ask for it side by side; one
+    whose files are missing takes its jobs out of the queue. In a process of its own, which gives the memory back."""
+    begun = {job.cell.benchmark for job in jobs if (job.out / f"seed-{job.seed}").exists()}
+    first = {job.cell.benchmark: job for job in reversed(jobs) if job.cell.benchmark not in begun}
     if not first:
         return
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

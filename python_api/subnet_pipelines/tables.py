@@ -80,10 +80,13 @@ def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
     if unknown := set(found) - {"method", "paper", "settings", "fidelity", "note"}:
         raise Refusal(f"{path}: {unknown.pop()} is no key of a cell; known are method, paper, settings, fidelity, note")
     paper = found.get("paper")
-    if not isinstance(paper, dict) or not set(paper) <= PAPER or not isinstance(paper.get("acc"), list):
+    acc = paper.get("acc") if isinstance(paper, dict) and set(paper) <= PAPER else None
+    if not isinstance(acc, list) or len(acc) != 2:
         raise Refusal(
             f"{path}: paper should hold acc: [mean, deviation], and of {', '.join(sorted(PAPER - {'acc'}))} what is printed"
         )
+    if not isinstance(found.get("settings", {}), dict):
+        raise Refusal(f"{path}: settings should be a mapping, is a {type(found['settings']).__name__}")
     if found.get("fidelity", "code") not in FIDELITIES:
         raise Refusal(f"{path}: fidelity must be one of {', '.join(FIDELITIES)}, got {found['fidelity']!r}")
     return Cell(name, rows[name.split("/")[1]], **found)
