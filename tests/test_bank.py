@@ -830,6 +830,19 @@ def test_round_trip(saved, restore):
     assert same(outputs(model, bank), logits)
 
 
+def test_reading_does_not_move_what_a_fresh_task_begins_with(saved):
+    """A checkpoint is loaded into a model whose bank is open, and the bank's entries are read after it."""
+    folder, state, _ = saved
+    model = model_of(state)
+    model.norm.reset_running_stats()
+    bank = sk.MaskBank(model)
+    model.norm.running_mean.fill_(5.0)
+    bank.read(folder)
+    assert torch.equal(model.norm.running_mean, torch.full((6,), 5.0))
+    bank.begin()
+    assert torch.equal(model.norm.running_mean, torch.zeros(6))
+
+
 def test_scores_are_kept_if_asked_for(tmp_path):
     model, bank, _ = learnt(1)
     bank.commit("with", scores=True)

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,20 @@ def run(
     if resume and (done := finished(Path(out), record)) is not None:
         return done
     show = show or Quiet()
-    with Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
+    with repeatable(), Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
         return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every, stop).go()
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Within the block cuDNN's convolutions give the same bits every time, without which a resumed run would end with others."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def settle() -> None:
