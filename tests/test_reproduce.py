@@ -183,7 +183,6 @@ def test_a_run_that_fails_does_not_take_the_others_with_it(small, capsys, tmp_pa
     assert [(c["cell"].split("/")[1], c["fidelity"], c["status"]) for c in cells] == [
         ("gpm", None, "paper only"),
         ("finetune", "code", "failed"),
-        ("finetune", "sound", "failed"),
         ("wsn", "code", "done"),
         ("wsn", "sound", "failed"),
     ]
@@ -266,6 +265,7 @@ def test_settings_that_do_not_resolve_are_not_run(small, tmp_path):
 
 
 def test_scaling_down(tmp_path):
+    """Over a cell's own settings; a mode that is the same config is no other run."""
     cell = Cell("permuted-mnist-mini/supsup", "", {"acc": [1, 1]}, "supsup", {"iterations": 30, "tasks": 3})
     assert jobs_of(cell, Asked(tmp_path, [1]))[0].flags == {"iterations": 30, "tasks": 3}
     assert jobs_of(cell, Asked(tmp_path, [1], tasks=9, epochs=2))[0].flags == {"tasks": 3, "epochs": 2}
@@ -276,6 +276,8 @@ def test_scaling_down(tmp_path):
         ("sound", 2),
     ]
     assert len(jobs_of(cell, Asked(tmp_path, [1], also="code"))) == 1
+    same = replace(cell, settings={**cell.settings, "inference_unit": "row", "deciding_rows": None})
+    assert len(jobs_of(same, Asked(tmp_path, [1], also="sound"))) == 1
 
 
 def test_one_at_a_time(tmp_path):
@@ -433,3 +435,5 @@ def test_a_shipped_cell(table, cell):
     settings = {k: v for k, v in cell.settings.items() if found.values[k] != Settings(cell.method, cell.benchmark).values[k]}
     if not settings:  # the recipe is this cell's
         assert expected["acc"] == cell.paper["acc"]
+        if "used_fraction" in expected:
+            assert expected["used_fraction"][0] == cell.paper["used"]

@@ -17,7 +17,7 @@ from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import Settings
 from subnet_pipelines.interrupt import Interrupted
 from subnet_pipelines.progress import count_bar
-from subnet_pipelines.report import COLUMNS, Result, draw, name_of, number, page, table_row
+from subnet_pipelines.report import COLUMNS, Result, draw_final, name_of, number, page, table_row
 from subnet_pipelines.train import run
 
 RUNS: list[tuple[str, str, dict[str, Any]]] = [  # method, benchmark, settings over the recipe
@@ -46,7 +46,7 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
                 return 128 + result
             results[jobs[job]] = result
             done(f"{name_of(result)}: {result.seconds['total']:.0f} s")
-    plots = [("after the last task", p) for p in draw(results, out) if p.name == "final.png" and len(results) > 1]
+    plots = [("after the last task", draw_final(results, out))] if len(results) > 1 else []
     for result, (name, stream, _) in zip(results, runs):
         plots.append((name_of(result), out / f"{name}-{stream}" / f"seed-{seed}" / "accuracy_matrix.png"))
     write_atomic(out / "report.html", page("subnet-kernels demo", results, plots))

@@ -161,7 +161,7 @@ def _cpu() -> str:
 
 def write_run(result: Result, folder: Path) -> None:
     """result.json, the plots and report.html of one run; result.json last, as it says that the run is finished."""
-    plots = captioned([result], draw([result], folder))
+    plots = captioned([result], draw(result, folder))
     write_atomic(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
     write_atomic(folder / "result.json", json.dumps(asdict(result), indent=1))
 
@@ -187,7 +187,7 @@ def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
     text, path = json.dumps(summary, indent=1), folder / "summary.json"
     if path.exists() and path.read_text() == text:
         return summary
-    plots = [(f"final accuracies, {len(results)} seeds", p) for p in draw(results, folder) if p.name == "final.png"]
+    plots = [(f"final accuracies, {len(results)} seeds", draw_final(results, folder))]
     plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
     write_atomic(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
     write_atomic(path, text)
@@ -255,63 +255,53 @@ def plot(path: Path, paint: Callable[[Any], None], **labels: Any) -> Path:
     return path
 
 
-def draw(results: list[Result], folder: Path) -> list[Path]:
-    """PNGs into the folder: for one result the matrix, a curve per task, the used fraction and how masks share weights, where there are
-    such; the final accuracies of all."""
+def draw(result: Result, folder: Path) -> list[Path]:
+    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, how masks share weights, where there are such; and
+    the final accuracies."""
     made = []
 
-    def save(name: str, paint: Callable[[Any], None], **labels: Any) -> None:
-        made.append(plot(folder / name, paint, **labels))
+    def save(name: str, paint: Callable[[Any], None], title: str, **labels: Any) -> None:
+        made.append(plot(folder / name, paint, title=title, **labels))
 
-    if len(results) == 1:
-        matrix, used = results[0].accuracy_matrix, (results[0].capacity or {}).get("used_fraction_per_task")
-        if matrix is not None:
-            values = [[float("nan") if v is None else v for v in row] for row in matrix]
+    if result.accuracy_matrix is not None:
+        values = _numbers(result.accuracy_matrix)
+        save("accuracy_matrix.png", lambda axes: _heat(axes, values), "accuracy (%)", xlabel="task", ylabel="after task")
+        save("tasks.png", lambda axes: _curves(axes, values), "each task", xlabel="after task", ylabel="accuracy (%)")
+    if used := (result.capacity or {}).get("used_fraction_per_task"):
+        save(
+            "used_fraction.png",
+            lambda axes: axes.plot(used, marker="."),
+            "share of weights used",
+            xlabel="after task",
+            ylim=(0, 1),
+        )
+    if reused := result.method_report.get("reuse"):
+        shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
+        save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
+        if len(shares["none"]) > 1:
+            save("reuse_layers.png", lambda axes: _layers(axes, layers), "the same by layer, mean of later tasks", ylim=(0, 1))
+        if reused["correlation"] is not None:
+            pairs = _numbers(reused["correlation"])
+            span = min([0.0, *(v for row in pairs for v in row if v == v)]), 1.0
             save(
-                "accuracy_matrix.png", lambda axes: _heat(axes, values), xlabel="task", ylabel="after task", title="accuracy (%)"
-            )
-            save(
-                "tasks.png",
-                lambda axes: _curves(axes, values),
-                xlabel="after task",
-                ylabel="accuracy (%)",
-                title="each task",
-            )
-        if used:
-            save(
-                "used_fraction.png",
-                lambda axes: axes.plot(used, marker="."),
-                xlabel="after task",
-                ylim=(0, 1),
-                title="share of weights used",
-            )
-        if reused := results[0].method_report.get("reuse"):
-            shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
-            save(
-                "reuse_tasks.png",
-                lambda axes: _shares(axes, shares),
+                "correlation.png",
+                lambda axes: _heat(axes, pairs, span, 2),
+                "correlation of the masks",
                 xlabel="task",
-                ylim=(0, 1),
-                title="whose weights a mask opens",
+                ylabel="task",
             )
-            if len(shares["none"]) > 1:
-                save(
-                    "reuse_layers.png",
-                    lambda axes: _layers(axes, layers),
-                    ylim=(0, 1),
-                    title="the same by layer, mean of later tasks",
-                )
-            if reused["correlation"] is not None:
-                correlated = [[float("nan") if v is None else v for v in row] for row in reused["correlation"]]
-                save(
-                    "correlation.png",
-                    lambda axes: _heat(axes, correlated, (min(0.0, *map(min, correlated)), 1.0), 2),
-                    xlabel="task",
-                    ylabel="task",
-                    title="correlation of the masks",
-                )
-    save("final.png", lambda axes: _finals(axes, results), xlabel="task", ylabel="accuracy (%)", title="after the last task")
-    return made
+    return [*made, draw_final([result], folder)]
+
+
+def draw_final(results: list[Result], folder: Path) -> Path:
+    """final.png: the accuracies after the last task, a line a result."""
+    labels = {"xlabel": "task", "ylabel": "accuracy (%)", "title": "after the last task"}
+    return plot(folder / "final.png", lambda axes: _finals(axes, results), **labels)
+
+
+def _numbers(rows: list[Vector]) -> list[list[float]]:
+    """NaN for null."""
+    return [[float("nan") if v is None else v for v in row] for row in rows]
 
 
 def _heat(axes: Any, values: list[list[float]], span: tuple[float, float] = (0.0, 100.0), digits: int = 1) -> None:

@@ -101,10 +101,10 @@ def reproduce(table: Table, asked: Asked) -> int:
 
 
 def jobs_of(cell: Cell, asked: Asked) -> list[Job]:
-    """The runs of a cell: its own mode first, over the seeds; a cell whose settings do not resolve is not run."""
-    modes = [cell.fidelity, *([asked.also] if asked.also not in (None, cell.fidelity) else [])]
-    found = []
-    for mode in modes:
+    """The runs of a cell: its own mode over the seeds, then the other one where that is another config; a cell whose settings do not
+    resolve is not run."""
+    found, values = [], []
+    for mode in dict.fromkeys([cell.fidelity, asked.also or cell.fidelity]):
         settings, flags, why = None, dict(cell.settings), None
         try:
             settings = Settings(cell.method, cell.benchmark)
@@ -116,6 +116,9 @@ def jobs_of(cell: Cell, asked: Asked) -> list[Job]:
             settings.resolve(None, flags, mode)
         except Refusal as error:
             why = str(error)
+        if settings is not None and settings.values in values:
+            continue
+        values += [settings.values] if settings is not None else []
         state = "waiting" if why is None else "not run"
         found += [Job(cell, mode, seed, asked.out / cell.name / mode, settings, flags, state, why) for seed in asked.seeds]
     return found
