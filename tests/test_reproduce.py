@@ -183,6 +183,7 @@ def test_a_run_that_fails_does_not_take_the_others_with_it(small, capsys, tmp_pa
     assert [(c["cell"].split("/")[1], c["fidelity"], c["status"]) for c in cells] == [
         ("gpm", None, "paper only"),
         ("finetune", "code", "failed"),
+        ("finetune", "sound", "failed"),
         ("wsn", "code", "done"),
         ("wsn", "sound", "failed"),
     ]
@@ -276,7 +277,8 @@ def test_scaling_down(tmp_path):
         ("sound", 2),
     ]
     assert len(jobs_of(cell, Asked(tmp_path, [1], also="code"))) == 1
-    same = replace(cell, settings={**cell.settings, "inference_unit": "row", "deciding_rows": None})
+    sound = Settings("supsup", "permuted-mnist-mini").values
+    same = replace(cell, settings={**cell.settings, **{name: sound[name] for name in METHODS["supsup"].FIDELITY["code"]}})
     assert len(jobs_of(same, Asked(tmp_path, [1], also="sound"))) == 1
 
 

@@ -192,21 +192,15 @@ def write_table(table: Table, entries: list[dict[str, Any]], folder: Path, scale
 
 def print_parts(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str]) -> None:
     """The table on stdout."""
-    from rich.console import Console
-    from rich.table import Table as Grid
-
-    console = Console(highlight=False, markup=False)
-    console = Console(width=max(console.width, 160), highlight=False, markup=False)
     for name, part in parts.items():
         headings, rows = lines_of(part)
         left_out = [headings.index(word) for word in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
         kept = [i for i in range(len(headings)) if i < 4 or (i not in left_out and any(row[i] != "–" for row in rows))]
-        grid = Grid(box=None, pad_edge=False, title=f"{table.title}: {name}", title_justify="left")
-        for i in kept:
-            grid.add_column(headings[i], justify="right" if i else "left", no_wrap=True)
-        for row in rows:
-            grid.add_row(*(row[i] for i in kept))
-        console.print(grid)
+        widths = [max(len(row[i]) for row in [headings, *rows]) for i in kept]
+        print(f"{table.title}: {name}")
+        for row in [headings, *rows]:
+            first, *others = [row[i] for i in kept]
+            print("  ".join([first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]))
         for line in remarks(part):
             print(f"  {line}")
         print()
