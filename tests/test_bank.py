@@ -796,6 +796,15 @@ def test_capacity_of_a_fixed_backbone():
     assert got["seed_only_cap"] == pytest.approx(100 * 128 / 2800)
 
 
+def test_overlap():
+    _, bank, _ = learnt()
+    none = sk.MaskBank(net()).overlap()
+    assert {key: (m.shape, m.dtype) for key, m in none.items()} == {key: ((0, 0), torch.int64) for key in ("conv", "hidden")}
+    for key, found in bank.overlap().items():
+        masks = [sk.unpack(bank.bits(name)[key], (bank._layers[key].weight.numel(),)).long() for name in bank.masks]
+        assert found.tolist() == [[(a * b).sum().item() for b in masks] for a in masks]
+
+
 # ------------------------------------------------------------------------------------------------------------- on disk
 
 

@@ -156,6 +156,10 @@ class Method(nn.Module):
         """What only the method knows, as JSON; "capacity", if there, becomes the result's capacity."""
         return {}
 
+    def final_report(self) -> dict[str, Any]:
+        """`report` at the end of a run, with what is too dear to be worked out after every task."""
+        return self.report()
+
     def facts(self) -> dict[str, Any]:
         """JSON that `build` needs to make a fresh object's tensors match this one's."""
         return {}
