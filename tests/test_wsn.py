@@ -34,8 +34,9 @@ def test_earlier_logits_keep_their_bits(tmp_path):
     method, benchmark = wsn(tasks=3)
     commit = method.commit
 
-    def commit_and_look(task):
-        commit(task)
+    def commit_and_look(of):
+        commit(of)
+        task = of.index
         x, _ = benchmark.test(task).tensors()
         logits[task] = method.predict(x, task).logits.detach().clone()
         method.bank.activate(None)

@@ -22,6 +22,7 @@ from subnet_kernels.storage import raw
 from subnet_pipelines import METHODS, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig, batches
 from subnet_pipelines.config import Settings
+from subnet_pipelines.evaluate import evaluate
 from subnet_pipelines.methods.masked import entry_name
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -72,8 +73,9 @@ def watched_run(method, benchmark, out):
     """Run, and after every commit compare what each earlier task is with what it was at its own commit."""
     kept, commit = {}, method.commit
 
-    def commit_and_compare(task):
-        commit(task)
+    def commit_and_compare(of):
+        commit(of)
+        task = of.index
         kept[task] = of_task(method, benchmark, task)
         for earlier, before in kept.items():
             assert all(map(torch.equal, before, of_task(method, benchmark, earlier))), f"task {earlier} after task {task}"
@@ -113,7 +115,9 @@ def test_nothing_is_forgotten(model, how, tmp_path):
     if fields["norm"] == "task" and norms:
         assert len(state[0]) == 3 * len(norms)
         assert all(not torch.equal(value, state[1][key]) for key, value in state[0].items() if "running" in key)
-        assert {int(v) for of in state for key, v in of.items() if "num_batches" in key} == {3}  # each began anew: 42 rows of 20
+        assert {int(v) for of in state for key, v in of.items() if "num_batches" in key} == {
+            2
+        }  # gathered anew by each: 42 rows of 20
     else:
         assert state == [{}, {}]
 
@@ -124,10 +128,48 @@ def test_learns(tmp_path):
     assert min(run(method, benchmark, RunConfig(), tmp_path).final) >= 90
 
 
-def test_learns_with_running_statistics(tmp_path):
-    """After sixty steps they are near enough to the batches' own for a row's answer not to need other rows."""
-    method, benchmark = wsn("resnet-18", tasks=1, iterations=60, batch_size=6, lr=2e-3, density=0.3, norm="task")
-    assert run(method, benchmark, RunConfig(eval_batch=1), tmp_path).acc >= 90
+@pytest.mark.parametrize("stored", ["restored", "last_step"])
+def test_statistics_of_a_task_are_those_of_its_rows(stored, tmp_path):
+    """Without dropout, through the kept mask and weights: each norm's input over all training rows, to the difference of batches."""
+    method, benchmark = wsn("alexnet", tasks=1, epochs=2, batch_size=21, lr=2e-3, density=0.3, norm="task", stored_mask=stored)
+    run(method, benchmark, RunConfig(eval_batch=6), tmp_path)
+    assert (
+        evaluate(method, benchmark, 0, 1)["right"] >= 60
+    )  # row by row; averages of training's batches, under dropout, give a third
+    method.bank.activate(entry_name(0))
+    method.eval()
+    inputs = []
+    norms = [m for m in method.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+    for norm in norms[:1]:
+        norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    with torch.no_grad():
+        method.model(benchmark.task(0).train.tensors()[0])
+    torch.testing.assert_close(norms[0].running_mean, inputs[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(norms[0].running_var, inputs[0].var((0, 2, 3)), rtol=0.02, atol=1e-4)
+
+
+def test_files_may_hold_class_after_class(tmp_path):
+    """Norms by the batch need mixed batches where they measure, as they have in training."""
+
+    class Sorted(Pictures):
+        def draw(self, count, purpose):
+            x, y = super().draw(count, purpose)
+            order = y.argsort(stable=True)
+            return x[order], y[order]
+
+    cls = METHODS["wsn"]
+    benchmark = Sorted(SHAPES["mlp"], BenchmarkConfig(tasks=1, val_fraction=0.25))
+    method = cls(cls.Config(epochs=1, batch_size=20), benchmark, 1)
+    validated, tested, validate, predict = [], [], method.validate, method.predict
+    method.validate = lambda batch, clock: (validated.append(batch.y), validate(batch, clock))[1]
+    method.predict = lambda x, task: (tested.append(x), predict(x, task))[1]
+    run(method, benchmark, RunConfig(eval_batch=4), tmp_path)
+    x, y = benchmark.test(0).tensors()
+    places = [torch.cdist(rows, x).argmin(1) for rows in tested]
+    assert sorted(torch.cat(places).tolist()) == list(range(len(y)))  # each row once
+    assert sorted(torch.cat(validated).tolist()) == benchmark.task(0).val.tensors()[1].sort().values.tolist()
+    for labels in (*validated, *(y[p] for p in places)):
+        assert len(labels.unique()) > 1
 
 
 def test_a_masked_head(tmp_path):

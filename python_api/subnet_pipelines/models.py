@@ -6,8 +6,9 @@ No biases and no affine norms: what tasks share is weights. WSN's networks follo
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -72,7 +73,8 @@ class AlexNet(ConvNet):
         self.head = nn.Linear(2048, outputs, bias=False)
 
     def features(self, x: Tensor) -> Tensor:
-        if len(x) < 2 and (self.training or not self.body[1].track_running_stats):
+        norm = self.body[1]
+        if len(x) < 2 and (norm.training or not norm.track_running_stats):
             raise Refusal("alexnet norms by the statistics of the batch, of which one row has none: choose another batch size")
         return super().features(x)
 
@@ -152,18 +154,44 @@ def _norm(kind: type[nn.Module], width: int, running: bool = False) -> nn.Module
     return kind(width, affine=False, track_running_stats=running)
 
 
+def batch_norms(net: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """The batch norms of a network, in order."""
+    return [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+
+
 def use_running_statistics(net: nn.Module) -> nn.Module:
     """Let every batch norm of a network norm by running statistics in eval mode, in place of the batch's own; returns the network.
 
     They are buffers, and so part of what a task keeps for itself in a mask bank that is opened after.
     """
-    for norm in net.modules():
-        if isinstance(norm, (nn.BatchNorm1d, nn.BatchNorm2d)) and not norm.track_running_stats:
+    for norm in batch_norms(net):
+        if not norm.track_running_stats:
             norm.track_running_stats = True
             norm.running_mean = torch.zeros(norm.num_features)
             norm.running_var = torch.ones(norm.num_features)
             norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
     return net
+
+
+@torch.no_grad()
+def gather_statistics(net: nn.Module, forward: Callable[[Tensor], Any], inputs: Iterable[Tensor]) -> None:
+    """Make the running statistics of every batch norm the means over these batches of inputs, of which forward calls the network.
+
+    All else is in eval mode. What training leaves behind is of no use after dropout: it makes variances larger than they are at test
+    (Li et al., CVPR 2019), and it is of weights that have moved since. Ends with the network in eval mode.
+    """
+    net.eval()
+    norms = batch_norms(net)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+    for i, x in enumerate(inputs):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)
+        forward(x)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    net.eval()
 
 
 def _channels(name: str, shape: tuple[int, ...], side: int = 32) -> int:

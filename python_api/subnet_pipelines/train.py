@@ -183,7 +183,10 @@ class Run:
         watched = phase.select == "best" or self.plateau is not None
         if watched and task.val is None:
             raise Refusal(f"{self.method.name} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
-        train, val = task.train.marked(index), task.val.marked(index) if watched else None
+        train, val = task.train.marked(index), None
+        if watched:
+            mixed = torch.randperm(len(task.val), generator=stream(self.method.seed, "validation order", task.index))
+            val = (*task.val.marked(index), mixed.to(train[1].device))
         n, c, clock = len(train[1]), self.cursor, self.clock
         a_round = -(-n // phase.batch_size)
         steps = phase.steps if phase.steps is not None else phase.epochs * a_round

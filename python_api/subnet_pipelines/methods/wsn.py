@@ -17,12 +17,12 @@ from torch import Tensor
 
 import subnet_kernels as sk
 from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
-from subnet_pipelines.chance import seeded
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
+from subnet_pipelines.chance import seeded, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, gather_statistics, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -35,8 +35,8 @@ class WSNConfig(MethodConfig):
     head: Literal["dense", "masked"] = "dense"
     """A dense head of its own for each task (WSN's code), or one head for all, masked as the other layers are."""
     norm: Literal["task", "batch"] = "task"
-    """What batch norms use at test: running statistics that each task keeps for itself, or the statistics of the test batch (WSN's
-    code), by which a row's logits depend on the rows beside it."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, or those of
+    the test batch (WSN's code), by which a row's logits depend on the rows beside it."""
     density: float | dict[str, float] = 0.1
     """c, the kept share of every masked layer; the paper's rows are .03, .05, .1, .3 and .5. By layer: body.0=.3,*=.1, names or globs of
     which the first that fits counts."""
@@ -95,6 +95,7 @@ class WSN(MaskedMethod):
             per_task = ["head"] if config.head == "dense" else []
             rule = {"density": densities(network, config, per_task), "k_rule": "kth", "ties": config.ties}
             self.adopt(network, sk.SubnetConfig(**rule, train_weights=True, per_task=per_task))
+        self.norms = batch_norms(self.model) if config.norm == "task" else []
         self.last_bits: dict[str, Tensor] = {}  # masks of the last training step, where they are what is kept
 
     def plan(self, task: Task) -> list[Phase]:
@@ -109,7 +110,7 @@ class WSN(MaskedMethod):
                 schedule=Plateau(c.patience, 2.0, c.lr_min) if task.val is not None else None,
                 select=c.select if task.val is not None else "last",
                 first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task.index),
+                then=lambda: self.commit(task),
             )
         ]
 
@@ -141,16 +142,34 @@ class WSN(MaskedMethod):
                 self.last_bits[name].copy_(bits)  # into the same tensors for a whole task, as a replayed step must
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
+        for norm in self.norms:
+            norm.train()  # by the batch's own statistics: those of the task are gathered at its end
         if not self.last_bits:
             return self.loss(batch, clock)
-        if self.bank.is_live:  # the first batch after a step: for the others the last step's masks are active already
-            self.bank.activate(None, bits=self.last_bits)
+        self.run_last()
         return F.cross_entropy(self.network(batch.x), batch.y)
 
-    def commit(self, task: int) -> None:
+    def run_last(self) -> None:
+        """Run the masks of the last training step, where they are not active yet: steps leave the live ones active."""
+        if self.bank.is_live:
+            self.bank.activate(None, bits=self.last_bits)
+
+    def commit(self, task: Task) -> None:
         self.run_live()
-        self.bank.commit(entry_name(task), bits=self.last_bits or None)
+        if self.norms:
+            self.gather(task)
+        self.bank.commit(entry_name(task.index), bits=self.last_bits or None)
         self.last_bits = {}
+
+    def gather(self, task: Task) -> None:
+        """The norms' statistics over the task's training rows, through the mask that is kept; a short last batch is left out."""
+        if self.last_bits:
+            self.run_last()
+        x, y = task.train.tensors()
+        order = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index))
+        order = order[: max(1, len(y) // self.config.batch_size) * self.config.batch_size].to(self.device)
+        gather_statistics(self.model, self.network, (b.x for b in batches(x, y, None, order, self.config.batch_size)))
+        self.run_live()
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "last_bits": self.last_bits}
