@@ -127,14 +127,21 @@ def encoded(picture: np.ndarray, kind: str) -> bytes:
     return data.getvalue()
 
 
+def drawings(character: int) -> list[np.ndarray]:
+    """A character's twenty drawings, bool (105, 105): its pattern, shifted a little and a little further."""
+    pattern = pictures(np.array([character]), (105, 105))[0] > 125
+    pattern[:9, :30] ^= True  # so that it looks like none of its rotations
+    return [np.roll(pattern, (drawer % 5, drawer // 5), (0, 1)) for drawer in range(DRAWERS)]
+
+
 def write_omniglot(folder: Path, background: int = 24, evaluation: int = 12, zipped: bool = False) -> None:
     """Omniglot's two folders, or zips: characters of 105 x 105 in one bit, twenty drawings of each, ten characters an alphabet."""
     for name, first, count in (("images_background", 0, background), ("images_evaluation", background, evaluation)):
         for c in range(first, first + count):
             at = folder / name / f"Alphabet_{c // 10:02}" / f"character{c % 10 + 1:02}"
             at.mkdir(parents=True)
-            for drawer, picture in enumerate(pictures(np.full(DRAWERS, c), (105, 105), 100 + c)):
-                (at / f"{c + 1:04}_{drawer + 1:02}.png").write_bytes(encoded(picture > 125, "PNG"))
+            for drawer, picture in enumerate(drawings(c)):
+                (at / f"{c + 1:04}_{drawer + 1:02}.png").write_bytes(encoded(picture, "PNG"))
         zip_folder(folder / name, zipped)
 
 

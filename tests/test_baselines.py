@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from streams import Contrary, Shuffled, assert_same_run, broken_run, view
+from streams import Contrary, assert_same_run, broken_run, view
 
 import subnet_kernels as sk
 import subnet_pipelines
@@ -12,6 +12,7 @@ from subnet_pipelines import METHODS, Interrupted, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, BenchmarkConfig
 from subnet_pipelines.capacity import packnet_cap
 from subnet_pipelines.chance import stream
+from subnet_pipelines.config import Settings
 from subnet_pipelines.methods.base import Clock
 
 DENSE = ("stl", "mtl", "finetune", "ewc", "packnet")
@@ -20,8 +21,7 @@ IMAGES = {
     "lenet": (3, 32, 32),
     "tinynet": (3, 64, 64),
     "resnet-18": (3, 32, 32),
-    "lenet-large": (1, 32, 32),
-}
+}  # lenet-large is a lenet
 
 
 @pytest.fixture(autouse=True)
@@ -79,8 +79,6 @@ def test_every_network(name, model, norm, tmp_path):
     fields = {"iterations": 2, "batch_size": 8, "model": model}
     if norm == "batch":
         fields["norm"] = "batch"
-    if name == "ewc":
-        fields["fisher"] = "batch"
     if name == "supsup":
         fields |= {"head": "dense", "outputs": None, "mask": "topk", "optimizer": "adam", "schedule": "cosine"}
     method = cls(cls.Config(**fields), benchmark, 1)
@@ -223,12 +221,17 @@ def test_what_was_learnt_at_once_does_not_grow(tmp_path):
 
 
 def test_the_penalty_keeps_what_finetuning_forgets(tmp_path):
-    """Tasks that can be had together, one head: the same network and steps, with and without the penalty."""
-    fields = {"head": "shared", "model": "mlp", "epochs": 8, "lr": 0.003, "select": "last"}
-    free = run(*made("finetune", Shuffled, tasks=2, **fields), RunConfig(), tmp_path / "free")
-    held = run(*made("ewc", Shuffled, tasks=2, **fields), RunConfig(), tmp_path / "held")
-    assert min(held.diagonal) >= 90
-    assert held.final[0] >= free.final[0] + 5
+    """Two permutations of the shipped digits through one head: the same network and steps, with and without the penalty."""
+    found = {}
+    for name in ("finetune", "ewc"):
+        settings = Settings(name, "permuted-mnist-mini")
+        settings.resolve(None, {"tasks": 2, "head": "shared", "select": "last", "iterations": 1000, "batch_size": 10})
+        method_config, benchmark_config, run_config = settings.build()
+        benchmark = settings.benchmark(benchmark_config, 1)
+        found[name] = run(settings.method(method_config, benchmark, 1), benchmark, run_config, tmp_path / name)
+    assert found["ewc"].diagonal[0] == found["finetune"].diagonal[0]
+    assert found["ewc"].final[1] >= 85
+    assert found["ewc"].final[0] >= found["finetune"].final[0] + 1.5
 
 
 @pytest.mark.parametrize("head", ["shared", "per-task"])
@@ -250,7 +253,7 @@ def test_the_penalty_is_the_formula(head):
         moved = p.detach().double() - star
         value += 3.5 * (f * moved**2).sum()
         assert torch.allclose(p.grad.double(), 7.0 * f * moved, rtol=1e-5, atol=1e-8)
-    assert float(penalty) == pytest.approx(float(value), rel=1e-5)
+    assert float(penalty.detach()) == pytest.approx(float(value), rel=1e-5)
 
 
 def by_hand(weights, x, y, rows):
@@ -311,11 +314,11 @@ def test_rows_and_batches_of_one_row_are_the_same_fisher():
 def test_rows_that_a_norm_mixes_have_no_gradients_of_their_own():
     cls = METHODS["ewc"]
     with pytest.raises(Refusal, match="fisher must be 'batch' for resnet-18 with norm 'batch'"):
-        cls(cls.Config(model="resnet-18", norm="batch"), Pictures((3, 32, 32)), 1)
+        cls(cls.Config(model="resnet-18", norm="batch", fisher="row"), Pictures((3, 32, 32)), 1)
 
 
 def test_clipping(tmp_path):
-    method, benchmark = made("ewc", clip_norm=1e-3, iterations=3)
+    method, benchmark = made("ewc", tasks=1, clip_norm=1e-3, iterations=3)
     norms, gradients = [], method.gradients
 
     def clip_and_look(clock):
@@ -333,8 +336,9 @@ def test_clipping(tmp_path):
 def test_caps_of_the_papers_tables():
     """WSN's tables 1 and 2, row PackNet: 5, 10, 20, 40 tasks keep 1/N of what is free, Omniglot's 100 keep .02."""
     printed = {5: 82.86, 10: 96.38, 20: 126.65, 40: 188.67}
-    assert {tasks: round(packnet_cap(tasks), 2) for tasks in printed} == printed
-    assert round(packnet_cap(100, 0.02), 1) == 399.2
+    for tasks, cap in printed.items():
+        assert packnet_cap(tasks) == pytest.approx(cap, abs=0.0067)  # 188.676 is printed as 188.67
+    assert packnet_cap(100, 0.02) == pytest.approx(399.2, abs=0.05)
 
 
 @pytest.mark.parametrize("keep", [None, 0.2])

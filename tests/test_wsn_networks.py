@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -142,6 +143,22 @@ def test_density_by_layer():
     n = {name: layer.weight.numel() for name, layer in named_layers(method)}
     shares = {"body.0": 1.0, "body.3": 0.5, "body.7": 0.5, "body.9": 0.05}
     assert ones == {name: sk.k_kth(n[name], share) for name, share in shares.items()}
+
+
+def test_density_as_a_flag_and_in_a_file(tmp_path):
+    by_layer = {"body.0": 0.5, "*": 0.1}
+    file = tmp_path / "mine.yaml"
+    file.write_text('density: {body.0: 0.5, "*": 0.1}\n')
+    for given in ((None, {"density": "body.0=.5,*=.1"}), (file, {})):
+        settings = Settings("wsn", "cifar100-superclass").resolve(*given)
+        assert settings.values["density"] == settings.build()[0].density == by_layer
+    assert Settings("wsn", "cifar100-superclass").resolve(file, {"density": ".2"}).values["density"] == 0.2
+    number, pairs = "a number", "names and values, as in a=1,b=2"
+    for bad, words in (("body.0=x", number), ("body.0=.5,*", number), ("=.5", pairs), ("null", number)):
+        with pytest.raises(Refusal, match=f"density must be {words}, got '{re.escape(bad)}'"):
+            Settings("wsn", "cifar100-superclass").resolve(None, {"density": bad})
+    with pytest.raises(Refusal, match="lr must be a number, got 'a=1'"):
+        Settings("wsn", "cifar100-superclass").resolve(None, {"lr": "a=1"})
 
 
 @pytest.mark.parametrize(

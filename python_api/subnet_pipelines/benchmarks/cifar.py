@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gzip
 import io
 import tarfile
 import zlib
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.files import Source, data_folder, find
-from subnet_pipelines.benchmarks.images import ClassesConfig, ClassTasks, Normal
+from subnet_pipelines.benchmarks.images import ClassesConfig, ClassTasks, Normal, at_most
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
 PIXELS = 3 * 32 * 32
 LIMIT = 50_000  # records of a file; the largest has so many
+ARCHIVE = 1 << 28  # bytes of an unpacked archive; the larger has 184 million
 MEAN, STD = [v / 255 for v in (125.3, 123.0, 113.9)], [v / 255 for v in (63.0, 62.1, 66.7)]  # GPM's and WSN's code, on both sets
 HOME = "https://www.cs.toronto.edu/~kriz/"  # its page prints these sums
 CIFAR10 = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
@@ -68,22 +70,35 @@ def read_files(title: str, source: tuple[str, str, str], names: list[str], label
         raise Refusal(f"{error.filename or data_dir / folder}: cannot be read ({error.strerror or error})") from None
 
 
+class Unpacked:
+    """A gzipped file read from front to end, up to the size that the archives have."""
+
+    def __init__(self, file: gzip.GzipFile):
+        self.file, self.left = file, ARCHIVE
+
+    def read(self, size: int) -> bytes:
+        """The next bytes. Raises Refusal where the file unpacks to more than ARCHIVE."""
+        data = self.file.read(size)
+        self.left -= len(data)
+        if self.left < 0:
+            raise Refusal(f"{self.file.name}: unpacks to more than {ARCHIVE} bytes, which no archive of CIFAR does")
+        return data
+
+
 def _read_archive(path: Path, names: list[str], labels: tuple[int, ...]) -> list:
-    found = {}
+    found, limit = {}, LIMIT * (len(labels) + PIXELS)
     try:
-        with tarfile.open(path, "r|*") as tar:
-            for number, member in enumerate(tar):
-                if number >= 100 or member.size > LIMIT * (len(labels) + PIXELS):
-                    raise Refusal(
-                        f"{path}: is no archive of CIFAR's binary version: {member.name[:80]!r} has {member.size} bytes"
-                    )
+        with gzip.open(path) as file, tarfile.open(fileobj=Unpacked(file), mode="r|") as tar:
+            for member in tar:
                 name = Path(member.name).name
                 if name in names and member.isreg() and name not in found:
+                    if member.size > limit:
+                        raise Refusal(f"{path}: {name} should have at most {limit} bytes, has {member.size}")
                     data = tar.extractfile(member).read(member.size)
                     found[name] = read_records(io.BytesIO(data), member.size, f"{path}, {name}", labels)
-    except (tarfile.TarError, EOFError, zlib.error, ValueError) as error:
-        if isinstance(error, Refusal):
-            raise
+    except Refusal:
+        raise
+    except (tarfile.TarError, gzip.BadGzipFile, EOFError, zlib.error, ValueError) as error:
         raise Refusal(f"{path}: is damaged or cut short ({error})") from None
     if missing := [name for name in names if name not in found]:
         raise Refusal(f"{path}: lacks {', '.join(missing)}")
@@ -128,6 +143,7 @@ class CIFAR100Split(ClassTasks):
     FIDELITY = {"sound": {}, "code": {"labels": "global", "val_split": "shuffle"}, "paper": {}}
 
     def __init__(self, config: SplitConfig, seed: int, data_dir: Path | str | None = None, device: torch.device | str = "cpu"):
+        config.check()
         train, test = ((x, y[:, 1]) for x, y in load_cifar100(data_folder(data_dir)))
         order = torch.arange(100)
         if config.order == "stream":
@@ -190,6 +206,8 @@ class CIFAR100Superclass(ClassTasks):
     def __init__(
         self, config: SuperclassConfig, seed: int, data_dir: Path | str | None = None, device: torch.device | str = "cpu"
     ):
+        config.check()
+        at_most(config, len(COARSE), self.name)
         train, test = load_cifar100(data_folder(data_dir))
         self.coarse = ORDERS[config.order][: config.tasks]
         groups = fine_classes(torch.cat([train[1], test[1]]), self.coarse)

@@ -59,7 +59,7 @@ def find(
 def _there(name: str, data_dir: Path, folders: Sequence[str]) -> Path | None:
     for folder in folders:
         for candidate in dict.fromkeys((data_dir / folder / name, data_dir / folder / name.removesuffix(".gz"))):
-            if candidate.exists():
+            if candidate.is_file():
                 return candidate
     return None
 

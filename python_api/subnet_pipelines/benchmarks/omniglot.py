@@ -33,11 +33,13 @@ def load_omniglot(data_dir: Path) -> Tensor:
     Decoded to grey and reduced from 105 x 105 by Pillow's bicubic filter, as WSN's code does. Raises Refusal.
     """
     folders = ["omniglot", "omniglot-py", "."]
+    unpacked = {zipped: [data_dir / folder / Path(zipped).stem for folder in folders] for zipped in SOURCES}
+    paths = {zipped: next((path for path in there if path.is_dir()), None) for zipped, there in unpacked.items()}
+    packed = [zipped for zipped, path in paths.items() if path is None]
+    paths.update(zip(packed, find("Omniglot", packed, data_dir, folders, SOURCES)))
     found = []
-    for name in SOURCES:
-        stem = name.removesuffix(".zip")
-        there = [data_dir / folder / stem for folder in folders if (data_dir / folder / stem).is_dir()]
-        tree = Tree(there[0] if there else find("Omniglot", [name], data_dir, folders, SOURCES)[0])
+    for path in paths.values():
+        tree = Tree(path)
         names = [n for n in tree.names if n.endswith(".png")]
         characters: dict[str, int] = {}
         for n in names:

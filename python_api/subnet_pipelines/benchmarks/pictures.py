@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import sys
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 
@@ -52,12 +53,13 @@ class Tree:
         self.names = sorted(entries)
         self._marks = entries  # size, and checksum or time of the last change
 
-    def _walk(self):
+    def _walk(self) -> Iterator[tuple[str, tuple[int, int]]]:
         for folder, _, files in os.walk(self.path):
             for name in files:
                 at = Path(folder, name)
-                stat = at.stat()
-                yield at.relative_to(self.path).as_posix(), (stat.st_size, stat.st_mtime_ns)
+                status = at.stat()
+                if stat.S_ISREG(status.st_mode):
+                    yield at.relative_to(self.path).as_posix(), (status.st_size, status.st_mtime_ns)
 
     def __contains__(self, name: str) -> bool:
         return name in self._marks
@@ -146,6 +148,7 @@ def _write(path: Path, mark: str, made: Tensor) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({"pictures": made}, temporary, {"made_of": mark})
+        temporary.chmod(0o644)  # it is as public as the pictures
         sync(temporary)
         os.replace(temporary, path)
         sync(path.parent)

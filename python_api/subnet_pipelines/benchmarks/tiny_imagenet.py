@@ -73,6 +73,7 @@ class TinyImageNet(ClassTasks):
     FIDELITY = {"sound": {}, "code": {"labels": "global", "order": "python"}, "paper": {}}
 
     def __init__(self, config: TinyConfig, seed: int, data_dir: Path | str | None = None, device: torch.device | str = "cpu"):
+        config.check()
         self.names, train, test = load_tiny_imagenet(data_folder(data_dir))
         total = len(self.names)
         order = list(range(total))

@@ -30,8 +30,8 @@ class EWCConfig(FinetuneConfig):
 
     strength: float = 5000.0
     """lambda, the weight of the penalty."""
-    fisher: Literal["row", "batch"] = "row"
-    """Squared gradients of single rows, or of the mean loss of batches times their rows (HAT's code)."""
+    fisher: Literal["batch", "row"] = "batch"
+    """Squared gradients of the mean loss of batches, times their rows (HAT's code, whose lambda goes with it), or of single rows."""
     fisher_batch: int = 20
     """Rows of a batch under fisher batch."""
     clip_norm: float | None = None
@@ -52,7 +52,6 @@ class EWC(Finetune):
 
     name = "ewc"
     Config = EWCConfig
-    FIDELITY = {"sound": {}, "code": {"fisher": "batch", "norm": "batch"}, "paper": {}}
 
     def __init__(self, config: EWCConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
