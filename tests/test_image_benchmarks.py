@@ -11,7 +11,6 @@ import pytest
 import real_sets
 import torch
 import torch.nn as nn
-from device import DEVICE
 from streams import broken_run
 
 from subnet_pipelines import BENCHMARKS, Refusal, RunConfig, run
@@ -33,7 +32,7 @@ def data(tmp_path_factory) -> Path:
 
 def make(name, data_dir, seed=1, **fields):
     cls = BENCHMARKS[name]
-    return cls(cls.Config(**{"tasks": 3, "val_fraction": 0.1, **fields}), seed, data_dir, DEVICE)
+    return cls(cls.Config(**{"tasks": 3, "val_fraction": 0.1, **fields}), seed, data_dir)
 
 
 def places(split) -> set[int]:
@@ -69,13 +68,12 @@ def test_tasks(name, data):
             x, y = split.tensors()
             assert (x.shape, x.dtype, y.dtype) == ((len(split), *shape), torch.float32, torch.int64)
             assert x.is_contiguous()
-            assert x.device == y.device == benchmark.device
         assert task.train.tensors()[1].unique().tolist() == list(range(classes))
         assert test.tensors()[1].bincount().tolist() == [len(test) // classes] * classes
         assert not places(task.train) & places(task.val)
         if test.x is task.train.x:
             assert not places(test) & (places(task.train) | places(task.val))
-        seen.append({row.cpu().numpy().tobytes() for split in (task.train, task.val, test) for row in split.tensors()[0]})
+        seen.append({row.numpy().tobytes() for split in (task.train, task.val, test) for row in split.tensors()[0]})
         assert len(seen[-1]) == sum(counts)  # no picture twice, none in two halves
     assert not seen[0] & seen[1]
     assert not seen[1] & seen[2]
@@ -184,7 +182,7 @@ def test_five_datasets(data):
     raw = benchmark.test(1).x
     x, y = benchmark.test(1).tensors()
     assert raw.shape == (40, 28, 28)
-    expected = torch.zeros(40, 32, 32, dtype=torch.float64, device=raw.device)
+    expected = torch.zeros(40, 32, 32, dtype=torch.float64)
     expected[:, 2:30, 2:30] = raw.double() / 255
     for channel in range(3):
         torch.testing.assert_close(x[:, channel].double(), (expected - 0.1) / 0.2752, atol=1e-6, rtol=0)
@@ -218,7 +216,7 @@ def test_omniglot_rotations(data):
         task, test = benchmark.task(i), benchmark.test(i)
         assert task.train.tensors()[1].bincount().tolist() == [60] * 12
         assert test.tensors()[1].bincount().tolist() == [20] * 12
-        x, y = (torch.cat(parts).cpu() for parts in zip(task.train.tensors(), test.tensors()))
+        x, y = (torch.cat(parts) for parts in zip(task.train.tensors(), test.tensors()))
         for label in (0, 11):
             character = drawn[12 * i + label].numpy()
             turned = np.concatenate([np.rot90(character, k, (1, 2)) for k in range(4)])
@@ -239,7 +237,7 @@ def test_cifar100_split(data):
         scaled = raw[mine].double() / 255
         for channel, (mean, std) in enumerate(((125.3, 63.0), (123.0, 62.1), (113.9, 66.7))):
             expected = (scaled[:, channel] * 255 - mean) / std
-            torch.testing.assert_close(x[:, channel].cpu().double(), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(x[:, channel].double(), expected, atol=1e-5, rtol=0)
     whole = make("cifar100-split", data, val_fraction=0.0, labels="global")
     assert whole.classes == 100
     assert whole.task(2).train.tensors()[1].unique().tolist() == list(range(20, 30))
@@ -267,7 +265,7 @@ def test_cifar100_in_other_orders(tmp_path):
     y = benchmark.test(7).tensors()[1]
     assert y.sort().values.tolist() == list(range(5))
     rows = benchmark.test(7).index
-    assert [benchmark.groups[7][label] for label in y.tolist()] == cifar.load_cifar100(tmp_path)[1][1][rows.cpu(), 1].tolist()
+    assert [benchmark.groups[7][label] for label in y.tolist()] == cifar.load_cifar100(tmp_path)[1][1][rows, 1].tolist()
     with pytest.raises(Refusal, match="classes_per_task must divide 100, got 7"):
         make("cifar100-split", tmp_path, classes_per_task=7)
     with pytest.raises(Refusal, match="tasks must be at most the 10 of cifar100-split, got 11"):
@@ -293,9 +291,9 @@ def test_the_authors_superclass_pictures(data):
     benchmark = make("cifar100-superclass", data, pixels="interleaved")
     flat = raw.reshape(len(raw), -1).numpy().astype(np.float32) / 255  # as the python version of the set has them
     expected = flat.reshape(-1, 32, 32, 3).swapaxes(2, 3).swapaxes(1, 2)
-    x = benchmark.test(1).tensors()[0].cpu()
-    assert np.array_equal(x.numpy(), expected[benchmark.test(1).index.cpu()])
-    assert not torch.equal(x, make("cifar100-superclass", data).test(1).tensors()[0].cpu())
+    x = benchmark.test(1).tensors()[0]
+    assert np.array_equal(x.numpy(), expected[benchmark.test(1).index])
+    assert not torch.equal(x, make("cifar100-superclass", data).test(1).tensors()[0])
 
 
 def test_classes_that_are_not_there(tmp_path):
@@ -405,6 +403,25 @@ def test_an_augmented_run_resumes_to_the_same_bits(data, tmp_path, monkeypatch):
     assert first == second
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("name", IMAGES)
+def test_streams_on_a_gpu(name, data):
+    fields = {} if name in ("five-datasets", "omniglot-rotation") else {"augment": "crop-flip"}
+    cls = BENCHMARKS[name]
+    benchmarks = [cls(cls.Config(tasks=3, val_fraction=0.1, **fields), 1, data, device) for device in ("cpu", "cuda")]
+    order, draws = torch.randperm(40), torch.randint(1 << 62, (40,))
+    for i in range(3):
+        seen = []
+        for benchmark in benchmarks:
+            task, device = benchmark.task(i), benchmark.device
+            feed = batches(*task.train.marked(i), order.to(device), 16, 0, task.train.augment, draws.to(device))
+            seen.append([torch.cat(parts).cpu() for parts in zip(*feed)])
+            assert task.val.tensors()[0].device.type == benchmark.test(i).tensors()[0].device.type == device.type
+        assert torch.equal(seen[0][1], seen[1][1])
+        torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-6)
+
+
 # ---- settings -------------------------------------------------------------------------------------------------------
 
 
@@ -458,7 +475,7 @@ def test_real_sets_of_five(name, train, test, mean, std, real):
     assert (len(task.train), len(task.val), len(benchmark.test(0))) == (round(0.95 * train), train // 20, test)
     assert benchmark.test(0).tensors()[1].unique().tolist() == list(range(10))
     some = torch.randperm(train, generator=stream(0, "some"))[:4_000]
-    found = moments(task.train.view(task.train.x[some.to(task.train.x.device)]))
+    found = moments(task.train.view(task.train.x[some]))
     assert found[0] == pytest.approx([0.0] * 3, abs=mean)
     assert found[1] == pytest.approx([1.0] * 3, abs=std)
 

@@ -208,6 +208,7 @@ def test_mat_arrays(order, deflated, tmp_path):
 
 X = np.zeros((32, 32, 3, 2), dtype=np.uint8)
 Y = np.array([[1], [10]], dtype=np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, X.shape, dtype=np.uint8)
 
 
 def mat(*arrays, **fields):
@@ -254,6 +255,23 @@ def test_a_mat_element_longer_than_its_file(tmp_path):
     path = tmp_path / "a.mat"
     path.write_bytes(sets.mat_file([struct.pack("<II", 14, 1 << 31)]))
     refused("an element promises 2147483648 bytes, 0 are there", read_mat, path, ["X"])
+
+
+@pytest.mark.parametrize("at", [-1, -5, -30])
+def test_damaged_bits_of_a_deflated_array(at, tmp_path):
+    path, data = tmp_path / "a.mat", bytearray(mat(("X", NOISE)))
+    data[at] ^= 1
+    path.write_bytes(data)
+    refused("damaged", read_mat, path, ["X"])
+
+
+@pytest.mark.parametrize(("kind", "size"), [(9, 7), (12, 12), (4, 1)])
+def test_mat_numbers_that_are_cut(kind, size, tmp_path):
+    body = sets.mat_element(6, struct.pack("<II", 9, 0)) + sets.mat_element(5, struct.pack("<2i", 1, 1))
+    body += sets.mat_element(1, b"X") + sets.mat_element(kind, bytes(size))
+    path = tmp_path / "a.mat"
+    path.write_bytes(sets.mat_file([struct.pack("<II", 14, len(body)) + body]))
+    refused("damaged", read_mat, path, ["X"])
 
 
 def test_mat_survives(tmp_path):

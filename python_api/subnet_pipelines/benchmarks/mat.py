@@ -43,6 +43,12 @@ class Inflated:
                 break
         return made
 
+    def finish(self) -> None:
+        """See that the stream ends here, but for padding, and with its checksum. Raises zlib.error, and Refusal where it does not end."""
+        self.read(8)
+        if self.read(1) or not self.inflate.eof:
+            raise Refusal("is damaged: a deflated array does not end where its numbers do")
+
 
 def read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
     """The numeric arrays of these names in a MATLAB 5 file, as (dimension, ...) in C order of the numbers' own type.
@@ -68,11 +74,13 @@ def read_mat(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
                     source = Inflated(file, size)
                     kind, size = struct.unpack(order + "II", exactly(source, 8))
                 if kind == MATRIX and (array := read_array(source, order, names)) is not None:
+                    if isinstance(source, Inflated):
+                        source.finish()
                     found.setdefault(*array)
                 file.seek(after)
     except Refusal as error:
         raise error if str(error).startswith(str(path)) else Refusal(f"{path}: {error}") from None
-    except (zlib.error, struct.error) as error:
+    except (zlib.error, struct.error, ValueError) as error:  # numpy's where bytes are no whole numbers
         raise Refusal(f"{path}: is damaged or cut short ({error})") from None
     except OSError as error:
         raise Refusal(f"{path}: cannot be read ({error.strerror or error})") from None
