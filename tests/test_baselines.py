@@ -4,16 +4,19 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from streams import Contrary, assert_same_run, broken_run, view
+from image_sets import write_all
+from streams import Contrary, Pictures, assert_same_run, broken_run
 
 import subnet_kernels as sk
 import subnet_pipelines
 from subnet_pipelines import METHODS, Interrupted, Refusal, RunConfig, run
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, BenchmarkConfig
+from subnet_pipelines.benchmarks.base import Batch, BenchmarkConfig
 from subnet_pipelines.capacity import packnet_cap
 from subnet_pipelines.chance import stream
-from subnet_pipelines.config import Settings
+from subnet_pipelines.config import CONFIGS, Settings, read_yaml
 from subnet_pipelines.methods.base import Clock
+from subnet_pipelines.models import MODELS
+from subnet_pipelines.report import COLUMNS
 
 DENSE = ("stl", "mtl", "finetune", "ewc", "packnet")
 IMAGES = {
@@ -49,24 +52,6 @@ def test_learns(name, optimizer, val_fraction, tmp_path):
     lr = {"adam": 0.01, "sgd": 0.3}[optimizer]
     result = run(*made(name, val_fraction=val_fraction, optimizer=optimizer, lr=lr), RunConfig(), tmp_path)
     assert min(result.final if name == "mtl" else result.diagonal) >= 95
-
-
-class Pictures(Benchmark):
-    """A few images of noise, which show that a network fits a method and what becomes of its bits, not what it can learn."""
-
-    name, classes = "pictures", 5
-
-    def __init__(self, shape, tasks=2, seed=1):
-        self.input_shape = shape
-        chance = stream(seed, "pictures")
-        halves = [
-            (torch.randint(0, 256, (count, *shape), generator=chance, dtype=torch.uint8), torch.arange(count) % 5)
-            for count in (20, 10)
-        ]
-        super().__init__(BenchmarkConfig(tasks=tasks, val_fraction=0.2), seed, torch.device("cpu"), *halves)
-
-    def view(self, i):
-        return (lambda x: view(x).flip(-1)) if i % 2 else view
 
 
 @pytest.mark.parametrize(
@@ -122,6 +107,49 @@ def test_every_network(name, model, norm, tmp_path):
 def test_bad_settings(name, fields, words):
     with pytest.raises(Refusal, match=words):
         made(name, **fields)
+
+
+SETS = {  # what the tables are of, and a picture's shape
+    "permuted-mnist": (784,),
+    "five-datasets": (3, 32, 32),
+    "omniglot-rotation": (1, 32, 32),
+    "cifar100-split": (3, 32, 32),
+    "cifar100-superclass": (3, 32, 32),
+    "tiny-imagenet": (3, 64, 64),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny_sets(tmp_path_factory):
+    return write_all(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.mark.parametrize("fidelity", ["sound", "code"])
+@pytest.mark.parametrize("which", SETS)
+@pytest.mark.parametrize("name", [*DENSE, "supsup"])
+def test_recipes_fit(name, which, fidelity):
+    """Every table has its recipe, whose fields exist, whose network reads the set's pictures, and whose expected numbers are columns."""
+    recipe = CONFIGS / name / f"{which}.yaml"
+    assert set(read_yaml(recipe).get("expected", {})) <= set(COLUMNS)
+    settings = Settings(name, which).resolve(None, {}, fidelity)
+    config = settings.build()[0]
+    with torch.device("meta"):
+        MODELS[config.model](10, *SETS[which])
+    assert config.iterations is None or which == "permuted-mnist"
+
+
+@pytest.mark.parametrize(
+    "which", [name if name == "cifar100-superclass" else pytest.param(name, marks=pytest.mark.long) for name in SETS]
+)
+@pytest.mark.parametrize("name", [*DENSE, "supsup"])
+def test_recipes_run(name, which, tiny_sets, tmp_path):
+    """Two tasks, two steps each, as a table's cell runs."""
+    settings = Settings(name, which).resolve(None, {"tasks": 2, "iterations": 2}, "code")
+    method_config, benchmark_config, run_config = settings.build()
+    made = settings.benchmark(benchmark_config, 1, tiny_sets)
+    result = run(settings.method(method_config, made, 1), made, run_config, tmp_path)
+    assert len(result.final) == 2
+    assert result.acc is not None
 
 
 # ---- a network for each task ----------------------------------------------------------------------------------------
@@ -337,7 +365,7 @@ def test_caps_of_the_papers_tables():
     """WSN's tables 1 and 2, row PackNet: 5, 10, 20, 40 tasks keep 1/N of what is free, Omniglot's 100 keep .02."""
     printed = {5: 82.86, 10: 96.38, 20: 126.65, 40: 188.67}
     for tasks, cap in printed.items():
-        assert packnet_cap(tasks) == pytest.approx(cap, abs=0.0067)  # 188.676 is printed as 188.67
+        assert packnet_cap(tasks) == pytest.approx(cap, abs=0.01)  # of the printed digits; 188.677 is printed as 188.67
     assert packnet_cap(100, 0.02) == pytest.approx(399.2, abs=0.05)
 
 

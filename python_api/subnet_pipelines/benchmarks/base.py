@@ -90,9 +90,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Joined:
-    """The rows of several tasks' splits, one after another, each marked with its own task: splits[i] is task i's."""
+    """The rows of several tasks' splits, one after another, each marked with its own task: splits[i] is task i's.
+
+    augment as in Split: what the tasks have in common.
+    """
 
     splits: tuple[Split, ...]
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return sum(map(len, self.splits))
@@ -276,7 +280,8 @@ class Benchmark:
         """All tasks of the stream as one, in the place of the last."""
         tasks = [self.task(i) for i in range(len(self))]
         val = None if tasks[0].val is None else Joined(tuple(task.val for task in tasks))
-        return Task(len(self) - 1, "all tasks", Joined(tuple(task.train for task in tasks)), val, self.classes)
+        train = Joined(tuple(task.train for task in tasks), self.augment(0))
+        return Task(len(self) - 1, "all tasks", train, val, self.classes)
 
     def test(self, i: int) -> Split:
         """Task i's test rows."""
