@@ -267,7 +267,7 @@ def draw(name: str, entries: list[dict[str, Any]], folder: Path) -> list[Path]:
                 title=name,
             )
         )
-    first = {e["cell"]: e for e in reversed(mine)}.values()  # in the table's own mode
+    first = list({e["cell"]: e for e in reversed(mine)}.values())[::-1]  # in the table's own mode
     if used := [e for e in first if e["used_fraction_per_task"] and len(e["used_fraction_per_task"]) > 1]:
         paint = _used(used)
         made.append(
