@@ -245,6 +245,54 @@ def test_what_was_learnt_at_once_does_not_grow(tmp_path):
         run(*made("mtl", tasks=3), RunConfig(), tmp_path, resume=True)
 
 
+# ---- finetuning: statistics of norms --------------------------------------------------------------------------------
+
+
+def resnet(name="finetune", tasks=2, **fields):
+    cls, benchmark = METHODS[name], Pictures((3, 32, 32), BenchmarkConfig(tasks=tasks, val_fraction=0.125))
+    return cls(cls.Config(**{"model": "resnet-18", "epochs": 1, "batch_size": 14, **fields}), benchmark, 1), benchmark
+
+
+def statistics(method):
+    return {name: buffer.clone() for name, buffer in method.model.named_buffers()}
+
+
+def test_a_task_keeps_the_statistics_of_its_norms(tmp_path):
+    method, benchmark = resnet()
+    begin, end, starts, ends = method.begin, method.end, [], []
+    method.begin = lambda: (begin(), starts.append(statistics(method)))
+    method.end = lambda task: (end(task), ends.append(statistics(method)))
+    run(method, benchmark, RunConfig(), tmp_path)
+    for start in starts:
+        assert all((buffer == (1 if name.endswith("var") else 0)).all() for name, buffer in start.items())
+    method.eval()
+    x = benchmark.test(0).tensors()[0]
+    with torch.no_grad():
+        first = method.predict(x, 0).logits
+        for name, buffer in method.model.named_buffers():
+            assert torch.equal(buffer, ends[1][name])
+            assert name.endswith("num_batches_tracked") or not torch.equal(buffer, ends[0][name])
+            buffer.copy_(ends[0][name])
+        assert torch.equal(method.head(0)(method.model.features(x)), first)
+
+
+def test_statistics_resume(tmp_path):
+    method, benchmark = resnet()
+    result = run(method, benchmark, RunConfig(), tmp_path / "whole")
+    broken, again = broken_run(resnet, tmp_path / "broken", (2, 3))
+    assert len(method.statistics) == len(broken.statistics) == 2
+    for kept, found in zip(method.statistics, broken.statistics):
+        assert all(torch.equal(kept[name], found[name]) for name in kept)
+    assert again.accuracy_matrix == result.accuracy_matrix
+
+
+def test_without_ids_norms_are_shared():
+    cls, config = METHODS["finetune"], BenchmarkConfig(tasks=2, val_fraction=0.125, scenario="GNs")
+    with pytest.raises(Refusal, match="norm must not be 'task' in scenario GNs"):
+        cls(cls.Config(model="resnet-18", head="shared"), Pictures((3, 32, 32), config), 1)
+    assert cls(cls.Config(model="resnet-18", head="shared", norm="running"), Pictures((3, 32, 32), config), 1).norms
+
+
 # ---- EWC ------------------------------------------------------------------------------------------------------------
 
 
@@ -330,8 +378,7 @@ def test_rows_and_batches_of_one_row_are_the_same_fisher():
     """On a network with convolutions and norms of running statistics."""
     found = []
     for fields in ({"fisher": "row"}, {"fisher": "batch", "fisher_batch": 1}):
-        cls, benchmark = METHODS["ewc"], Pictures((3, 32, 32))
-        method = cls(cls.Config(model="resnet-18", **fields), benchmark, 1)
+        method, benchmark = resnet("ewc", **fields)
         method.add_head()
         method.consolidate(benchmark.task(0))
         found.append(method.fisher)
@@ -340,9 +387,8 @@ def test_rows_and_batches_of_one_row_are_the_same_fisher():
 
 
 def test_rows_that_a_norm_mixes_have_no_gradients_of_their_own():
-    cls = METHODS["ewc"]
     with pytest.raises(Refusal, match="fisher must be 'batch' for resnet-18 with norm 'batch'"):
-        cls(cls.Config(model="resnet-18", norm="batch", fisher="row"), Pictures((3, 32, 32)), 1)
+        resnet("ewc", norm="batch", fisher="row")
 
 
 def test_clipping(tmp_path):

@@ -52,10 +52,6 @@ class Table:
     source: str
     cells: list[Cell]
 
-    @property
-    def benchmarks(self) -> list[str]:
-        return list(dict.fromkeys(cell.benchmark for cell in self.cells))
-
 
 def table_names() -> list[str]:
     """The tables that there are."""
@@ -129,27 +125,25 @@ def lines_of(entries: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]
     headings += [f"{other}: ACC (%)", f"{other}: used"] if other else []
     found = []
     for first, *more in rows.values():
-        ours, paper = first["ours"], first["paper"]
-        row = [first["row"], spelt(ours.get("acc")), spelt(paper["acc"])]
-        row += [
-            "–" if first["difference"] is None else f"{first['difference']:+.2f}",
-            spelt(ours.get("bwt")),
+        mine, also, paper = first["ours"], more[0]["ours"] if more else {}, first["paper"]
+        difference = "–" if first["difference"] is None else f"{first['difference']:+.2f}"
+        row = [
+            first["row"],
+            spelt(mine.get("acc")),
+            spelt(paper["acc"]),
+            difference,
+            spelt(mine.get("bwt")),
             spelt(paper.get("bwt")),
         ]
         row += [
-            spelt(ours.get("used_fraction"), 3),
+            spelt(mine.get("used_fraction"), 3),
             spelt(paper.get("used"), 3),
-            spelt(ours.get("paper_cap")),
+            spelt(mine.get("paper_cap")),
             spelt(paper.get("cap")),
         ]
-        row += [
-            spelt(ours.get("measured_cap")),
-            spelt(ours.get("huffman_cap")),
-            str(len(first["seeds"])),
-            spelt(ours.get("seconds"), 0),
-        ]
-        if other:
-            row += [spelt(more[0]["ours"].get("acc")), spelt(more[0]["ours"].get("used_fraction"), 3)] if more else ["–", "–"]
+        row += [spelt(mine.get(name)) for name in ("measured_cap", "huffman_cap")]
+        row += [str(len(first["seeds"])), spelt(mine.get("seconds"), 0)]
+        row += [spelt(also.get("acc")), spelt(also.get("used_fraction"), 3)] if other else []
         found.append(row)
     return headings, found
 
@@ -219,18 +213,7 @@ def as_csv(entries: list[dict[str, Any]]) -> str:
         acc, std = e["paper"]["acc"]
         printed = {**e["paper"], "acc": acc, "acc_std": std}
         ours = [v for n in SHOWN for v in (e["ours"].get(n) or {"mean": None, "std": None}).values()]
-        seeds = " ".join(map(str, e["seeds"]))
-        row = [
-            e["cell"],
-            e["row"],
-            e["method"],
-            e["fidelity"],
-            e["status"],
-            seeds,
-            *map(printed.get, paper),
-            e["difference"],
-            *ours,
-        ]
+        row = [*(e[name] for name in names[:5]), " ".join(map(str, e["seeds"])), *map(printed.get, paper), e["difference"], *ours]
         writer.writerow(["" if v is None else v for v in row])
     return file.getvalue()
 
@@ -284,7 +267,7 @@ def draw(name: str, entries: list[dict[str, Any]], folder: Path) -> list[Path]:
                 title=name,
             )
         )
-    first = {e["cell"]: e for e in reversed(mine)}.values()  # in the table's own mode
+    first = list({e["cell"]: e for e in reversed(mine)}.values())[::-1]  # in the table's own mode
     if used := [e for e in first if e["used_fraction_per_task"] and len(e["used_fraction_per_task"]) > 1]:
         paint = _used(used)
         made.append(

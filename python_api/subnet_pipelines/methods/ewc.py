@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.methods.base import Clock, Phase
+from subnet_pipelines.methods.base import Clock
 from subnet_pipelines.methods.finetune import Finetune, FinetuneConfig
 
 CHUNK = 1 << 25  # numbers of gradients of single rows that are there at once
@@ -55,8 +55,7 @@ class EWC(Finetune):
 
     def __init__(self, config: EWCConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        mixes = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and not m.track_running_stats]
-        if mixes and config.fisher == "row":
+        if self.norms and config.norm == "batch" and config.fisher == "row":
             raise Refusal(
                 f"fisher must be 'batch' for {config.model} with norm 'batch', which mixes the rows of a batch; got 'row'"
             )
@@ -70,11 +69,6 @@ class EWC(Finetune):
         """What tasks share, and so what is held."""
         return [*self.model.parameters(), *(self.heads[0].parameters() if self.config.head == "shared" else ())]
 
-    def plan(self, task: Task) -> list[Phase]:
-        (phase,) = super().plan(task)
-        phase.then = lambda: self.consolidate(task)
-        return [phase]
-
     def penalty(self) -> Tensor:
         """lambda / 2 * sum F (theta - theta*)^2, 0-dim."""
         moved = parameters_to_vector(self.shared()) - self.anchor
@@ -86,6 +80,10 @@ class EWC(Finetune):
     def gradients(self, clock: Clock) -> None:
         if self.config.clip_norm is not None:
             clip_grad_norm_([*self.model.parameters(), *self.head(clock.task).parameters()], self.config.clip_norm)
+
+    def end(self, task: Task) -> None:
+        super().end(task)
+        self.consolidate(task)
 
     # ---- at a task's end ------------------------------------------------------------------------------------------------
 

@@ -18,7 +18,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.methods.dense import DenseConfig, make_network, training
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,6 @@ class MTL(Method):
     name = "mtl"
     Config = MTLConfig
     static_step = True
-    FIDELITY = CODE_NORM
     joint = True
 
     def __init__(self, config: MTLConfig, benchmark: Benchmark, seed: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -66,7 +67,7 @@ class STL(Method):
 
     # ---- the networks that have learnt: each is written once, and a checkpoint says how many there are ----------------
 
-    def file(self, task: int):
+    def file(self, task: int) -> Path:
         return self.out / "nets" / f"task-{task}.safetensors"
 
     def state(self) -> dict[str, Any]:
