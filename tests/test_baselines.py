@@ -439,11 +439,11 @@ def test_tasks_share_out_the_weights(keep, tmp_path):
             assert (m.weight[free & ~kept] == 0).all()
             owner[kept] = task + 1
 
-    def watched_commit(index):
+    def watched_commit(of):
         nonlocal task
-        commit(index)
+        commit(of)
         for name, m, owner in zip(method.bank.layer_names, layers, owners):
-            assert torch.equal(sk.unpack(method.bank.bits(f"task {index}")[name], m.weight.shape), owner > 0)
+            assert torch.equal(sk.unpack(method.bank.bits(of.name)[name], m.weight.shape), owner > 0)
             assert (m.weight[owner == 0] == 0).all()  # pruned weights stayed 0 while the others were trained again
         for kept, at in frozen:
             assert all(torch.equal(m.weight[mask], w) for m, w, mask in zip(layers, kept, at))

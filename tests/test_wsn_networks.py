@@ -128,24 +128,36 @@ def test_learns(tmp_path):
     assert min(run(method, benchmark, RunConfig(), tmp_path).final) >= 90
 
 
-@pytest.mark.parametrize("stored", ["restored", "last_step"])
-def test_statistics_of_a_task_are_those_of_its_rows(stored, tmp_path):
-    """Without dropout, through the kept mask and weights: each norm's input over all training rows, to the difference of batches."""
-    method, benchmark = wsn("alexnet", tasks=1, epochs=2, batch_size=21, lr=2e-3, density=0.3, norm="task", stored_mask=stored)
+GATHERERS = {
+    "wsn": {},
+    "wsn, last step": {"stored_mask": "last_step"},
+    "supsup": {"iterations": None, "outputs": None, "head": "dense", "mask": "topk"},
+    **{name: {} for name in ("packnet", "stl", "mtl", "finetune", "ewc")},
+}
+
+
+@pytest.mark.parametrize("name", GATHERERS)
+def test_statistics_of_a_task_are_those_of_its_rows(name, tmp_path):
+    """Of the kept weights and mask, without dropout: those of the first norm's input, in each batch of training rows."""
+    cls = METHODS[name.split(",")[0]]
+    benchmark = Pictures(SHAPES["alexnet"], BenchmarkConfig(tasks=1, val_fraction=0.125))
+    method = cls(cls.Config(**{"model": "alexnet", "epochs": 1, "batch_size": 21, **GATHERERS[name]}), benchmark, 1)
     run(method, benchmark, RunConfig(eval_batch=6), tmp_path)
-    assert (
-        evaluate(method, benchmark, 0, 1)["right"] >= 60
-    )  # row by row; averages of training's batches, under dropout, give a third
-    method.bank.activate(entry_name(0))
+    seen, norm = [], next(m for m in method.model.modules() if isinstance(m, nn.BatchNorm2d))
+    norm.register_forward_pre_hook(lambda m, args: seen.append((m.running_mean.clone(), m.running_var.clone(), args[0])))
     method.eval()
-    inputs = []
-    norms = [m for m in method.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    for norm in norms[:1]:
-        norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
-        method.model(benchmark.task(0).train.tensors()[0])
-    torch.testing.assert_close(norms[0].running_mean, inputs[0].mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(norms[0].running_var, inputs[0].var((0, 2, 3)), rtol=0.02, atol=1e-4)
+        method.predict(benchmark.task(0).train.tensors()[0], 0)
+    mean, var, inputs = seen[-1]
+    torch.testing.assert_close(mean, inputs.mean((0, 2, 3)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(var, inputs.var((0, 2, 3)), rtol=0.03, atol=1e-4)
+
+
+def test_learns_with_statistics_of_the_task(tmp_path):
+    """Answers row by row, after four steps with dropout; averages over the batches of training would give a third."""
+    method, benchmark = wsn("alexnet", tasks=1, epochs=2, batch_size=21, lr=2e-3, density=0.3, norm="task")
+    run(method, benchmark, RunConfig(eval_batch=6), tmp_path)
+    assert evaluate(method, benchmark, 0, 1)["right"] >= 60
 
 
 def test_files_may_hold_class_after_class(tmp_path):

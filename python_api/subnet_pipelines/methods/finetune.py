@@ -45,7 +45,7 @@ class Finetune(Method):
         self.benchmark = benchmark
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         self.width, self.model.head = self.model.head.in_features, nn.Identity()
-        self.heads = nn.ModuleList()
+        self.heads, self.gathers = nn.ModuleList(), config.norm == "task"
         self.norms = [m for m in self.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
         if self.norms and config.norm == "task" and not benchmark.scenario.test_id:
             raise Refusal(f"norm must not be 'task' in scenario {benchmark.config.scenario}, where no task id is given at test")
@@ -64,6 +64,7 @@ class Finetune(Method):
     def end(self, task: Task) -> None:
         """Called once after a task's last step."""
         if self.norms and self.config.norm == "task":
+            self.gather(self.model, self.model.features, task)
             self.statistics.append({name: buffer.clone() for name, buffer in self.model.named_buffers()})
 
     def add_head(self) -> None:

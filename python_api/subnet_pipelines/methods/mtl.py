@@ -33,6 +33,7 @@ class MTL(Method):
     Config = MTLConfig
     static_step = True
     joint = True
+    gathers = True
 
     def __init__(self, config: MTLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
@@ -43,9 +44,10 @@ class MTL(Method):
             self.heads = nn.Linear(width, len(benchmark) * benchmark.classes, bias=False).to(self.device)
 
     def plan(self, task: Task) -> list[Phase]:
-        return [training(self.config, task, self.parameters, then=self.end)]
+        return [training(self.config, task, self.parameters, then=lambda: self.end(task))]
 
-    def end(self) -> None:
+    def end(self, task: Task) -> None:
+        self.gather(self.model, self.model.features, task)
         self.learnt = True
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

@@ -33,6 +33,7 @@ class STL(Method):
     static_step = True
     FIDELITY = CODE_NORM
     forget_free = True
+    gathers = True
 
     def __init__(self, config: STLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
@@ -42,13 +43,14 @@ class STL(Method):
 
     def plan(self, task: Task) -> list[Phase]:
         begin = lambda: self.begin(task.index)  # noqa: E731
-        return [training(self.config, task, self.model.parameters, begin, self.keep)]
+        return [training(self.config, task, self.model.parameters, begin, lambda: self.keep(task))]
 
     def begin(self, task: int) -> None:
         fresh = make_network(self.config, self.benchmark.classes, self.benchmark, self.seed, "init", task)
         self.model.load_state_dict(fresh.state_dict())
 
-    def keep(self) -> None:
+    def keep(self, task: Task) -> None:
+        self.gather(self.model, self.model.features, task)
         self.learnt.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

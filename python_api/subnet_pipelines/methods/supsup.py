@@ -39,7 +39,8 @@ class SupSupConfig(MethodConfig):
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
-    """What batch norms use at test: running statistics that each task keeps for itself (the authors' code), or those of the test batch."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself (the
+    authors keep running averages), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
     mask: Literal["threshold", "topk"] = "threshold"
@@ -96,7 +97,7 @@ class SupSup(MaskedMethod):
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.classes = benchmark.classes
+        self.classes, self.gathers = benchmark.classes, config.norm == "task"
         outputs = config.outputs or benchmark.classes
         if outputs < self.classes:
             raise Refusal(f"outputs must be at least the {self.classes} classes of {benchmark.name}, got {outputs}")
@@ -123,7 +124,7 @@ class SupSup(MaskedMethod):
                 optimizer=self.optimizer,
                 schedule=cosine() if c.schedule == "cosine" else None,
                 first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task.index),
+                then=lambda: self.commit(task),
             )
         ]
 
@@ -137,9 +138,10 @@ class SupSup(MaskedMethod):
             learning += self.model.head.parameters()
         return OPTIMIZERS[c.optimizer](learning, c.lr, weight_decay=c.weight_decay, fuse_ste=True)
 
-    def commit(self, task: int) -> None:
+    def commit(self, task: Task) -> None:
         self.run_live()
-        self.bank.commit(entry_name(task))
+        self.gather(self.model, self.network, task)
+        self.bank.commit(entry_name(task.index))
 
     # ---- whose task is it? ------------------------------------------------------------------------------------------
 

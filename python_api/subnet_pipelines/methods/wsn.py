@@ -17,12 +17,12 @@ from torch import Tensor
 
 import subnet_kernels as sk
 from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
-from subnet_pipelines.chance import seeded, stream
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, gather_statistics, use_running_statistics
+from subnet_pipelines.models import MODELS, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -95,7 +95,7 @@ class WSN(MaskedMethod):
             per_task = ["head"] if config.head == "dense" else []
             rule = {"density": densities(network, config, per_task), "k_rule": "kth", "ties": config.ties}
             self.adopt(network, sk.SubnetConfig(**rule, train_weights=True, per_task=per_task))
-        self.norms = batch_norms(self.model) if config.norm == "task" else []
+        self.gathers = config.norm == "task"
         self.last_bits: dict[str, Tensor] = {}  # masks of the last training step, where they are what is kept
 
     def plan(self, task: Task) -> list[Phase]:
@@ -142,10 +142,9 @@ class WSN(MaskedMethod):
                 self.last_bits[name].copy_(bits)  # into the same tensors for a whole task, as a replayed step must
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
-        for norm in self.norms:
-            norm.train()  # by the batch's own statistics: those of the task are gathered at its end
         if not self.last_bits:
-            return self.loss(batch, clock)
+            return super().validate(batch, clock)
+        self.norm_by_batch()
         self.run_last()
         return F.cross_entropy(self.network(batch.x), batch.y)
 
@@ -156,20 +155,12 @@ class WSN(MaskedMethod):
 
     def commit(self, task: Task) -> None:
         self.run_live()
-        if self.norms:
-            self.gather(task)
-        self.bank.commit(entry_name(task.index), bits=self.last_bits or None)
-        self.last_bits = {}
-
-    def gather(self, task: Task) -> None:
-        """The norms' statistics over the task's training rows, through the mask that is kept; a short last batch is left out."""
         if self.last_bits:
             self.run_last()
-        x, y = task.train.tensors()
-        order = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index))
-        order = order[: max(1, len(y) // self.config.batch_size) * self.config.batch_size].to(self.device)
-        gather_statistics(self.model, self.network, (b.x for b in batches(x, y, None, order, self.config.batch_size)))
+        self.gather(self.model, self.network, task)  # through the mask that is kept
         self.run_live()
+        self.bank.commit(entry_name(task.index), bits=self.last_bits or None)
+        self.last_bits = {}
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "last_bits": self.last_bits}
