@@ -23,8 +23,8 @@ class FinetuneConfig(DenseConfig):
     """Finetuning; with the defaults, the recipe of WSN's code on Permuted MNIST, the paper prints 78.22 +- .84 %."""
 
     norm: Literal["task", "running", "batch"] = "task"
-    """What batch norms use at test: running statistics that each task keeps for itself as it does its head, those of all training so far,
-    or those of the test batch (WSN's code)."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps as it does its head,
+    running averages over all training so far, or those of the test batch (WSN's code)."""
     head: Literal["per-task", "shared"] = "per-task"
     """A head of its own for each task, or one for all."""
 
