@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock
 from subnet_pipelines.methods.finetune import Finetune, FinetuneConfig
@@ -91,6 +92,8 @@ class EWC(Finetune):
         """Take the task into the mean Fisher of the tasks so far, F <- (F_new + t F) / (t + 1), and hold the weights where they are."""
         self.eval()
         x, y = task.train.tensors()
+        order = torch.randperm(len(y), generator=stream(self.seed, "fisher", task.index)).to(y.device)
+        x, y = x[order], y[order]  # files may hold class after class, and the gradient of a batch of one class is another one
         total = torch.zeros_like(self.fisher)
         for squares in self.squares_of_rows(x, y, task.index) if self.config.fisher == "row" else self.squares(x, y, task.index):
             total += squares
