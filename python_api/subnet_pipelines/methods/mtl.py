@@ -19,6 +19,7 @@ from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,16 @@ class MTL(Method):
         super().__init__(config, benchmark, seed)
         self.benchmark, self.classes, self.learnt = benchmark, benchmark.classes, False
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         width, self.model.head = self.model.head.in_features, nn.Identity()
         with seeded(seed, "heads"):  # one below another: (tasks * classes, width)
             self.heads = nn.Linear(width, len(benchmark) * benchmark.classes, bias=False).to(self.device)
 
     def plan(self, task: Task) -> list[Phase]:
-        return [training(self.config, task, self.parameters, then=self.end)]
+        return [training(self.config, task, self.parameters, then=lambda: self.end(task))]
 
-    def end(self) -> None:
+    def end(self, task: Task) -> None:
+        self.gather_norms(task, self.model, self.model)
         self.learnt = True
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

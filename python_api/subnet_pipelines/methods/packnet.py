@@ -19,6 +19,7 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
 from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,8 @@ class PackNetConfig(DenseConfig):
     """PackNet; with the defaults, the recipe of WSN's code on Permuted MNIST, WSN's paper prints 96.37 +- .04 %, not how."""
 
     norm: Literal["task", "batch"] = "task"
-    """What batch norms use at test: running statistics that each task keeps for itself, or those of the test batch (WSN's code)."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, or those of
+    the test batch (WSN's code)."""
     keep: float | None = None
     """Share of the free weights of every layer that a task keeps; null is 1 / tasks (WSN's tables, but for Omniglot's .02)."""
     retrain_epochs: int | None = None
@@ -64,6 +66,7 @@ class PackNet(MaskedMethod):
                 make_network(config, benchmark.classes, benchmark, seed, "init"),
                 sk.SubnetConfig(select="threshold", train_weights=True, per_task=["head"]),
             )
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         for layer in self.bank.layers():
             layer.scores.requires_grad_(False).fill_(1)
         self.free = [layer.weight.numel() for layer in self.bank.layers()]  # weights of each layer that no task owns
@@ -72,7 +75,7 @@ class PackNet(MaskedMethod):
         c, first = self.config, lambda: self.begin(task.index)
         learning = lambda: [p for p in self.model.parameters() if p.requires_grad]  # noqa: E731
         train = training(c, task, learning, first, self.prune)
-        retrain = training(c, task, learning, None, lambda: self.commit(task.index), lr=c.retrain_lr or c.lr / 10)
+        retrain = training(c, task, learning, None, lambda: self.commit(task), lr=c.retrain_lr or c.lr / 10)
         retrain.name = "retrain"
         retrain.epochs = c.retrain_epochs or -(-c.epochs // 2)
         retrain.steps = None if c.iterations is None else -(-c.iterations // 2)
@@ -99,9 +102,10 @@ class PackNet(MaskedMethod):
             layer.scores.masked_fill_(pruned, -1.0)
         self.free = [free - count for free, count in zip(self.free, counts)]
 
-    def commit(self, task: int) -> None:
+    def commit(self, task: Task) -> None:
         self.run_live()
-        self.bank.commit(entry_name(task))  # the live mask: all that is owned, and what this task has kept
+        self.gather_norms(task, self.model, self.model)
+        self.bank.commit(entry_name(task.index))  # the live mask: all that is owned, and what this task has kept
 
     def report(self) -> dict[str, Any]:
         report = super().report()

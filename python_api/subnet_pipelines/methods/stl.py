@@ -18,6 +18,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -38,17 +39,19 @@ class STL(Method):
         super().__init__(config, benchmark, seed)
         self.benchmark = benchmark
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init", 0)
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         self.learnt: list[dict[str, Tensor]] = []  # by task; not part of the module, so that model selection copies one network
 
     def plan(self, task: Task) -> list[Phase]:
         begin = lambda: self.begin(task.index)  # noqa: E731
-        return [training(self.config, task, self.model.parameters, begin, self.keep)]
+        return [training(self.config, task, self.model.parameters, begin, lambda: self.keep(task))]
 
     def begin(self, task: int) -> None:
         fresh = make_network(self.config, self.benchmark.classes, self.benchmark, self.seed, "init", task)
         self.model.load_state_dict(fresh.state_dict())
 
-    def keep(self) -> None:
+    def keep(self, task: Task) -> None:
+        self.gather_norms(task, self.model, self.model)
         self.learnt.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

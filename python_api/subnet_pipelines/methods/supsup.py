@@ -20,7 +20,7 @@ from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
 from subnet_pipelines.schedules import cosine
 
 
@@ -39,7 +39,8 @@ class SupSupConfig(MethodConfig):
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
-    """What batch norms use at test: running statistics that each task keeps for itself (the authors' code), or those of the test batch."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself (in the
+    authors' code averages over the last steps of training), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
     mask: Literal["threshold", "topk"] = "threshold"
@@ -110,6 +111,7 @@ class SupSup(MaskedMethod):
             if config.norm == "task":
                 use_running_statistics(network)
             own = ["head"] if config.head == "dense" else []
+            self.norms = batch_norms(network) if config.norm == "task" else []
             self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
 
     def plan(self, task: Task) -> list[Phase]:
@@ -123,7 +125,7 @@ class SupSup(MaskedMethod):
                 optimizer=self.optimizer,
                 schedule=cosine() if c.schedule == "cosine" else None,
                 first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task.index),
+                then=lambda: self.commit(task),
             )
         ]
 
@@ -137,9 +139,10 @@ class SupSup(MaskedMethod):
             learning += self.model.head.parameters()
         return OPTIMIZERS[c.optimizer](learning, c.lr, weight_decay=c.weight_decay, fuse_ste=True)
 
-    def commit(self, task: int) -> None:
+    def commit(self, task: Task) -> None:
         self.run_live()
-        self.bank.commit(entry_name(task))
+        self.gather_norms(task, self.model, self.model)
+        self.bank.commit(entry_name(task.index))
 
     # ---- whose task is it? ------------------------------------------------------------------------------------------
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 import subnet_kernels as sk
 from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
-from subnet_pipelines.chance import seeded, stream
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, gather_statistics, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -162,13 +162,10 @@ class WSN(MaskedMethod):
         self.last_bits = {}
 
     def gather(self, task: Task) -> None:
-        """The norms' statistics over the task's training rows, through the mask that is kept; a short last batch is left out."""
+        """The norms' statistics, through the mask that is kept."""
         if self.last_bits:
             self.run_last()
-        x, y = task.train.tensors()
-        order = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index))
-        order = order[: max(1, len(y) // self.config.batch_size) * self.config.batch_size].to(self.device)
-        gather_statistics(self.model, self.network, (b.x for b in batches(x, y, None, order, self.config.batch_size)))
+        self.gather_norms(task, self.model, self.network)
         self.run_live()
 
     def state(self) -> dict[str, Any]:
