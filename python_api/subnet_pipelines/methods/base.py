@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.models import batch_norms, gather_statistics
+from subnet_pipelines.models import gather_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -98,9 +98,9 @@ class Method(nn.Module):
     static_step = (
         False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
     )
-    gathers = False  # statistics of batch norms are a task's, gathered at its end; until then batches are normed by their own
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
+    norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end
     out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 
     def __init__(self, config: MethodConfig, benchmark: Benchmark, seed: int):
@@ -146,26 +146,17 @@ class Method(nn.Module):
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
         """Validation loss of a batch, 0-dim, a mean over its rows; called in eval mode without gradients."""
-        self.norm_by_batch()
+        for norm in self.norms:
+            norm.train()  # by the batch's own statistics, as in training: a task's are gathered at its end
         return self.loss(batch, clock)
 
-    def norm_by_batch(self) -> None:
-        """Where running statistics are gathered at a task's end, let norms use the batch's own until then."""
-        if self.gathers:
-            for norm in batch_norms(self):
-                norm.train()
-
-    def gather(self, net: nn.Module, forward: Callable[[Tensor], Any], task: Task) -> None:
-        """Make the running statistics of a network's norms, if it has any, those of a task's training rows; forward calls the network.
-
-        Rows come in an order drawn from the seed, in batches as in training, without a short last one.
-        """
-        if not any(norm.track_running_stats for norm in batch_norms(net)):
+    def gather_norms(self, task: Task, net: nn.Module, forward: Callable[[Tensor], Any]) -> None:
+        """Give `norms` their statistics over the task's training rows, of which forward calls net; a short last batch is left out."""
+        if not self.norms:
             return
-        x, y, _ = task.train.marked(task.index)
-        size = self.config.batch_size
-        order = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index))
-        order = order[: max(1, len(y) // size) * size].to(y.device)
+        x, y, _ = task.train.marked(None)
+        order, size = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index)), self.config.batch_size
+        order = order[: max(1, len(y) // size) * size].to(self.device)
         gather_statistics(net, forward, (batch.x for batch in batches(x, y, None, order, size)))
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:

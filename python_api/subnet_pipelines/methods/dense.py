@@ -27,7 +27,7 @@ class DenseConfig(MethodConfig):
 
     model: Network = "mlp"
     """The network, and its head."""
-    norm: Literal["running", "batch"] = "running"
+    norm: Literal["gathered", "batch"] = "gathered"
     """What batch norms use at test: statistics gathered over the training rows at the end, or those of the test batch (WSN's code), by
     which a row's logits depend on the rows beside it."""
     optimizer: Literal["adam", "sgd"] = "adam"

@@ -21,6 +21,7 @@ from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock
 from subnet_pipelines.methods.finetune import Finetune, FinetuneConfig
+from subnet_pipelines.models import batch_norms
 
 CHUNK = 1 << 25  # numbers of gradients of single rows that are there at once
 
@@ -56,7 +57,7 @@ class EWC(Finetune):
 
     def __init__(self, config: EWCConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        if self.norms and config.norm == "batch" and config.fisher == "row":
+        if config.norm == "batch" and config.fisher == "row" and batch_norms(self.model):
             raise Refusal(
                 f"fisher must be 'batch' for {config.model} with norm 'batch', which mixes the rows of a batch; got 'row'"
             )

@@ -16,15 +16,16 @@ from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
 class FinetuneConfig(DenseConfig):
     """Finetuning; with the defaults, the recipe of WSN's code on Permuted MNIST, the paper prints 78.22 +- .84 %."""
 
-    norm: Literal["task", "running", "batch"] = "task"
-    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps as it does its head,
-    running averages over all training so far, or those of the test batch (WSN's code)."""
+    norm: Literal["task", "gathered", "batch"] = "task"
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, those that
+    the last task gathered, or those of the test batch (WSN's code)."""
     head: Literal["per-task", "shared"] = "per-task"
     """A head of its own for each task, or one for all."""
 
@@ -45,26 +46,20 @@ class Finetune(Method):
         self.benchmark = benchmark
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         self.width, self.model.head = self.model.head.in_features, nn.Identity()
-        self.heads, self.gathers = nn.ModuleList(), config.norm == "task"
-        self.norms = [m for m in self.model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
+        self.heads = nn.ModuleList()
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         if self.norms and config.norm == "task" and not benchmark.scenario.test_id:
             raise Refusal(f"norm must not be 'task' in scenario {benchmark.config.scenario}, where no task id is given at test")
         self.statistics: list[dict[str, Tensor]] = []  # of the norms, by task, where each keeps its own
 
     def plan(self, task: Task) -> list[Phase]:
         learning = lambda: [*self.model.parameters(), *self.head(task.index).parameters()]  # noqa: E731
-        return [training(self.config, task, learning, self.begin, lambda: self.end(task))]
-
-    def begin(self) -> None:
-        self.add_head()
-        if self.config.norm == "task":
-            for norm in self.norms:
-                norm.reset_running_stats()
+        return [training(self.config, task, learning, self.add_head, lambda: self.end(task))]
 
     def end(self, task: Task) -> None:
         """Called once after a task's last step."""
+        self.gather_norms(task, self.model, self.model)
         if self.norms and self.config.norm == "task":
-            self.gather(self.model, self.model.features, task)
             self.statistics.append({name: buffer.clone() for name, buffer in self.model.named_buffers()})
 
     def add_head(self) -> None:

@@ -19,6 +19,7 @@ from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class MTL(Method):
     Config = MTLConfig
     static_step = True
     joint = True
-    gathers = True
 
     def __init__(self, config: MTLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         self.benchmark, self.classes, self.learnt = benchmark, benchmark.classes, False
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         width, self.model.head = self.model.head.in_features, nn.Identity()
         with seeded(seed, "heads"):  # one below another: (tasks * classes, width)
             self.heads = nn.Linear(width, len(benchmark) * benchmark.classes, bias=False).to(self.device)
@@ -47,7 +48,7 @@ class MTL(Method):
         return [training(self.config, task, self.parameters, then=lambda: self.end(task))]
 
     def end(self, task: Task) -> None:
-        self.gather(self.model, self.model.features, task)
+        self.gather_norms(task, self.model, self.model)
         self.learnt = True
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

@@ -19,6 +19,7 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
 from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,14 @@ class PackNet(MaskedMethod):
 
     def __init__(self, config: PackNetConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.benchmark, self.gathers = benchmark, config.norm == "task"
+        self.benchmark = benchmark
         self.share = 1 / len(benchmark) if config.keep is None else config.keep
         with seeded(seed, "init"):  # of the scores, which are then set
             self.adopt(
                 make_network(config, benchmark.classes, benchmark, seed, "init"),
                 sk.SubnetConfig(select="threshold", train_weights=True, per_task=["head"]),
             )
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         for layer in self.bank.layers():
             layer.scores.requires_grad_(False).fill_(1)
         self.free = [layer.weight.numel() for layer in self.bank.layers()]  # weights of each layer that no task owns
@@ -102,7 +104,7 @@ class PackNet(MaskedMethod):
 
     def commit(self, task: Task) -> None:
         self.run_live()
-        self.gather(self.model, self.network, task)
+        self.gather_norms(task, self.model, self.model)
         self.bank.commit(entry_name(task.index))  # the live mask: all that is owned, and what this task has kept
 
     def report(self) -> dict[str, Any]:

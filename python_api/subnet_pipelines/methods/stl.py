@@ -18,6 +18,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -33,12 +34,12 @@ class STL(Method):
     static_step = True
     FIDELITY = CODE_NORM
     forget_free = True
-    gathers = True
 
     def __init__(self, config: STLConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         self.benchmark = benchmark
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init", 0)
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
         self.learnt: list[dict[str, Tensor]] = []  # by task; not part of the module, so that model selection copies one network
 
     def plan(self, task: Task) -> list[Phase]:
@@ -50,7 +51,7 @@ class STL(Method):
         self.model.load_state_dict(fresh.state_dict())
 
     def keep(self, task: Task) -> None:
-        self.gather(self.model, self.model.features, task)
+        self.gather_norms(task, self.model, self.model)
         self.learnt.append({name: tensor.clone() for name, tensor in self.model.state_dict().items()})
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:

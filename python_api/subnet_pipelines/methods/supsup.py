@@ -20,7 +20,7 @@ from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
 from subnet_pipelines.schedules import cosine
 
 
@@ -39,8 +39,8 @@ class SupSupConfig(MethodConfig):
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
-    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself (the
-    authors keep running averages), or those of the test batch."""
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself (in the
+    authors' code averages over the last steps of training), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
     mask: Literal["threshold", "topk"] = "threshold"
@@ -97,7 +97,7 @@ class SupSup(MaskedMethod):
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.classes, self.gathers = benchmark.classes, config.norm == "task"
+        self.classes = benchmark.classes
         outputs = config.outputs or benchmark.classes
         if outputs < self.classes:
             raise Refusal(f"outputs must be at least the {self.classes} classes of {benchmark.name}, got {outputs}")
@@ -111,6 +111,7 @@ class SupSup(MaskedMethod):
             if config.norm == "task":
                 use_running_statistics(network)
             own = ["head"] if config.head == "dense" else []
+            self.norms = batch_norms(network) if config.norm == "task" else []
             self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
 
     def plan(self, task: Task) -> list[Phase]:
@@ -140,7 +141,7 @@ class SupSup(MaskedMethod):
 
     def commit(self, task: Task) -> None:
         self.run_live()
-        self.gather(self.model, self.network, task)
+        self.gather_norms(task, self.model, self.model)
         self.bank.commit(entry_name(task.index))
 
     # ---- whose task is it? ------------------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -95,7 +95,7 @@ class WSN(MaskedMethod):
             per_task = ["head"] if config.head == "dense" else []
             rule = {"density": densities(network, config, per_task), "k_rule": "kth", "ties": config.ties}
             self.adopt(network, sk.SubnetConfig(**rule, train_weights=True, per_task=per_task))
-        self.gathers = config.norm == "task"
+        self.norms = batch_norms(self.model) if config.norm == "task" else []
         self.last_bits: dict[str, Tensor] = {}  # masks of the last training step, where they are what is kept
 
     def plan(self, task: Task) -> list[Phase]:
@@ -142,9 +142,10 @@ class WSN(MaskedMethod):
                 self.last_bits[name].copy_(bits)  # into the same tensors for a whole task, as a replayed step must
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
+        for norm in self.norms:
+            norm.train()  # by the batch's own statistics: those of the task are gathered at its end
         if not self.last_bits:
-            return super().validate(batch, clock)
-        self.norm_by_batch()
+            return self.loss(batch, clock)
         self.run_last()
         return F.cross_entropy(self.network(batch.x), batch.y)
 
@@ -155,12 +156,17 @@ class WSN(MaskedMethod):
 
     def commit(self, task: Task) -> None:
         self.run_live()
-        if self.last_bits:
-            self.run_last()
-        self.gather(self.model, self.network, task)  # through the mask that is kept
-        self.run_live()
+        if self.norms:
+            self.gather(task)
         self.bank.commit(entry_name(task.index), bits=self.last_bits or None)
         self.last_bits = {}
+
+    def gather(self, task: Task) -> None:
+        """The norms' statistics, through the mask that is kept."""
+        if self.last_bits:
+            self.run_last()
+        self.gather_norms(task, self.model, self.network)
+        self.run_live()
 
     def state(self) -> dict[str, Any]:
         return {**super().state(), "last_bits": self.last_bits}
