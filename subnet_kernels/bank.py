@@ -585,6 +585,12 @@ class MaskBank(BankFiles):
             "seed_only_cap": None if self.trains_weights else share,
         }
 
+    @torch.no_grad()
+    def overlap(self) -> dict[str, Tensor]:
+        """Open weights that every pair of masks has in common: {layer name: int64 (K, K)}, in the order of `masks`."""
+        none = torch.zeros((0, 0), dtype=torch.int64)
+        return {key: ops.overlap(blocks) if blocks else none for key, blocks in self._blocks.items()}
+
     def verify(self) -> None:
         """Prove that nothing moved that a committed task uses. Raises RuntimeError naming the layer and how many weights did.
 

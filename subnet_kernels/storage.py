@@ -180,7 +180,8 @@ class BankFiles:
         if missing:
             raise ValueError(f"load: the model must have {missing[0]!r}, a part of the task state in {path}")
         self._state_names = list(manifest["state"])
-        self._initial = {key: value.detach().clone() for key, value in self._state().items()}
+        # what a fresh task begins with is what the model had when the bank was opened, whatever was loaded into it since
+        self._initial = {key: self._initial.get(key, value).detach().clone() for key, value in self._state().items()}
 
     def _entry(self, path: Path, row: Mapping, tensors: Mapping[str, Tensor]) -> Entry:
         """The entry of a manifest's row and its file, without mask or alphas."""

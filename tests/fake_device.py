@@ -26,7 +26,11 @@ FIELDS = {
     "wsn": {"stored_mask": "last_step"},
     "supsup": {"model": "mlp"},
     "impresslearn": {"model": "mlp", "basis": 2, "penalty": 0.1, "controls": False},
+    "stl": {},
+    "mtl": {},
     "finetune": {},
+    "ewc": {"clip_norm": 1.0},
+    "packnet": {},
 }
 
 
@@ -82,7 +86,8 @@ def main(name: str) -> int:
         method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream("GNu" if name == "supsup" else "GG", on), 1)
         x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)
         for index in range(3):
-            task = SimpleNamespace(index=index)
+            rows = SimpleNamespace(tensors=lambda: (x, y))
+            task = SimpleNamespace(index=index, train=rows, val=rows)
             t = torch.full((1,), index, device=on).expand(50)
             for phase in method.plan(task):
                 clock = Clock(task=index, phase=phase.name)

@@ -71,6 +71,43 @@ class Shuffled(Contrary):
         return Benchmark.test(self, i)
 
 
+class Pictures(Benchmark):
+    """Pictures of a shape in three classes, each bright in its own third of the lines; task i counts its labels from i on.
+
+    42 training rows, so that batches of 4 leave a short one of 2; 6 of them more for validation, and 12 for the test.
+    """
+
+    name = "pictures"
+    classes = 3
+
+    def __init__(self, shape: Sequence[int], config: BenchmarkConfig | None = None, seed: int = 1, device: str = "cpu"):
+        self.input_shape = tuple(shape)
+        parts = [self.draw(48, "train"), self.draw(12, "test")]
+        super().__init__(config or BenchmarkConfig(tasks=2, val_fraction=0.125), seed, torch.device(device), *parts)
+
+    def draw(self, count: int, purpose: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """uint8 (count, *shape), int64 (count,)."""
+        y = torch.arange(count) % 3
+        x = torch.randint(0, 120, (count, *self.input_shape), generator=stream(0, purpose), dtype=torch.uint8)
+        lines = x.movedim(-2 if len(self.input_shape) > 1 else -1, 1)
+        for c, own in enumerate(lines.tensor_split(3, 1)):
+            own[y == c] += 100
+        return x, y
+
+    def view(self, i: int):
+        return view
+
+    def turn(self, split: Split | None, i: int) -> Split | None:
+        return None if split is None else Split(split.x, (split.y + i) % 3, split.index, view)
+
+    def task(self, i: int) -> Task:
+        task = super().task(i)
+        return Task(i, task.name, self.turn(task.train, i), self.turn(task.val, i), task.classes)
+
+    def test(self, i: int) -> Split:
+        return self.turn(super().test(i), i)
+
+
 def broken_run(make: Callable, out: Path, stops: Sequence[int]) -> tuple:
     """Run what `make()` gives, (method, benchmark), stopped by SIGTERM at those steps (counted from each start) and resumed after each.
 

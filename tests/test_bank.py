@@ -796,6 +796,15 @@ def test_capacity_of_a_fixed_backbone():
     assert got["seed_only_cap"] == pytest.approx(100 * 128 / 2800)
 
 
+def test_overlap():
+    _, bank, _ = learnt()
+    none = sk.MaskBank(net()).overlap()
+    assert {key: (m.shape, m.dtype) for key, m in none.items()} == {key: ((0, 0), torch.int64) for key in ("conv", "hidden")}
+    for key, found in bank.overlap().items():
+        masks = [sk.unpack(bank.bits(name)[key], (bank._layers[key].weight.numel(),)).long() for name in bank.masks]
+        assert found.tolist() == [[(a * b).sum().item() for b in masks] for a in masks]
+
+
 # ------------------------------------------------------------------------------------------------------------- on disk
 
 
@@ -819,6 +828,19 @@ def test_round_trip(saved, restore):
     bank.begin(scores="init", per_task={"fc": 3})
     learn(model, 4)  # what was loaded is frozen
     assert same(outputs(model, bank), logits)
+
+
+def test_reading_does_not_move_what_a_fresh_task_begins_with(saved):
+    """A checkpoint is loaded into a model whose bank is open, and the bank's entries are read after it."""
+    folder, state, _ = saved
+    model = model_of(state)
+    model.norm.reset_running_stats()
+    bank = sk.MaskBank(model)
+    model.norm.running_mean.fill_(5.0)
+    bank.read(folder)
+    assert torch.equal(model.norm.running_mean, torch.full((6,), 5.0))
+    bank.begin()
+    assert torch.equal(model.norm.running_mean, torch.zeros(6))
 
 
 def test_scores_are_kept_if_asked_for(tmp_path):

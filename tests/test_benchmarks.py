@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from subnet_pipelines import BENCHMARKS, Refusal
-from subnet_pipelines.benchmarks import GG, SCENARIOS, GNs, GNu, NNs, mnist
+from subnet_pipelines.benchmarks import GG, SCENARIOS, GNs, GNu, NNs, files, mnist
 from subnet_pipelines.benchmarks.base import balanced, batches
 from subnet_pipelines.benchmarks.idx import read_idx, write_idx
 from subnet_pipelines.chance import seed_of, seeded, stream
@@ -27,8 +27,8 @@ def make(name="permuted-mnist-mini", seed=1, **fields):
 
 def test_the_shipped_images():
     (x, y), (test_x, test_y) = mnist.load(None)
-    assert (x.shape, x.dtype, y.dtype) == ((4000, 784), torch.uint8, torch.int64)
-    assert test_x.shape == (1000, 784)
+    assert (x.shape, x.dtype, y.dtype) == ((4000, 28, 28), torch.uint8, torch.int64)
+    assert test_x.shape == (1000, 28, 28)
     assert y.bincount().tolist() == [400] * 10
     assert test_y.bincount().tolist() == [100] * 10
     assert y[:100].unique().numel() == 10  # shuffled
@@ -119,18 +119,18 @@ def test_missing_mnist_names_the_file_and_where_to_put_it(tmp_path, monkeypatch)
     with pytest.raises(Refusal) as error:
         mnist.load(tmp_path / "nowhere")
     assert str(error.value) == (
-        f"MNIST: {IMAGES} is not in {tmp_path}/nowhere/mnist and could not be downloaded (OSError at {mnist.MIRROR}): "
-        f"put it there, or name the folder that holds mnist/{IMAGES} with --data-dir"
+        f"MNIST: {tmp_path}/nowhere/mnist lacks {IMAGES}, {LABELS}, t10k-images-idx3-ubyte.gz, t10k-labels-idx1-ubyte.gz (no download: "
+        f"OSError at {mnist.MIRROR}{IMAGES}); put what is missing there, or name the folder that holds mnist/{IMAGES} with --data-dir"
     )
     assert not (tmp_path / "nowhere").exists()
 
 
 def test_default_data_dir(monkeypatch, tmp_path):
     monkeypatch.setenv("SUBNET_DATA_DIR", str(tmp_path))
-    assert mnist.default_data_dir() == tmp_path
+    assert files.default_data_dir() == tmp_path
     monkeypatch.delenv("SUBNET_DATA_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert mnist.default_data_dir() == tmp_path / "cache" / "subnet-kernels"
+    assert files.default_data_dir() == tmp_path / "cache" / "subnet-kernels"
 
 
 # ---- views ----------------------------------------------------------------------------------------------------------
@@ -140,7 +140,7 @@ def test_permuted_view_by_hand():
     benchmark = make(tasks=3)
     order = benchmark.permutation(2)
     assert order.sort().values.tolist() == list(range(784))
-    raw = mnist.load(None)[1][0][:5]
+    raw = mnist.load(None)[1][0][:5].flatten(1)
     seen = benchmark.test(2).tensors()[0][:5]
     expected = ((raw.double() / 255 - 0.1307) / 0.3081)[:, order]
     torch.testing.assert_close(seen.double(), expected, atol=1e-6, rtol=0)
@@ -172,10 +172,8 @@ def test_the_authors_permutations():
 @pytest.mark.parametrize("angle", [0, 5, 10, 45, 90, 137.5, 180, 200, 270, 350, -20])
 def test_rotation_is_pillows(angle):
     raw = mnist.load(None)[1][0][:20]
-    turned = np.stack(
-        [np.asarray(Image.fromarray(p.reshape(28, 28).numpy()).rotate(angle, Image.Resampling.NEAREST)).reshape(784) for p in raw]
-    )
-    seen = mnist.gather_view(mnist.rotation(angle))(raw)
+    turned = np.stack([np.asarray(Image.fromarray(p.numpy()).rotate(angle, Image.Resampling.NEAREST)).reshape(784) for p in raw])
+    seen = mnist.gather_view(mnist.rotation(angle))(raw.flatten(1))
     assert torch.equal(seen, mnist.gather_view(None)(torch.from_numpy(turned)))
 
 

@@ -130,7 +130,7 @@ BAD = {
     "no config": ([*BASE, "--config", "absent.yaml"], "absent.yaml: cannot be read (No such file or directory)"),
     "no data": (
         ["train", "finetune", "--benchmark", "permuted-mnist", "--data-dir", "absent"],
-        "train-images-idx3-ubyte.gz is not in absent/mnist",
+        "absent/mnist lacks train-images-idx3-ubyte.gz",
     ),
     "unknown bench": (["bench", "--only", "selct"], "--only 'selct' is no benchmark; did you mean select?"),
     "bench threads": (["bench", "--threads", "two"], "--threads must be whole numbers, as in 1,2, got 'two'"),

@@ -12,7 +12,11 @@ from subnet_pipelines import METHODS, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 
 SMALL = {  # settings that make a run of about forty steps
+    "stl": {"epochs": 2, "batch_size": 7},
+    "mtl": {"epochs": 2, "batch_size": 7},
     "finetune": {"epochs": 2, "batch_size": 7},
+    "ewc": {"epochs": 2, "batch_size": 7, "clip_norm": 1.0},
+    "packnet": {"epochs": 2, "batch_size": 7},
     "wsn": {"epochs": 2, "batch_size": 7, "density": 0.3},
     "supsup": {"iterations": 15, "batch_size": 16, "model": "mlp", "outputs": 8},
     "impresslearn": {"epochs": 2, "basis_epochs": 2, "batch_size": 16, "basis": 1, "model": "mlp"},

@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from recording import Tape, TapeRecorder
-from streams import Contrary
+from streams import Contrary, Pictures
 
 import subnet_kernels as sk
 import subnet_pipelines
@@ -95,17 +95,34 @@ def made(name, device="cpu", tasks=2, **fields):
     return cls(cls.Config(**fields), benchmark, 1), benchmark
 
 
+def pictured(model, device="cpu", **fields):
+    """WSN on a network of 32 x 32 pictures; on the CPU, whose convolutions are slow, one task of nine steps."""
+    tasks, steps = (1, 9) if device == "cpu" else (2, 13)
+    benchmark = Pictures((3, 32, 32), BenchmarkConfig(tasks=tasks, val_fraction=0.125), 1, device)
+    cls = METHODS["wsn"]
+    return cls(cls.Config(model=model, iterations=steps, batch_size=6, density=0.3, **fields), benchmark, 1), benchmark
+
+
 SUPSUP = {"iterations": 21, "batch_size": 20, "lr": 3e-3, "outputs": 20, "model": "mlp"}
 CASES = {
     "wsn": functools.partial(made, "wsn", epochs=3, lr=0.01, density=0.3),
     "wsn, code": functools.partial(made, "wsn", iterations=13, density=0.3, stored_mask="last_step", ties="all"),
     "wsn, sgd": functools.partial(made, "wsn", epochs=3, optimizer="sgd", lr=0.3, scores="init", patience=1),
+    "wsn, alexnet": functools.partial(pictured, "alexnet", norm="batch", stored_mask="last_step"),
+    "wsn, resnet-18": functools.partial(
+        pictured, "resnet-18", norm="task", amp="bf16", clip_norm=0.5, optimizer="adamw", weight_decay=0.1
+    ),
+    "wsn, lenet": functools.partial(pictured, "lenet"),
     "supsup": functools.partial(made, "supsup", **SUPSUP),
     "supsup, top-k": functools.partial(made, "supsup", **SUPSUP, mask="topk", density=0.3, optimizer="adam"),
     "impresslearn": functools.partial(
         made, "impresslearn", tasks=3, basis=2, model="mlp", epochs=3, basis_epochs=3, batch_size=20, penalty=0.01
     ),
     "finetune": functools.partial(made, "finetune", epochs=3, lr=0.01),
+    "stl": functools.partial(made, "stl", epochs=3, lr=0.01),
+    "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),
+    "ewc": functools.partial(made, "ewc", epochs=3, optimizer="sgd", lr=0.05, clip_norm=1.0),
+    "packnet": functools.partial(made, "packnet", epochs=3, lr=0.01),
     "swinging": swinging,
     "swinging, one stream": functools.partial(swinging, scenario="NNs"),
 }
@@ -162,8 +179,16 @@ class Stopped(GraphedSteps):
         return super().__call__(*args)
 
 
-@pytest.mark.parametrize("name", ["wsn, code", "supsup", "swinging"])
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("device", "name"),
+    [
+        *(("cpu", name) for name in ("wsn, code", "supsup", "swinging")),
+        *(
+            pytest.param("cuda", name, marks=gpu)
+            for name in ("wsn, code", "supsup", "swinging", "wsn, alexnet", "wsn, resnet-18", "wsn, lenet")
+        ),
+    ],
+)
 def test_resumes_with_and_without_graphs(device, name, tmp_path, monkeypatch):
     make = functools.partial(CASES[name], device)
     _, whole = of_run(make, tmp_path / "whole")

@@ -1,7 +1,4 @@
-"""WSN's own layers, counts and capacities (ihaeyong/WSN): masks and counts exactly, reals to 1e-5.
-
-Of `wsn_capacity_*` the parts on Huffman codes wait for the mask codec: they are read by no test yet.
-"""
+"""WSN's own layers, counts, capacities and Huffman codes (ihaeyong/WSN): masks, counts and bits exactly, reals to 1e-5."""
 
 import pytest
 import torch
@@ -11,6 +8,7 @@ from golden import Golden, assert_near, cases
 import subnet_kernels as sk
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.masked import subnet_weight
+from subnet_pipelines.capacity import code_lengths, joint_counts, joint_huffman
 
 
 def select(scores, c):
@@ -164,3 +162,32 @@ def test_capacity(path):
             assert torch.tensor(used[-1] / mask.numel()) == gold["layer_sparsity"][task, j].float()  # a float32 mean
             assert (opened, new, shared) == (mask.sum().item(), used[-1] - before, opened - new)
         assert sum(used) / total == gold["global_sparsity"][task].item()
+
+
+@pytest.mark.parametrize("path", cases("wsn_capacity_*"))
+def test_huffman(path):
+    """The authors' coder over each group of seven tasks, in true bits: patterns, code lengths and ratios."""
+    gold = Golden(path)
+    tasks, layers = len(gold["global_sparsity"]), ("fc1", "fc2")
+    packed = [{layer: sk.pack(gold.mask(f"mask_task{t}_{layer}")) for layer in layers} for t in range(tasks)]
+    sizes = {layer: gold.mask(f"mask_task0_{layer}").numel() for layer in layers}
+    words = table = 0
+    for g, start in enumerate(range(0, tasks, 7)):
+        rows = packed[start : start + 7]
+        for layer in layers:
+            name = f"group{g}_{layer}"
+            counts = joint_counts([row[layer] for row in rows], sizes[layer])
+            assert counts.tolist() == torch.bincount(gold[f"{name}_symbols"].view(-1), minlength=1 << len(rows)).tolist()
+            lengths = code_lengths(counts)
+            bits = sum(int(count) * length for count, length in zip(counts, lengths))
+            words, table = words + bits, table + 8 * len(counts)
+            assert bits == gold[f"{name}_encoded_bits"]
+            assert bits / sizes[layer] == gold[f"{name}_mean_code_length"]
+            assert bits / (2 * sizes[layer]) == gold[f"{name}_gain"]
+            symbols, their = gold[f"{name}_table_symbol"].tolist(), gold[f"{name}_table_code_length"].tolist()
+            assert sorted(i for i, count in enumerate(counts) if count) == sorted(symbols)
+            assert sum(int(counts[i]) * length for i, length in zip(symbols, their)) == bits
+            assert sum(2.0**-length for length in lengths if length) == 1
+    found = joint_huffman(packed, sizes)
+    assert (found["code_bits"], found["table_bits"]) == (words, table)
+    assert found["rate"] == 1 - words / (sum(sizes.values()) * tasks)

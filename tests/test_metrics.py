@@ -2,8 +2,11 @@
 
 import copy
 
+import numpy as np
 import pytest
+import torch
 
+import subnet_kernels as sk
 from subnet_pipelines import capacity, metrics
 
 # Task 0: 90 -> 80 -> 70. Task 1: 88 -> 92, before learning 20. Task 2: 95, before learning 30 (after task 0) and 40 (after task 1).
@@ -69,3 +72,73 @@ def test_capacity_counts_values_and_mask_bytes():
     seed_only = capacity.capacity(used=50, total=200, tasks=4, mask_bytes=100, paper_cap=None, seed_only=True)
     assert seed_only["measured_cap"] == pytest.approx(112.5)
     assert seed_only["seed_only_cap"] == pytest.approx(12.5)
+
+
+WSN_TASKS = {"permuted-mnist": 10, "five-datasets": 5, "omniglot-rotation": 100, "cifar100": 10, "superclass": 20, "tiny": 40}
+
+
+def test_wsn_used_inverts_wsn_cap():
+    for tasks in WSN_TASKS.values():
+        assert capacity.wsn_used(capacity.wsn_cap(0.3, tasks), tasks) == pytest.approx(0.3)
+    assert capacity.wsn_used(40.41, 10) == pytest.approx(0.335, abs=0.0005)
+
+
+# ---- Huffman codes --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("counts", "lengths"),
+    [
+        ([5, 9, 12, 13, 16, 45], [4, 4, 3, 3, 3, 1]),
+        ([1, 1, 2, 4], [3, 3, 2, 1]),
+        ([0, 3, 0, 2], [0, 1, 0, 1]),
+        ([0, 7], [0, 0]),
+        ([0, 0], [0, 0]),
+    ],
+)
+def test_code_lengths_by_hand(counts, lengths):
+    assert capacity.code_lengths(counts) == lengths
+
+
+def test_no_code_is_shorter():
+    """The words are a complete prefix code within a bit of the entropy; the worst counts are as deep as they must be."""
+    chance = np.random.default_rng(0)
+    for symbols in (2, 3, 128):
+        counts = np.floor(chance.pareto(0.5, symbols) * 10 + 1).astype(np.int64)
+        lengths = np.array(capacity.code_lengths(counts))
+        assert (2.0**-lengths).sum() == 1
+        share = counts / counts.sum()
+        entropy = -(share * np.log2(share)).sum()
+        assert entropy <= (share * lengths).sum() < entropy + 1
+        assert (np.diff(lengths[np.lexsort((-lengths, counts))]) <= 0).all()  # never a longer word for what is more frequent
+    fibonacci = [1, 1]
+    while len(fibonacci) < 30:
+        fibonacci.append(fibonacci[-1] + fibonacci[-2])
+    assert max(capacity.code_lengths(fibonacci)) == 29
+
+
+@pytest.mark.parametrize("n", [1, 511, 513, 3_000_000])
+@pytest.mark.parametrize("tasks", [1, 3, 7])
+def test_joint_counts(n, tasks):
+    chance = torch.Generator(device="cpu").manual_seed(n)
+    masks = torch.rand(tasks, n, generator=chance, device="cpu") < 0.3
+    expected = np.bincount((masks.numpy() << np.arange(tasks)[:, None]).sum(0), minlength=1 << tasks)
+    assert capacity.joint_counts([sk.pack(mask) for mask in masks], n).tolist() == expected.tolist()
+
+
+def test_joint_huffman_by_hand():
+    """Nine tasks make a group of seven and one of two; a layer where every weight has the same pattern costs no word."""
+    empty, full = torch.zeros(600, dtype=torch.bool), torch.ones(40, dtype=torch.bool)
+    halves = empty.clone()
+    halves[:300] = True
+    rows = [{"a": sk.pack(halves if t == 8 else empty), "b": sk.pack(full)} for t in range(9)]
+    found = capacity.joint_huffman(rows, {"a": 600, "b": 40})
+    assert found == {"group": 7, "code_bits": 600, "table_bits": 2 * 8 * (128 + 4), "rate": 1 - 600 / (9 * 640)}
+    assert capacity.joint_huffman([], {"a": 600})["rate"] is None
+
+
+def test_capacity_with_huffman():
+    stored = capacity.capacity(used=50, total=200, tasks=4, mask_bytes=100, paper_cap=None)
+    coded = capacity.with_huffman(stored, {"code_bits": 300, "table_bits": 100}, 200)
+    assert coded["huffman_cap"] == pytest.approx(25 + 100 * 50 / 800)
+    assert coded["measured_cap"] == stored["measured_cap"]

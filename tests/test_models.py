@@ -8,7 +8,7 @@ from torch import nn
 
 import subnet_kernels as sk
 from subnet_pipelines import Refusal
-from subnet_pipelines.models import MODELS, ResNet18
+from subnet_pipelines.models import MODELS, ResNet18, use_running_statistics
 
 # name -> input, weights of what WSN masks (without the head), width that the head reads
 NETWORKS = {
@@ -16,6 +16,9 @@ NETWORKS = {
     "lenet-300-100": ((784,), 265_200, 100),
     "fc-1024": ((784,), 784 * 1024 + 1024**2, 1024),
     "alexnet": ((3, 32, 32), 6_499_328, 2048),
+    "lenet": ((3, 32, 32), 2_986_500, 500),
+    "lenet-large": ((1, 32, 32), 24_436_400, 1500),
+    "tinynet": ((3, 64, 64), 2_743_520, 640),
     "resnet-18": ((3, 32, 32), 1_090_140, 640),
     "gem-resnet-18": ((3, 32, 32), 1_090_140, 160),
 }
@@ -32,6 +35,7 @@ def test_counts_and_shapes(name):
     assert sum(p.numel() for p in net.body.parameters()) == weights
     assert {key for key, _ in net.named_parameters() if not key.endswith("weight")} == set()  # no bias, no affine norm
     assert net.head.weight.shape == (7, features)
+    assert net.features(torch.randn(3, *shape)).shape == (3, features)
     assert net(torch.randn(3, *shape)).shape == (3, 7)
     assert MODELS[name]()(torch.randn(2, *shape)).shape[0] == 2  # the papers' inputs are the default
 
@@ -40,16 +44,17 @@ def test_gem_resnet_18_counts_its_head():
     assert sum(p.numel() for p in MODELS["gem-resnet-18"]().parameters()) == 1_090_940
 
 
-def test_grey_images():
-    for name in ("alexnet", "resnet-18"):
-        assert MODELS[name](4, 1, 32, 32)(torch.randn(2, 1, 32, 32)).shape == (2, 4)
+def test_other_channels():
+    for name, channels in (("alexnet", 1), ("resnet-18", 1), ("lenet", 1), ("lenet-large", 3), ("tinynet", 1)):
+        shape = (channels, *NETWORKS[name][0][1:])
+        assert MODELS[name](4, *shape)(torch.randn(2, *shape)).shape == (2, 4)
 
 
-@pytest.mark.parametrize("shape", [(784,), (3, 64, 64), (1, 28, 28)])
-@pytest.mark.parametrize("name", ["alexnet", "resnet-18", "gem-resnet-18"])
+@pytest.mark.parametrize("shape", [(784,), (3, 48, 48), (1, 28, 28)])
+@pytest.mark.parametrize("name", [name for name, (shape, *_) in NETWORKS.items() if len(shape) == 3])
 def test_other_images_are_refused(name, shape):
-    got = " x ".join(map(str, shape))
-    with pytest.raises(Refusal, match=f"model {name} reads images of channels x 32 x 32, got inputs of {got}"):
+    got, side = " x ".join(map(str, shape)), NETWORKS[name][0][1]
+    with pytest.raises(Refusal, match=f"model {name} reads images of channels x {side} x {side}, got inputs of {got}"):
         MODELS[name](10, *shape)
 
 
@@ -63,6 +68,55 @@ def test_alexnet_as_described():
     convs = [m for m in net.body if isinstance(m, nn.Conv2d)]
     assert [(m.out_channels, *m.kernel_size) for m in convs] == [(64, 4, 4), (128, 3, 3), (256, 2, 2)]
     assert [m.out_features for m in net.body if isinstance(m, nn.Linear)] == [2048, 2048]
+
+
+@pytest.mark.parametrize("name", ["lenet", "lenet-large"])
+def test_lenets_as_described(name):
+    net = MODELS[name]()
+    conv, linear = [nn.Conv2d, nn.ReLU, nn.MaxPool2d], [nn.Linear, nn.ReLU]
+    assert [type(m) for m in net.body] == conv * 2 + [nn.Flatten] + linear * 2
+    convs, pools = ([m for m in net.body if isinstance(m, kind)] for kind in (nn.Conv2d, nn.MaxPool2d))
+    assert all((m.kernel_size, m.padding) == ((5, 5), (2, 2)) for m in convs)
+    assert all((m.kernel_size, m.stride, m.padding) == (3, 2, 1) for m in pools)
+    widths = [m.out_channels for m in convs] + [m.out_features for m in net.body if isinstance(m, nn.Linear)]
+    assert widths == {"lenet": [20, 50, 800, 500], "lenet-large": [64, 128, 2500, 1500]}[name]
+
+
+def test_tinynet_as_described():
+    net = MODELS["tinynet"]()
+    assert [type(m) for m in net.body] == [nn.Conv2d, nn.ReLU] * 4 + [nn.Flatten] + [nn.Linear, nn.ReLU] * 2
+    convs = [m for m in net.body if isinstance(m, nn.Conv2d)]
+    assert [(m.out_channels, m.kernel_size, m.stride, m.padding) for m in convs] == [(160, (3, 3), (2, 2), (1, 1))] * 4
+    assert [(m.in_features, m.out_features) for m in net.body if isinstance(m, nn.Linear)] == [(2560, 640), (640, 640)]
+
+
+def test_one_row_has_no_statistics():
+    net, row = MODELS["alexnet"](4), torch.randn(1, 3, 32, 32)
+    for mode in (True, False):
+        with pytest.raises(Refusal, match="alexnet norms by the statistics of the batch"):
+            net.train(mode)(row)
+    assert use_running_statistics(net)(row).shape == (1, 4)  # in eval mode
+    with pytest.raises(Refusal, match="one row has none"):
+        net.train()(row)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet-18"])
+def test_running_statistics_are_what_a_norm_made_with_them_keeps(name):
+    net = use_running_statistics(MODELS[name](4))
+    norm = next(m for m in net.modules() if isinstance(m, nn.BatchNorm2d))
+    other, inputs = nn.BatchNorm2d(norm.num_features, affine=False), []
+    norm.register_forward_pre_hook(lambda _, args: inputs.append(args[0].detach()))
+    for _ in range(2):
+        net(torch.randn(3, 3, 32, 32))
+        other(inputs[-1])
+    assert norm.state_dict().keys() == other.state_dict().keys()
+    assert all(torch.equal(value, other.state_dict()[key]) for key, value in norm.state_dict().items())
+    x = torch.randn(4, 3, 32, 32)
+    net.eval()
+    with torch.no_grad():
+        torch.testing.assert_close(net(x)[:2], net(x[:2]))  # a row's logits do not depend on the batch
+    assert use_running_statistics(net) is net
+    assert norm.num_batches_tracked == 2  # what is there already stays
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet-18"])

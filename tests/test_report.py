@@ -63,7 +63,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
 
 
 def test_the_page_is_self_contained(tmp_path):
-    text = page("a <title>", [RESULT], captioned([RESULT], draw([RESULT], tmp_path)))
+    text = page("a <title>", [RESULT], captioned([RESULT], draw(RESULT, tmp_path)))
     assert text.count("data:image/png;base64,") == 4
     assert not re.search(r'(src|href)="?(http|/|\w+\.)', text)
     assert "a &lt;title&gt;" in text
@@ -73,23 +73,44 @@ def test_the_page_is_self_contained(tmp_path):
     assert name_of(RESULT) in text
 
 
+def test_reuse_is_drawn_and_not_listed(tmp_path):
+    layer = {"all": [0, 0.5, 0.25], "some": [0, 0, 0.25], "none": [1, 0.5, None]}
+    pairs = [[1.0, 0.5, None], [0.5, 1.0, -0.1], [None, -0.1, 1.0]]
+    found = {
+        "masks": ["a", "b", "c"],
+        "tasks": layer,
+        "layers": {"one": layer, "two": layer},
+        "overlap": None,
+        "correlation": pairs,
+    }
+    reusing = replace(RESULT, method_report={"reuse": found})
+    drawn = draw(reusing, tmp_path)
+    assert {"reuse_tasks.png", "reuse_layers.png", "correlation.png"} < {p.name for p in drawn}
+    assert "overlap" not in page("title", [reusing], captioned([reusing], drawn))
+    found["correlation"], found["layers"] = None, {f"a.long.layer.name.{i}": layer for i in range(20)}
+    assert "correlation.png" not in {p.name for p in draw(reusing, tmp_path)}
+    one = {name: values[:1] for name, values in layer.items()}
+    only = replace(RESULT, method_report={"reuse": {**found, "tasks": one, "layers": {"one": one}}})
+    assert "reuse_layers.png" not in {p.name for p in draw(only, tmp_path)}
+
+
 def test_plots_are_quick(tmp_path):
-    draw([RESULT], tmp_path)  # imports
+    draw(RESULT, tmp_path)  # imports
     begun = time.process_time()
-    draw([RESULT], tmp_path)
+    draw(RESULT, tmp_path)
     assert time.process_time() - begun < 2
 
 
 def test_plots_of_what_is_null(tmp_path):
     bare = replace(RESULT, accuracy_matrix=None, final=[None, 92.0, 95.0], capacity=None)
-    assert [p.name for p in draw([bare], tmp_path)] == ["final.png"]
+    assert [p.name for p in draw(bare, tmp_path)] == ["final.png"]
 
 
 def test_long_streams_are_drawn(tmp_path):
     n = 60
     matrix = [[50.0 if j <= t else None for j in range(n)] for t in range(n)]
     begun = time.process_time()
-    draw([replace(RESULT, accuracy_matrix=matrix, final=[50.0] * n)], tmp_path)
+    draw(replace(RESULT, accuracy_matrix=matrix, final=[50.0] * n), tmp_path)
     assert time.process_time() - begun < 3
 
 
@@ -112,6 +133,9 @@ def test_summary_over_seeds(tmp_path):
     write_seeds([RESULT, second], tmp_path)
     assert (tmp_path / "report.html").stat().st_mtime_ns == stamp
     assert summarise([RESULT])["acc"] == {"mean": RESULT.acc, "std": None}
+    elsewhere = replace(second, environment={"torch": "2", "commit": "abc"})
+    assert summarise([RESULT, second])["environment"] == {"torch": "2"}
+    assert summarise([RESULT, elsewhere])["environment"] == {"torch": "2", "commit": [None, "abc"]}
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": 9}', '{"schema": 1}'])

@@ -256,6 +256,22 @@ def test_finished_and_changed_runs(tmp_path):
         run(*restless(), RunConfig(eval_batch=7), tmp_path, resume=True)
 
 
+def test_convolutions_repeat_themselves_within_a_run(tmp_path):
+    """Without it cuDNN may add in another order at every call, and a resumed run would end with other bits."""
+    method, benchmark = restless()
+    cudnn, step, seen = torch.backends.cudnn, method.step, set()
+    method.step = lambda *args: (seen.add((cudnn.deterministic, cudnn.benchmark)), step(*args))[1]
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.benchmark = True
+    try:
+        run(method, benchmark, RunConfig(), tmp_path)
+        assert cudnn.benchmark
+    finally:
+        cudnn.benchmark = before[1]
+    assert seen == {(True, False)}
+    assert (cudnn.deterministic, cudnn.benchmark) == before
+
+
 def test_nan_stops_with_the_place(tmp_path):
     method, benchmark = restless()
     method.nan_at = 9 + 11 + 4  # the fourth batch of the main phase's second epoch

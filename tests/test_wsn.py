@@ -7,6 +7,8 @@ from streams import Contrary, assert_same_run, broken_run
 import subnet_kernels as sk
 from subnet_pipelines import METHODS, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
+from subnet_pipelines.capacity import joint_huffman
+from subnet_pipelines.reuse import reuse
 
 
 def wsn(tasks=2, seed=1, val_fraction=0.25, **fields):
@@ -32,8 +34,9 @@ def test_earlier_logits_keep_their_bits(tmp_path):
     method, benchmark = wsn(tasks=3)
     commit = method.commit
 
-    def commit_and_look(task):
-        commit(task)
+    def commit_and_look(of):
+        commit(of)
+        task = of.index
         x, _ = benchmark.test(task).tensors()
         logits[task] = method.predict(x, task).logits.detach().clone()
         method.bank.activate(None)
@@ -53,11 +56,18 @@ def test_masks_have_the_rules_count():
 
 def test_capacity(tmp_path):
     method, benchmark = wsn()
-    report = run(method, benchmark, RunConfig(), tmp_path).capacity
+    result = run(method, benchmark, RunConfig(), tmp_path)
+    report = result.capacity
     owned = sum(int(sk.count(bits)) for bits in method.bank.owned().values())
     total = 16 * 100 + 100 * 100
     assert report["used_fraction"] == owned / total
     assert report["paper_cap"] == pytest.approx(100 * (owned / total + 0.22 * 2 / 32))
+    masks = [method.bank.bits(name) for name in method.bank.masks]
+    sizes = {name: layer.weight.numel() for name, layer in zip(method.bank.layer_names, method.bank.layers())}
+    assert report["huffman"] == joint_huffman(masks, sizes)
+    coded = report["huffman"]["code_bits"] + report["huffman"]["table_bits"]
+    assert report["huffman_cap"] == pytest.approx(100 * (owned / total + coded / (32 * total)))
+    assert result.method_report["reuse"]["tasks"] == reuse(masks)["tasks"]
 
 
 @pytest.mark.parametrize("fields", [{}, {"stored_mask": "last_step"}])

@@ -1,4 +1,4 @@
-"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | bench | info."""
+"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | reproduce TABLE | bench | info."""
 
 from __future__ import annotations
 
@@ -37,12 +37,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def command(argv: list[str]) -> int:
     parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
-    parser.add_argument("command", choices=("demo", "train", "bench", "info"), help="what to do; each has its own --help")
+    parser.add_argument(
+        "command", choices=("demo", "train", "reproduce", "bench", "info"), help="what to do; each has its own --help"
+    )
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0
     name = parser.parse_args(argv[:1]).command
-    return {"demo": demo, "train": train, "bench": bench, "info": info}[name](argv[1:])
+    return {"demo": demo, "train": train, "reproduce": reproduce, "bench": bench, "info": info}[name](argv[1:])
 
 
 def info(argv: list[str]) -> int:
@@ -171,6 +173,66 @@ def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     spread = f" +- {number(summary['acc']['std'])}" if len(seeds) > 1 else ""
     print(f"{settings.title}: ACC {number(summary['acc']['mean'])}{spread} %; {out / 'report.html'}")
     return 0
+
+
+def reproduce(argv: list[str]) -> int:
+    """Run a paper's table, or cells of it, over seeds, and print ours beside the paper's; the same command goes on where it stopped."""
+    from subnet_pipelines.config import FIDELITIES
+    from subnet_pipelines.reproduce import Asked
+    from subnet_pipelines.reproduce import reproduce as run_table
+    from subnet_pipelines.tables import read_table, table_names
+
+    parser = Parser("subnet-kernels reproduce", description=reproduce.__doc__, allow_abbrev=False)
+    parser.add_argument("table", metavar="TABLE", help=f"one of {', '.join(table_names())}")
+    parser.add_argument(
+        "--cells", default="*", metavar="GLOB", help="cells to run, BENCHMARK/ROW, as in 'permuted-mnist/wsn-*' (all)"
+    )
+    parser.add_argument("--seeds", default="1,2,3", metavar="1,2,3", help="one run a cell and seed (1,2,3)")
+    parser.add_argument("--also", metavar="WORD", help="a further fidelity, such as sound, as columns of its own")
+    parser.add_argument("--jobs", metavar="N", help="runs side by side (one a core; on GPUs at most 4)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--cuda-graph", action="store_true", help="record steps as CUDA graphs where the method's can be")
+    parser.add_argument("--stop-after", metavar="MIN", help="after so many minutes let the runs write a checkpoint and stop")
+    parser.add_argument("--tasks", metavar="N", help="scale down: at most the first N tasks")
+    parser.add_argument("--epochs", metavar="N", help="scale down: epochs of a task")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets ($SUBNET_DATA_DIR, else the user's cache)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the runs and of report.html (runs/TABLE)")
+    given = parser.parse_args(argv)
+    table, seeds = read_table(given.table), seeds_of(given.seeds)
+    if given.also is not None and given.also not in FIDELITIES:
+        raise Refusal(f"--also must be one of {', '.join(FIDELITIES)}, got {given.also!r}")
+    device = device_of(given.device).type
+    if given.cuda_graph and device != "cuda":
+        raise Refusal(f"--cuda-graph needs a CUDA device, got --device {given.device}, which is {device} here")
+    tasks, epochs, jobs = (positive(getattr(given, name), f"--{name}", int) for name in ("tasks", "epochs", "jobs"))
+    scale = "".join(f"-{name}-{n}" for name, n in (("tasks", tasks), ("epochs", epochs)) if n is not None)
+    asked = Asked(
+        out=Path(given.out or f"runs/{table.name}{scale}"),
+        seeds=seeds,
+        cells=given.cells,
+        jobs=jobs,
+        device=device,
+        cuda_graph=given.cuda_graph,
+        stop_after=positive(given.stop_after, "--stop-after", float),
+        data_dir=given.data_dir,
+        also=given.also,
+        tasks=tasks,
+        epochs=epochs,
+    )
+    return run_table(table, asked)
+
+
+def positive(text: str | None, name: str, kind: type) -> Any:
+    """The number of a flag, greater than 0; None where it is not given. Raises Refusal."""
+    if text is None:
+        return None
+    try:
+        value = kind(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise Refusal(f"{name} must be a {'whole ' if kind is int else ''}number greater than 0, got {text!r}")
+    return value
 
 
 def flag(field: str) -> str:

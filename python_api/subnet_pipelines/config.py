@@ -99,8 +99,9 @@ class Settings:
                 self.values[key] = convert(value, self.types[key])
             except ValueError as error:
                 raise Refusal(f"{prefix}{key} must be {error}, got {value!r}") from None
-        if layer.get("angles") is not None and "tasks" not in layer:  # a list of angles is a stream as long as it
-            self.values["tasks"] = len(self.values["angles"])
+        for key in ("angles", "sets"):  # a list of angles, or of sets, is a stream as long as it
+            if layer.get(key) is not None and "tasks" not in layer:
+                self.values["tasks"] = len(self.values[key])
 
     def unknown(self, key: str) -> str:
         """The sentence for a key that is no field here."""
@@ -161,10 +162,11 @@ def convert(value: Any, kind: Any) -> Any:
     """The value as the type says; strings, as flags give them, are read. Raises ValueError that says what was expected."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        inner = next(a for a in args if a is not type(None))
-        if value is None or value in ("null", "none"):
+        kinds = [a for a in args if a is not type(None)]
+        if len(kinds) < len(args) and (value is None or value in ("null", "none")):
             return None
-        return convert(value, inner)
+        mapping = isinstance(value, dict) or (isinstance(value, str) and "=" in value)
+        return convert(value, next((k for k in kinds if (typing.get_origin(k) is dict) is mapping), kinds[0]))
     if origin is Literal:
         if value in args:
             return value
@@ -172,6 +174,11 @@ def convert(value: Any, kind: Any) -> Any:
     if origin is list:
         items = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
         return [convert(item, args[0]) for item in items]
+    if origin is dict:
+        items = value if isinstance(value, dict) else dict(part.partition("=")[::2] for part in str(value).split(","))
+        if not items or not all(isinstance(key, str) and key for key in items):
+            raise ValueError("names and values, as in a=1,b=2")
+        return {key: convert(item, args[1]) for key, item in items.items()}
     text = isinstance(value, str)
     if kind is bool:
         if isinstance(value, bool):

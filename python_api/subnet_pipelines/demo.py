@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import multiprocessing
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
@@ -18,7 +16,8 @@ import torch
 from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import Settings
 from subnet_pipelines.interrupt import Interrupted
-from subnet_pipelines.report import COLUMNS, Result, draw, name_of, number, page, table_row
+from subnet_pipelines.progress import count_bar
+from subnet_pipelines.report import COLUMNS, Result, draw_final, name_of, number, page, table_row
 from subnet_pipelines.train import run
 
 RUNS: list[tuple[str, str, dict[str, Any]]] = [  # method, benchmark, settings over the recipe
@@ -37,7 +36,7 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
     begun = time.monotonic()
     results: list[Result | None] = [None] * len(runs)
     workers = min(WORKERS, os.cpu_count() or 1, len(runs))
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, bar(len(runs)) as done:
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool, count_bar(len(runs)) as done:
         jobs = {pool.submit(one_run, seed, out, *spec): i for i, spec in enumerate(runs)}
         for job in as_completed(jobs):
             result = job.result()
@@ -47,7 +46,7 @@ def run_demo(seed: int, out: Path, runs: list[tuple[str, str, dict[str, Any]]] =
                 return 128 + result
             results[jobs[job]] = result
             done(f"{name_of(result)}: {result.seconds['total']:.0f} s")
-    plots = [("after the last task", p) for p in draw(results, out) if p.name == "final.png" and len(results) > 1]
+    plots = [("after the last task", draw_final(results, out))] if len(results) > 1 else []
     for result, (name, stream, _) in zip(results, runs):
         plots.append((name_of(result), out / f"{name}-{stream}" / f"seed-{seed}" / "accuracy_matrix.png"))
     write_atomic(out / "report.html", page("subnet-kernels demo", results, plots))
@@ -71,24 +70,6 @@ def one_run(seed: int, out: Path, name: str, stream: str, values: dict[str, Any]
         return run(method, benchmark, run_config, folder, note={"fidelity": settings.fidelity})
     except Interrupted as stopped:
         return stopped.signum
-
-
-@contextlib.contextmanager
-def bar(total: int) -> Iterator[Any]:
-    """A bar of finished runs on a terminal, a line for each elsewhere: gives a function to call with the run's line."""
-    if not sys.stderr.isatty():
-        yield lambda line: print(line, file=sys.stderr, flush=True)
-        return
-    from rich.progress import Progress
-
-    with Progress(transient=True) as progress:
-        task = progress.add_task(f"{total} runs", total=total)
-
-        def done(line: str) -> None:
-            progress.console.print(line)
-            progress.advance(task)
-
-        yield done
 
 
 def print_table(results: list[Result]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Benchmark, batches
+from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.interrupt import Stop
 from subnet_pipelines.methods.base import Clock, Method
@@ -38,15 +39,18 @@ def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop
     """{"right": percent of task j's test rows right, "told": percent whose task was inferred right}; None where there is none.
 
     The id is given iff the scenario gives it at test, and "told" is then None; a task that the method has not learnt gives None. A row
-    is right iff its label is and, where the id is not given and labels are unshared, its task too. Raises Interrupted between batches.
+    is right iff its label is and, where the id is not given and labels are unshared, its task too. Rows come in an order drawn from the
+    seed: files may hold class after class, and a network that norms by its batch would see one class alone. Raises Interrupted between
+    batches.
     """
     x, y = benchmark.test(j).tensors()
+    order = torch.randperm(len(y), generator=stream(benchmark.seed, "test order", j)).to(x.device)
     given = j if benchmark.scenario.test_id else None
     right, told = torch.zeros((), dtype=torch.int64, device=x.device), torch.zeros((), dtype=torch.int64, device=x.device)
     inferred = False
     method.eval()
     with torch.no_grad():
-        for batch in batches(x, y, None, None, batch_size):
+        for batch in batches(x, y, None, order, batch_size):
             if stop is not None:
                 stop.obey("while measuring")
             try:
@@ -63,11 +67,11 @@ def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop
     return {"right": 100 * right.item() / len(y), "told": 100 * told.item() / len(y) if inferred else None}
 
 
-def validate(method: Method, clock: Clock, x: Tensor, y: Tensor, t: Tensor | None, batch_size: int) -> float:
-    """The method's mean validation loss over rows x (n, ...), y (n,), t (n,) or None."""
+def validate(method: Method, clock: Clock, x: Tensor, y: Tensor, t: Tensor | None, order: Tensor, batch_size: int) -> float:
+    """The method's mean validation loss over rows x (n, ...), y (n,), t (n,) or None, taken in the order int64 (n,)."""
     method.eval()
     with torch.no_grad():
-        losses: list[Any] = [method.validate(b, clock) * len(b.y) for b in batches(x, y, t, None, batch_size)]
+        losses: list[Any] = [method.validate(b, clock) * len(b.y) for b in batches(x, y, t, order, batch_size)]
     return torch.stack(losses).sum().item() / len(x)
 
 
@@ -93,6 +97,10 @@ class Matrix:
         if used is not None:
             self.used[str(t)] = used
         return line
+
+    def leave_out(self, end: int) -> None:
+        """Rows before row `end` are of times at which there was nothing to measure: null."""
+        self.rows |= {str(t): {str(j): {"right": None, "told": None} for j in range(t + 1)} for t in range(end)}
 
     def measure(self, name: str, tests: Iterable[int], stop: Stop) -> dict[str, Any] | None:
         """Measure what is missing of a row; None where nothing is. Raises Interrupted, and keeps what is measured by then."""

@@ -1,10 +1,16 @@
-"""The networks of the papers' tables: plain nn.Modules with a body and a `head`, without biases."""
+"""The networks of the papers' tables: plain nn.Modules with a `body`, `features`, which is what the head reads, and a `head`.
+
+No biases and no affine norms: what tasks share is weights. WSN's networks follow its authors' code (ihaeyong/WSN f066982, networks/).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
@@ -33,11 +39,25 @@ class MLP(nn.Module):
         return self.head(self.features(x))
 
 
-class AlexNet(nn.Module):
+class ConvNet(nn.Module):
+    """A sequential `body` that ends flat, and a linear `head`: x (B, channels, height, width) float -> logits (B, outputs)."""
+
+    body: nn.Sequential
+    head: nn.Module
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (B, channels, height, width) -> what the head reads (B, its in_features)."""
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
+
+
+class AlexNet(ConvNet):
     """WSN's AlexNet for 32 x 32 images: convolutions of 64 (4 x 4), 128 (3 x 3) and 256 (2 x 2), linear layers of 2048 and 2048.
 
     After each: norm without affine, of the batch's own statistics in eval mode too; ReLU; dropout of .2, .2, .5, .5, .5; after a
-    convolution 2 x 2 max pooling. x (B, channels, 32, 32) float, B >= 2 -> logits (B, outputs).
+    convolution 2 x 2 max pooling. Raises Refusal for a batch of one row, which has no statistics of its own.
     """
 
     def __init__(self, outputs: int, channels: int = 3):
@@ -52,8 +72,44 @@ class AlexNet(nn.Module):
         self.body = nn.Sequential(*layers)
         self.head = nn.Linear(2048, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
+    def features(self, x: Tensor) -> Tensor:
+        norm = self.body[1]
+        if len(x) < 2 and (norm.training or not norm.track_running_stats):
+            raise Refusal("alexnet norms by the statistics of the batch, of which one row has none: choose another batch size")
+        return super().features(x)
+
+
+class LeNet(ConvNet):
+    """WSN's LeNets for 32 x 32 images: two 5 x 5 convolutions, each with ReLU and 3 x 3 max pooling by 2, and two linear layers.
+
+    widths: of the four. No norm and no dropout.
+    """
+
+    def __init__(self, widths: Sequence[int], outputs: int, channels: int = 3):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inp, out in ((channels, widths[0]), (widths[0], widths[1])):
+            layers += [nn.Conv2d(inp, out, 5, padding=2, bias=False), nn.ReLU(), nn.MaxPool2d(3, 2, padding=1)]
+        layers.append(nn.Flatten())
+        for inp, out in ((8 * 8 * widths[1], widths[2]), (widths[2], widths[3])):
+            layers += [nn.Linear(inp, out, bias=False), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[3], outputs, bias=False)
+
+
+class TinyNet(ConvNet):
+    """WSN's network for 64 x 64 images, La-MAML's: four 3 x 3 convolutions of `width` by 2, linear layers of 640 and 640, ReLU between."""
+
+    def __init__(self, outputs: int, channels: int = 3, width: int = 160):
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inp in (channels, width, width, width):
+            layers += [nn.Conv2d(inp, width, 3, 2, padding=1, bias=False), nn.ReLU()]
+        layers.append(nn.Flatten())
+        for inp in (4 * 4 * width, 640):
+            layers += [nn.Linear(inp, 640, bias=False), nn.ReLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(640, outputs, bias=False)
 
 
 class Block(nn.Module):
@@ -74,11 +130,11 @@ class Block(nn.Module):
         return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()
 
 
-class ResNet18(nn.Module):
+class ResNet18(ConvNet):
     """ResNet-18 for 32 x 32 images as GPM, WSN, SupSup have it: 3 x 3 in front, eight blocks 1, 1, 2, 2, 4, 4, 8, 8 `width` wide.
 
     pool: side of the average pooling before the head, which reads 8 width (4 / pool)^2 features; running: norm by running
-    statistics in eval mode (SupSup), or by the batch's own (WSN). x (B, channels, 32, 32) float -> logits (B, outputs).
+    statistics in eval mode (SupSup), or by the batch's own (WSN).
     """
 
     def __init__(self, outputs: int, channels: int = 3, width: int = 20, pool: int = 2, running: bool = False):
@@ -92,35 +148,72 @@ class ResNet18(nn.Module):
         self.body = nn.Sequential(*layers, nn.AvgPool2d(pool), nn.Flatten())
         self.head = nn.Linear(before * (4 // pool) ** 2, outputs, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
 
 def _norm(kind: type[nn.Module], width: int, running: bool = False) -> nn.Module:
     """Batch norm as the papers have it: without affine parameters, which tasks would share."""
     return kind(width, affine=False, track_running_stats=running)
 
 
-def _channels(name: str, shape: tuple[int, ...]) -> int:
-    """Channels of a benchmark's input shape. Raises Refusal where it is no 32 x 32 image."""
-    if len(shape) != 3 or shape[1:] != (32, 32):
-        raise Refusal(f"model {name} reads images of channels x 32 x 32, got inputs of {' x '.join(map(str, shape))}")
-    return shape[0]
+def batch_norms(net: nn.Module) -> list[nn.BatchNorm1d | nn.BatchNorm2d]:
+    """The batch norms of a network, in order."""
+    return [m for m in net.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
 
 
-def mlp(outputs: int = 10, inputs: int = 784) -> MLP:
-    """784-100-100 with a head: WSN's network on Permuted MNIST (88,400 weights without the head)."""
-    return MLP([inputs, 100, 100], outputs)
+def use_running_statistics(net: nn.Module) -> nn.Module:
+    """Let every batch norm of a network norm by running statistics in eval mode, in place of the batch's own; returns the network.
+
+    They are buffers, and so part of what a task keeps for itself in a mask bank that is opened after.
+    """
+    for norm in batch_norms(net):
+        if not norm.track_running_stats:
+            norm.track_running_stats = True
+            norm.running_mean = torch.zeros(norm.num_features)
+            norm.running_var = torch.ones(norm.num_features)
+            norm.num_batches_tracked = torch.zeros((), dtype=torch.int64)
+    return net
 
 
-def lenet_300_100(outputs: int = 10, inputs: int = 784) -> MLP:
+@torch.no_grad()
+def gather_statistics(net: nn.Module, forward: Callable[[Tensor], Any], inputs: Iterable[Tensor]) -> None:
+    """Make the running statistics of every batch norm the means over these batches of inputs, of which forward calls the network.
+
+    All else is in eval mode. What training leaves behind is of no use after dropout: it makes variances larger than they are at test
+    (Li et al., CVPR 2019), and it is of weights that have moved since. Ends with the network in eval mode.
+    """
+    net.eval()
+    norms = batch_norms(net)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().reset_running_stats()
+    for i, x in enumerate(inputs):
+        for norm in norms:
+            norm.momentum = 1 / (i + 1)
+        forward(x)
+    for norm, momentum in zip(norms, momenta):
+        norm.momentum = momentum
+    net.eval()
+
+
+def _channels(name: str, shape: tuple[int, ...], side: int = 32) -> int:
+    """Channels of a benchmark's input shape, by default 3. Raises Refusal where it is no image of that side."""
+    if shape and (len(shape) != 3 or shape[1:] != (side, side)):
+        raise Refusal(f"model {name} reads images of channels x {side} x {side}, got inputs of {' x '.join(map(str, shape))}")
+    return shape[0] if shape else 3
+
+
+def mlp(outputs: int = 10, *shape: int) -> MLP:
+    """784-100-100 with a head: WSN's network on Permuted MNIST (88,400 weights without the head). shape: of an input, default 784."""
+    return MLP([math.prod(shape or (784,)), 100, 100], outputs)
+
+
+def lenet_300_100(outputs: int = 10, *shape: int) -> MLP:
     """LeNet-300-100: SupSup's and ImpressLearn's network on MNIST; outputs may exceed the classes (superfluous neurons)."""
-    return MLP([inputs, 300, 100], outputs)
+    return MLP([math.prod(shape or (784,)), 300, 100], outputs)
 
 
-def fc_1024(outputs: int = 10, inputs: int = 784) -> MLP:
+def fc_1024(outputs: int = 10, *shape: int) -> MLP:
     """784-1024-1024 with a head: SupSup's network on Rotated MNIST."""
-    return MLP([inputs, 1024, 1024], outputs)
+    return MLP([math.prod(shape or (784,)), 1024, 1024], outputs)
 
 
 def alexnet(outputs: int = 100, *shape: int) -> AlexNet:
@@ -128,12 +221,33 @@ def alexnet(outputs: int = 100, *shape: int) -> AlexNet:
 
     shape: channels, 32, 32; default 3 channels. Raises Refusal for another one.
     """
-    return AlexNet(outputs, _channels("alexnet", shape or (3, 32, 32)))
+    return AlexNet(outputs, _channels("alexnet", shape))
+
+
+def lenet(outputs: int = 100, *shape: int) -> LeNet:
+    """LeNet 20-50-800-500: WSN's network on CIFAR-100 Superclass (2,986,500 weights without the head); shape as `alexnet`."""
+    return LeNet([20, 50, 800, 500], outputs, _channels("lenet", shape))
+
+
+def lenet_large(outputs: int = 12, *shape: int) -> LeNet:
+    """LeNet 64-128-2500-1500: WSN's network on Omniglot Rotation (24,436,400 weights without the head, of grey images).
+
+    shape: channels, 32, 32; default 1 channel. Raises Refusal for another one.
+    """
+    return LeNet([64, 128, 2500, 1500], outputs, _channels("lenet-large", shape or (1, 32, 32)))
+
+
+def tinynet(outputs: int = 200, *shape: int) -> TinyNet:
+    """Four convolutions of 160 and 640-640: WSN's network on TinyImageNet (2,743,520 weights without the head).
+
+    shape: channels, 64, 64; default 3 channels. Raises Refusal for another one.
+    """
+    return TinyNet(outputs, _channels("tinynet", shape, 64))
 
 
 def resnet_18(outputs: int = 10, *shape: int) -> ResNet18:
     """ResNet18 nf=20, 2 x 2 pooling to 640: WSN's network on 5-Datasets (1,090,140 weights without head); shape as `alexnet`."""
-    return ResNet18(outputs, _channels("resnet-18", shape or (3, 32, 32)))
+    return ResNet18(outputs, _channels("resnet-18", shape))
 
 
 def gem_resnet_18(outputs: int = 5, *shape: int) -> ResNet18:
@@ -141,7 +255,7 @@ def gem_resnet_18(outputs: int = 5, *shape: int) -> ResNet18:
 
     The head is linear for their 1 x 1 convolution, and masked too; a task has norm statistics of its own. shape as `alexnet`.
     """
-    return ResNet18(outputs, _channels("gem-resnet-18", shape or (3, 32, 32)), pool=4, running=True)
+    return ResNet18(outputs, _channels("gem-resnet-18", shape), pool=4, running=True)
 
 
 MODELS = {
@@ -149,6 +263,9 @@ MODELS = {
     "lenet-300-100": lenet_300_100,
     "fc-1024": fc_1024,
     "alexnet": alexnet,
+    "lenet": lenet,
+    "lenet-large": lenet_large,
+    "tinynet": tinynet,
     "resnet-18": resnet_18,
     "gem-resnet-18": gem_resnet_18,
 }

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -111,3 +113,25 @@ def summarise(line: dict[str, Any]) -> str:
 def shown_on(stream: Any = None, title: str = "") -> Quiet:
     """A bar where the stream (stdout) is a terminal, else plain lines."""
     return Bar(title) if (stream or sys.stdout).isatty() else Plain(title)
+
+
+@contextlib.contextmanager
+def count_bar(total: int) -> Iterator[Any]:
+    """A bar of finished runs on a terminal, a line for each elsewhere; on stderr.
+
+    Gives a function of a line, and of whether a run is finished with it (True).
+    """
+    if not sys.stderr.isatty():
+        yield lambda line, finished=True: print(line, file=sys.stderr, flush=True)
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(f"{total} runs", total=total)
+
+        def say(line: str, finished: bool = True) -> None:
+            progress.console.print(line, highlight=False, markup=False)
+            progress.advance(task, int(finished))
+
+        yield say

@@ -68,7 +68,7 @@ def make_result(method: Method, benchmark: Benchmark, record: dict[str, Any], se
     whole = right is not None and all(str(j) in rows.get(str(t), {}) for t in range(n) for j in range(t + 1))
     matrix = right if whole else None
     untrained = rows.get("untrained")
-    report = dict(method.report())
+    report = dict(method.final_report())
     capacity = report.pop("capacity", None)
     if capacity is not None and all(str(t) in used for t in range(n)):
         capacity = {**capacity, "used_fraction_per_task": [used[str(t)] for t in range(n)]}
@@ -161,7 +161,7 @@ def _cpu() -> str:
 
 def write_run(result: Result, folder: Path) -> None:
     """result.json, the plots and report.html of one run; result.json last, as it says that the run is finished."""
-    plots = captioned([result], draw([result], folder))
+    plots = captioned([result], draw(result, folder))
     write_atomic(folder / "report.html", page(f"{result.method} on {result.benchmark}, seed {result.seed}", [result], plots))
     write_atomic(folder / "result.json", json.dumps(asdict(result), indent=1))
 
@@ -175,6 +175,7 @@ def summarise(results: list[Result]) -> dict[str, Any]:
         "benchmark": first.benchmark,
         "scenario": first.scenario,
         "config": first.config,
+        "environment": common([r.environment for r in results]),
         "seeds": [r.seed for r in results],
         **{name: spread([row[name] for row in map(table_row, results)]) for name in COLUMNS},
     }
@@ -186,11 +187,17 @@ def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
     text, path = json.dumps(summary, indent=1), folder / "summary.json"
     if path.exists() and path.read_text() == text:
         return summary
-    plots = [(f"final accuracies, {len(results)} seeds", p) for p in draw(results, folder) if p.name == "final.png"]
+    plots = [(f"final accuracies, {len(results)} seeds", draw_final(results, folder))]
     plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
     write_atomic(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
     write_atomic(path, text)
     return summary
+
+
+def common(environments: list[dict[str, Any]]) -> dict[str, Any]:
+    """Of several environments, such as those of several seeds: a value that is the same in all, else the list of them."""
+    merged = {name: [e.get(name) for e in environments] for name in {k: None for e in environments for k in e}}
+    return {name: values[0] if values.count(values[0]) == len(values) else values for name, values in merged.items()}
 
 
 def spread(values: list[float | None]) -> dict[str, float | None]:
@@ -207,7 +214,8 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
     "task_inference": ("task inferred", "%"),
     "used_fraction": ("used", ""),
     "paper_cap": ("CAP, paper's formula", "%"),
-    "measured_cap": ("CAP, measured", "%"),
+    "measured_cap": ("CAP, stored bits", "%"),
+    "huffman_cap": ("CAP, joint Huffman", "%"),
     "seconds": ("time", "s"),
 }
 
@@ -223,6 +231,7 @@ def table_row(result: Result) -> dict[str, float | None]:
         "used_fraction": capacity.get("used_fraction"),
         "paper_cap": capacity.get("paper_cap"),
         "measured_cap": capacity.get("measured_cap"),
+        "huffman_cap": capacity.get("huffman_cap"),
         "seconds": result.seconds["total"],
     }
 
@@ -230,56 +239,108 @@ def table_row(result: Result) -> dict[str, float | None]:
 # ---- plots and page -------------------------------------------------------------------------------------------------
 
 
-def draw(results: list[Result], folder: Path) -> list[Path]:
-    """PNGs into the folder: for one result the matrix, a curve per task and the used fraction; the final accuracies of all."""
+def plot(path: Path, paint: Callable[[Any], None], **labels: Any) -> Path:
+    """A PNG of what `paint` puts on the axes; labels are the axes'. Returns the path."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    figure = Figure(figsize=(4.6, 3.8), dpi=100)
+    axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
+    paint(axes)
+    axes.set(**labels)
+    for axis in (axes.xaxis, axes.yaxis):
+        if axis.get_label_text().endswith("task"):
+            axis.get_major_locator().set_params(integer=True)
+    FigureCanvasAgg(figure).print_png(path, metadata={"Software": None})
+    return path
+
+
+def draw(result: Result, folder: Path) -> list[Path]:
+    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, how masks share weights, where there are such; and
+    the final accuracies."""
     made = []
 
-    def save(name: str, paint: Callable[[Any], None], **labels: Any) -> None:
-        figure = Figure(figsize=(4.6, 3.8), dpi=100)
-        axes = figure.add_axes((0.14, 0.13, 0.83, 0.78))
-        paint(axes)
-        axes.set(**labels)
-        FigureCanvasAgg(figure).print_png(folder / name, metadata={"Software": None})
-        made.append(folder / name)
+    def save(name: str, paint: Callable[[Any], None], title: str, **labels: Any) -> None:
+        made.append(plot(folder / name, paint, title=title, **labels))
 
-    if len(results) == 1:
-        matrix, used = results[0].accuracy_matrix, (results[0].capacity or {}).get("used_fraction_per_task")
-        if matrix is not None:
-            values = [[float("nan") if v is None else v for v in row] for row in matrix]
+    if result.accuracy_matrix is not None:
+        values = _numbers(result.accuracy_matrix)
+        save("accuracy_matrix.png", lambda axes: _heat(axes, values), "accuracy (%)", xlabel="task", ylabel="after task")
+        save("tasks.png", lambda axes: _curves(axes, values), "each task", xlabel="after task", ylabel="accuracy (%)")
+    if used := (result.capacity or {}).get("used_fraction_per_task"):
+        save(
+            "used_fraction.png",
+            lambda axes: axes.plot(used, marker="."),
+            "share of weights used",
+            xlabel="after task",
+            ylim=(0, 1),
+        )
+    if reused := result.method_report.get("reuse"):
+        shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
+        save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
+        if len(shares["none"]) > 1:
+            save("reuse_layers.png", lambda axes: _layers(axes, layers), "the same by layer, mean of later tasks", ylim=(0, 1))
+        if reused["correlation"] is not None:
+            pairs = _numbers(reused["correlation"])
+            span = min([0.0, *(v for row in pairs for v in row if v == v)]), 1.0
             save(
-                "accuracy_matrix.png", lambda axes: _heat(axes, values), xlabel="task", ylabel="after task", title="accuracy (%)"
+                "correlation.png",
+                lambda axes: _heat(axes, pairs, span, 2),
+                "correlation of the masks",
+                xlabel="task",
+                ylabel="task",
             )
-            save(
-                "tasks.png",
-                lambda axes: _curves(axes, values),
-                xlabel="after task",
-                ylabel="accuracy (%)",
-                title="each task",
-            )
-        if used:
-            save(
-                "used_fraction.png",
-                lambda axes: axes.plot(used, marker="."),
-                xlabel="after task",
-                ylim=(0, 1),
-                title="share of weights used",
-            )
-    save("final.png", lambda axes: _finals(axes, results), xlabel="task", ylabel="accuracy (%)", title="after the last task")
-    return made
+    return [*made, draw_final([result], folder)]
 
 
-def _heat(axes: Any, values: list[list[float]]) -> None:
-    image = axes.imshow(values, vmin=0, vmax=100, cmap="viridis", interpolation="nearest")
+def draw_final(results: list[Result], folder: Path) -> Path:
+    """final.png: the accuracies after the last task, a line a result."""
+    labels = {"xlabel": "task", "ylabel": "accuracy (%)", "title": "after the last task"}
+    return plot(folder / "final.png", lambda axes: _finals(axes, results), **labels)
+
+
+def _numbers(rows: list[Vector]) -> list[list[float]]:
+    """NaN for null."""
+    return [[float("nan") if v is None else v for v in row] for row in rows]
+
+
+def _heat(axes: Any, values: list[list[float]], span: tuple[float, float] = (0.0, 100.0), digits: int = 1) -> None:
+    image = axes.imshow(values, vmin=span[0], vmax=span[1], cmap="viridis", interpolation="nearest")
     if len(values) > 10:
         axes.figure.colorbar(image)
         return
     for t, row in enumerate(values):
         for j, v in enumerate(row):
             if v == v:
-                axes.text(j, t, f"{v:.1f}", ha="center", va="center", color="white" if v < 60 else "black", fontsize=8)
+                dark = v < span[0] + 0.6 * (span[1] - span[0])
+                axes.text(j, t, f"{v:.{digits}f}", ha="center", va="center", color="white" if dark else "black", fontsize=8)
+
+
+SHARED = {"all": "used by all earlier tasks", "some": "by some", "none": "by none"}  # the shares of reuse.py, for legends
+
+
+def _shares(axes: Any, shares: dict[str, Vector]) -> None:
+    """Stacked bars."""
+    n = len(shares["none"])
+    base = [0.0] * n
+    for name, label in SHARED.items():
+        heights = [v or 0.0 for v in shares[name]]
+        axes.bar(range(n), heights, 0.8 if n <= 50 else 1.0, base, label=label)
+        base = [a + b for a, b in zip(base, heights)]
+    axes.legend(fontsize=7)
+
+
+def _layers(axes: Any, layers: dict[str, dict[str, float | None]]) -> None:
+    _shares(axes, {name: [shares[name] for shares in layers.values()] for name in SHARED})
+    many = len(layers) > 4
+    axes.set_xticks(range(len(layers)), list(layers), rotation=90 if many else 0, fontsize=7)
+    if many:  # room for the names
+        axes.set_position((0.14, 0.28, 0.83, 0.63))
+
+
+def _later(shares: dict[str, Vector]) -> dict[str, float | None]:
+    """Means over all tasks but the first, which has no earlier ones."""
+    return {name: metrics.mean(values[1:]) for name, values in shares.items()}
 
 
 def _curves(axes: Any, values: list[list[float]]) -> None:
@@ -321,17 +382,27 @@ def page(title: str, results: list[Result], plots: list[tuple[str, Path]]) -> st
         f"<tr><td>{html.escape(name_of(r))}</td>" + "".join(f"<td>{number(table_row(r)[c])}</td>" for c in shown) + "</tr>"
         for r in results
     )
-    pictures = "".join(
-        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-        for caption, path in plots
-    )
-    facts = [json.dumps({"config": r.config, "environment": r.environment, "method": r.method_report}, indent=1) for r in results]
+    told = [
+        {k: v for k, v in r.method_report.items() if k != "reuse"} for r in results
+    ]  # reuse is a table for every task: in plots
+    facts = [
+        json.dumps({"config": r.config, "environment": r.environment, "method": m, "capacity": r.capacity}, indent=1)
+        for r, m in zip(results, told)
+    ]
     details = "".join(
         f"<details><summary>{html.escape(name_of(r))}: config and environment</summary><pre>{html.escape(text)}</pre></details>"
         for r, text in zip(results, facts)
     )
     return (
         f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(title)}</title><style>{STYLE}</style>"
-        f"<h1>{html.escape(title)}</h1><table><tr><th>run</th>{head}</tr>{body}</table>{pictures}{details}</html>\n"
+        f"<h1>{html.escape(title)}</h1><table><tr><th>run</th>{head}</tr>{body}</table>{figures(plots)}{details}</html>\n"
+    )
+
+
+def figures(plots: list[tuple[str, Path]]) -> str:
+    """Plots (caption, PNG) as HTML, the pictures within it."""
+    return "".join(
+        f'<figure><img alt="{html.escape(caption)}" src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}">'
+        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
+        for caption, path in plots
     )

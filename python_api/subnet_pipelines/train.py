@@ -6,7 +6,7 @@ import contextlib
 import gc
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -70,8 +70,20 @@ def run(
     if resume and (done := finished(Path(out), record)) is not None:
         return done
     show = show or Quiet()
-    with Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
+    with repeatable(), Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
         return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every, stop).go()
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """Within the block cuDNN's convolutions give the same bits every time, without which a resumed run would end with others."""
+    cudnn = torch.backends.cudnn
+    before = cudnn.deterministic, cudnn.benchmark
+    cudnn.deterministic, cudnn.benchmark = True, False
+    try:
+        yield
+    finally:
+        cudnn.deterministic, cudnn.benchmark = before
 
 
 def settle() -> None:
@@ -115,18 +127,25 @@ class Run:
 
     def go_on(self) -> None:
         every, total = self.benchmark.stream(), len(self.benchmark)
+        if self.method.joint:
+            every = [total - 1]
+            self.matrix.leave_out(every[0])
         if self.config.eval_future and self.cursor == Cursor():
             self.measure(lambda: self.matrix.measure("untrained", range(total), self.stop))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
             parts = range(total) if index is None else [index]
-            plan = self.method.plan(None if index is None else self.benchmark.task(index))
+            plan = self.method.plan(None if index is None else self.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
             self.measure(lambda parts=parts: self.matrix.mark(parts[-1], self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:
                 self.save()
+
+    def task(self, i: int) -> Task:
+        """Task i of the stream, or the union of all."""
+        return self.benchmark.union() if self.method.joint else self.benchmark.task(i)
 
     def phase(self, phase: Phase, index: int | None, parts: Sequence[int], marks: bool) -> None:
         """first, the steps, then. marks: measure at the hidden borders within it."""
@@ -147,7 +166,7 @@ class Run:
         self.step = GraphedSteps(self.method, self.opt, phase.batch_size) if graphed else self.method.step
         settle()  # after the optimizer, whose first one imports the most
         while self.cursor.part < len(parts):
-            self.part(phase, self.benchmark.task(parts[self.cursor.part]), index, rates)
+            self.part(phase, self.task(parts[self.cursor.part]), index, rates)
             if marks and self.cursor.part < len(parts) - 1:
                 self.measure(lambda: self.matrix.mark(parts[self.cursor.part], self.stop))
             self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
@@ -164,7 +183,10 @@ class Run:
         watched = phase.select == "best" or self.plateau is not None
         if watched and task.val is None:
             raise Refusal(f"{self.method.name} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
-        train, val = task.train.marked(index), task.val.marked(index) if watched else None
+        train, val = task.train.marked(index), None
+        if watched:
+            mixed = torch.randperm(len(task.val), generator=stream(self.method.seed, "validation order", task.index))
+            val = (*task.val.marked(index), mixed.to(train[1].device))
         n, c, clock = len(train[1]), self.cursor, self.clock
         a_round = -(-n // phase.batch_size)
         steps = phase.steps if phase.steps is not None else phase.epochs * a_round
@@ -175,7 +197,12 @@ class Run:
             clock.epoch = c.epoch
             order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
             order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
-            self.steps(batches(*train, order, phase.batch_size, c.batch), phase.schedule if self.plateau is None else None, rates)
+            augment, draws = task.train.augment, None
+            if augment is not None:
+                draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", task.index, c.phase, c.epoch))
+                draws = draws.to(order.device)
+            feed = batches(*train, order, phase.batch_size, c.batch, augment, draws)
+            self.steps(feed, phase.schedule if self.plateau is None else None, rates)
             goes_on = self.epoch_end(phase, val)
             c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
             more = c.epoch * a_round < steps

@@ -13,9 +13,24 @@ from subnet_pipelines.benchmarks.base import (
     Split,
     Task,
 )
+from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Superclass
+from subnet_pipelines.benchmarks.five import FiveDatasets
 from subnet_pipelines.benchmarks.mnist import PermutedMNIST, PermutedMNISTMini, RotatedMNIST, RotatedMNISTMini
+from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
+from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
 
-BENCHMARKS: dict[str, type[Benchmark]] = {b.name: b for b in (PermutedMNIST, PermutedMNISTMini, RotatedMNIST, RotatedMNISTMini)}
+_ALL = (
+    PermutedMNIST,
+    PermutedMNISTMini,
+    RotatedMNIST,
+    RotatedMNISTMini,
+    FiveDatasets,
+    OmniglotRotation,
+    CIFAR100Split,
+    CIFAR100Superclass,
+    TinyImageNet,
+)
+BENCHMARKS: dict[str, type[Benchmark]] = {b.name: b for b in _ALL}
 
 __all__ = [
     "BENCHMARKS",

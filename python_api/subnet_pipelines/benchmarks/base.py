@@ -1,4 +1,4 @@
-"""The words of a task stream: Batch, Split, Task, Scenario, Benchmark."""
+"""The words of a task stream: Batch, Rows, Split, Task, Scenario, Benchmark."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
-CHUNK = 1 << 18  # elements of an epoch that are gathered at once: a megabyte, which stays in the cache
+CHUNK = 1 << 18  # elements of an epoch that are gathered at once: a megabyte, which stays in the cache of a CPU
+WIDE = 64  # times as many where a gather is a launch
 
 
 class Batch(NamedTuple):
@@ -39,17 +41,37 @@ NNs = Scenario(train_id=False, test_id=False, shared=True)
 SCENARIOS = {"GG": GG, "GNs": GNs, "GNu": GNu, "NNs": NNs}
 
 
+class Rows(NamedTuple):
+    """Rows of base tensors: x uint8 (n, ...); y int64 (n,), labels; index int64 (m,) picks rows, None is all."""
+
+    x: Tensor
+    y: Tensor
+    index: Tensor | None = None
+
+    def labels(self) -> Tensor:
+        """int64 (m,)."""
+        return self.y if self.index is None else self.y[self.index]
+
+    def pick(self, places: Tensor | None) -> Rows:
+        """The rows at these places among the m, int64; None is all of them."""
+        if places is None:
+            return self
+        return Rows(self.x, self.y, places if self.index is None else self.index[places])
+
+
 @dataclass(frozen=True)
 class Split:
-    """Rows of base tensors that all tasks share, and the view that makes them this task's.
+    """Rows of base tensors that tasks share, and the view that makes them this task's.
 
-    x uint8 (n, ...); y int64 (n,); index int64 (m,) picks rows, None is all; view: uint8 (m, ...) -> float (m, ...).
+    x uint8 (n, ...); y int64 (n,); index int64 (m,) picks rows, None is all; view: uint8 (m, ...) -> float (m, ...); augment, if there:
+    float (b, ...) as the view made it and int64 (b,) drawn from [0, 2^62) -> float (b, ...), anew for every batch of training.
     """
 
     x: Tensor
     y: Tensor
     index: Tensor | None
     view: Callable[[Tensor], Tensor]
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.y) if self.index is None else len(self.index)
@@ -67,26 +89,66 @@ class Split:
 
 
 @dataclass(frozen=True)
+class Joined:
+    """The rows of several tasks' splits, one after another, each marked with its own task: splits[i] is task i's.
+
+    augment as in Split: what the tasks have in common.
+    """
+
+    splits: tuple[Split, ...]
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None
+
+    def __len__(self) -> int:
+        return sum(map(len, self.splits))
+
+    def marked(self, task: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All rows as `Split.marked` has them, with the task that each is of; None for `task` hides it."""
+        x = y = t = None
+        at = 0
+        for i, split in enumerate(self.splits):
+            part, labels = split.tensors()
+            if x is None:
+                x, y = (v.new_empty((len(self), *v.shape[1:])) for v in (part, labels))
+                t = torch.empty_like(y)
+            rows = slice(at, at := at + len(labels))
+            x[rows], y[rows], t[rows] = part, labels, i
+        return x, y, None if task is None else t
+
+
+@dataclass(frozen=True)
 class Task:
-    """One task of a stream; index is its place in the stream."""
+    """One task of a stream; index is its place in the stream. Of a union of tasks the rows are Joined."""
 
     index: int
     name: str
-    train: Split
-    val: Split | None
+    train: Split | Joined
+    val: Split | Joined | None
     classes: int
 
 
-def batches(x: Tensor, y: Tensor, t: Tensor | None, order: Tensor | None, size: int, skip: int = 0) -> Iterator[Batch]:
+def batches(
+    x: Tensor,
+    y: Tensor,
+    t: Tensor | None,
+    order: Tensor | None,
+    size: int,
+    skip: int = 0,
+    augment: Callable[[Tensor, Tensor], Tensor] | None = None,
+    draws: Tensor | None = None,
+) -> Iterator[Batch]:
     """Batches of `size` rows of x, y, t in the given order (as they lie where None), from batch number `skip` on.
 
-    Rows are gathered a chunk of batches at a time; a batch is then three views.
+    augment, with draws int64 for each place in the order, goes over x as in Split. Rows are gathered a chunk of batches at a time; a batch
+    is then three views.
     """
-    rows = max(1, CHUNK // max(1, math.prod(x.shape[1:]) * size)) * size
+    limit = CHUNK if x.device.type == "cpu" else CHUNK * WIDE
+    rows = max(1, limit // max(1, math.prod(x.shape[1:]) * size)) * size
     n = len(x) if order is None else len(order)
     for start in range(skip * size, n, rows):
         stop = min(start + rows, n)
         chunk = [v if v is None else v[start:stop] if order is None else v.index_select(0, order[start:stop]) for v in (x, y, t)]
+        if augment is not None:
+            chunk[0] = augment(chunk[0], draws[start:stop])
         xs, ys = chunk[0].split(size), chunk[1].split(size)
         ts = chunk[2].split(size) if t is not None else [None] * len(xs)
         yield from map(Batch, xs, ys, ts)
@@ -102,8 +164,9 @@ class BenchmarkConfig:
     """Who is told the task: given in training and at test (GG), in training only with shared or unshared labels (GNs, GNu), never (NNs)."""
     val_fraction: float = 0.1
     """Share of the training rows kept for validation; 0 trains on all of them."""
-    val_split: Literal["balanced", "first"] = "balanced"
-    """Validation rows: drawn class by class from the run's seed, or the first rows of the file (WSN's code)."""
+    val_split: Literal["balanced", "first", "shuffle", "train"] = "balanced"
+    """Validation rows: drawn class by class from the run's seed; the first rows of the file (WSN's code on Permuted MNIST); the first of
+    sklearn's shuffle at the run's seed (WSN's code on CIFAR and 5-Datasets); the training rows again (WSN's code on Omniglot)."""
     eval_images: int | None = None
     """Test on N rows a task, drawn class by class from the run's seed; all where null."""
 
@@ -128,8 +191,29 @@ def balanced(y: Tensor, count: int, generator: torch.Generator) -> Tensor:
     return shuffled[torch.argsort(rank, stable=True)[:count]].sort().values
 
 
+def divide(y: Tensor, fraction: float, split: str, seed: int, *purpose: int) -> tuple[Tensor | None, Tensor | None]:
+    """Places of a task's training rows and of its validation rows, int64 ascending; None is all rows, or no validation.
+
+    y int64 (n,), the rows' labels; fraction and split as in BenchmarkConfig; purpose tells tasks apart that divide rows of their own.
+    """
+    count = max(1, (int if split == "shuffle" else round)(fraction * len(y)))
+    if fraction == 0:
+        return None, None
+    if split == "train":
+        return None, torch.arange(len(y))
+    if split == "first":
+        held = torch.arange(count)
+    elif split == "shuffle":  # the same rows for every task of a length, as in the code
+        held = torch.from_numpy(np.random.RandomState(seed).permutation(len(y))[:count]).sort().values
+    else:
+        held = balanced(y, count, stream(seed, "validation", *purpose))
+    kept = torch.ones(len(y), dtype=torch.bool)
+    kept[held] = False
+    return kept.nonzero().flatten(), held
+
+
 class Benchmark:
-    """A sequence of tasks and a scenario. Subclasses load base tensors and say what task i's view is.
+    """A sequence of tasks and a scenario. Subclasses load base tensors and say what task i's rows and view are.
 
     `task(i)` and `test(i)` are made when asked for, so 2,500 tasks cost what one costs.
     """
@@ -137,49 +221,71 @@ class Benchmark:
     name: str
     Config = BenchmarkConfig
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
-    classes: int
+    classes: int  # width of a head
     input_shape: tuple[int, ...]
 
-    def __init__(self, config: BenchmarkConfig, seed: int, device: torch.device, train: tuple, test: tuple):
+    def __init__(
+        self, config: BenchmarkConfig, seed: int, device: torch.device, train: tuple | None = None, test: tuple | None = None
+    ):
+        """train, test: x and y that all tasks share; a subclass whose tasks have rows of their own gives none, and overrides `rows`."""
         config.check()
         self.config, self.seed, self.device = config, seed, device
         self.scenario = SCENARIOS[config.scenario]
-        self._train = tuple(t.to(device) for t in train)
-        self._test = tuple(t.to(device) for t in test)
-        y = train[1]
-        count = round(config.val_fraction * len(y))
-        if config.val_split == "first":
-            held = torch.arange(count)
-        else:
-            held = balanced(y, count, stream(seed, "validation"))
-        kept = torch.ones(len(y), dtype=torch.bool)
-        kept[held] = False
-        self._held = held.to(device) if count else None
-        self._kept = kept.nonzero().flatten().to(device) if count else None
-        self._tested = None
-        if config.eval_images is not None and config.eval_images < len(test[1]):
-            self._tested = balanced(test[1], config.eval_images, stream(seed, "eval_images")).to(device)
+        self.shared = train is not None
+        if self.shared:
+            self._rows = tuple(Rows(*(t.to(device) for t in pair)) for pair in (train, test))
+        self._divided: dict[int, tuple[Rows, Rows | None, Rows]] = {}
 
     def __len__(self) -> int:
         return self.config.tasks
+
+    def rows(self, i: int) -> tuple[Rows, Rows]:
+        """Task i's training rows, those for validation among them, and its test rows."""
+        return self._rows
 
     def view(self, i: int) -> Callable[[Tensor], Tensor]:
         """Task i's view: uint8 rows (m, ...) -> float model input (m, ...)."""
         raise NotImplementedError
 
+    def augment(self, i: int) -> Callable[[Tensor, Tensor], Tensor] | None:
+        """What training does to task i's batches, as in Split."""
+        return None
+
     def title(self, i: int) -> str:
         """Task i's name for people."""
         return f"task {i}"
 
+    def divided(self, i: int) -> tuple[Rows, Rows | None, Rows]:
+        """Task i's rows for training, validation (None where there are none) and test."""
+        key = 0 if self.shared else i
+        if key not in self._divided:
+            c, purpose = self.config, () if self.shared else (i,)
+            train, test = self.rows(i)
+            kept, held = divide(train.labels().cpu(), c.val_fraction, c.val_split, self.seed, *purpose)
+            kept, held = (None if places is None else places.to(self.device) for places in (kept, held))
+            val = None if held is None else train.pick(held)
+            if c.eval_images is not None and c.eval_images < len(test.labels()):
+                places = balanced(test.labels(), c.eval_images, stream(self.seed, "eval_images", *purpose))
+                test = test.pick(places.to(self.device))
+            self._divided[key] = train.pick(kept), val, test
+        return self._divided[key]
+
     def task(self, i: int) -> Task:
         """Task i of the stream, 0 <= i < len(self)."""
-        view = self.view(i)
-        val = None if self._held is None else Split(*self._train, self._held, view)
-        return Task(i, self.title(i), Split(*self._train, self._kept, view), val, self.classes)
+        view, (train, val, _) = self.view(i), self.divided(i)
+        held = None if val is None else Split(*val, view)
+        return Task(i, self.title(i), Split(*train, view, self.augment(i)), held, self.classes)
+
+    def union(self) -> Task:
+        """All tasks of the stream as one, in the place of the last."""
+        tasks = [self.task(i) for i in range(len(self))]
+        val = None if tasks[0].val is None else Joined(tuple(task.val for task in tasks))
+        train = Joined(tuple(task.train for task in tasks), self.augment(0))
+        return Task(len(self) - 1, "all tasks", train, val, self.classes)
 
     def test(self, i: int) -> Split:
         """Task i's test rows."""
-        return Split(*self._test, self._tested, self.view(i))
+        return Split(*self.divided(i)[2], self.view(i))
 
     def stream(self) -> Sequence[int | None]:
         """What a run goes through: task numbers, or one None, the whole stream with its borders hidden."""

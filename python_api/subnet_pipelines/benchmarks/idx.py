@@ -14,6 +14,7 @@ from torch import Tensor
 
 from subnet_pipelines.errors import Refusal
 
+IDX_NAMES = tuple(f"{half}-{kind}-ubyte.gz" for half in ("train", "t10k") for kind in ("images-idx3", "labels-idx1"))
 LIMIT = 1 << 31  # bytes of data that a header may promise; MNIST has 47 million
 
 
@@ -47,6 +48,21 @@ def read_idx(path: Path, dims: int) -> Tensor:
     if extra:
         raise Refusal(f"{path}: holds more than the {size} bytes its header promises")
     return torch.from_numpy(np.frombuffer(bytearray(data), dtype=np.uint8).reshape(shape))
+
+
+def read_labelled(images_at: Path, labels_at: Path) -> tuple[Tensor, Tensor]:
+    """Two idx files as MNIST has them: images uint8 (n, 28, 28) and labels int64 (n,) of ten classes.
+
+    Raises Refusal where one is damaged or does not fit the other.
+    """
+    images, labels = read_idx(images_at, 3), read_idx(labels_at, 1)
+    if images.shape[1:] != (28, 28):
+        raise Refusal(f"{images_at}: images should be 28 x 28, are {images.shape[1]} x {images.shape[2]}")
+    if len(images) != len(labels):
+        raise Refusal(f"{images_at}: has {len(images)} images, {Path(labels_at).name} has {len(labels)} labels")
+    if len(labels) == 0 or labels.max() > 9:
+        raise Refusal(f"{labels_at}: labels should be 0 to 9 and there be at least one")
+    return images, labels.long()
 
 
 def write_idx(path: Path, array: np.ndarray) -> None:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
-import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,104 +13,36 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from subnet_kernels.files import write_atomic
 from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig
-from subnet_pipelines.benchmarks.idx import read_idx
+from subnet_pipelines.benchmarks.files import Source, data_folder, find
+from subnet_pipelines.benchmarks.idx import IDX_NAMES, read_labelled
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
 MINI = Path(__file__).parent.parent / "data" / "mnist-mini"
 MIRROR = "https://ossci-datasets.s3.amazonaws.com/mnist/"
-SHA256 = {  # of the original downloads
-    "train-images-idx3-ubyte.gz": "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
-    "train-labels-idx1-ubyte.gz": "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
-    "t10k-images-idx3-ubyte.gz": "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
-    "t10k-labels-idx1-ubyte.gz": "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
-}
+SHA256 = (  # of the original downloads
+    "440fcabf73cc546fa21475e81ea370265605f56be210a4024d2ca8f203523609",
+    "3552534a0a558bbed6aed32b30c495cca23d567ec52cac8be1a0730e8010255c",
+    "8d422c7b0a1c1c79245a5bcf07fe86e33eeafee792b84584aec276f5a2dbc4e6",
+    "f7ae60f92e00ec6debd23a6088c31dbd2371eca3ffa0defaefb259924204aec6",
+)
+SOURCES = {name: Source(MIRROR + name, f"sha256:{digest}") for name, digest in zip(IDX_NAMES, SHA256)}
 MEAN, STD = 0.1307, 0.3081  # of MNIST's pixels; both papers' code
 
 
-def default_data_dir() -> Path:
-    """$SUBNET_DATA_DIR, else the user's cache."""
-    if found := os.environ.get("SUBNET_DATA_DIR"):
-        return Path(found).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "subnet-kernels"
-
-
-def find(name: str, data_dir: Path) -> Path:
-    """The file of that official name under data_dir/mnist, data_dir/MNIST/raw or data_dir, gzipped or not; else it is downloaded.
-
-    Raises Refusal naming the file and where to put it.
-    """
-    folders = [data_dir / "mnist", data_dir / "MNIST" / "raw", data_dir]
-    for folder in folders:
-        for candidate in (folder / name, folder / name.removesuffix(".gz")):
-            if candidate.is_file():
-                return candidate
-    import pooch  # here, as it is only needed by those who lack the data
-
-    try:
-        pooch.get_logger().setLevel("ERROR")
-        with tempfile.TemporaryDirectory() as temporary:
-            bar = _bar() if sys.stderr.isatty() else False
-            got = pooch.retrieve(MIRROR + name, f"sha256:{SHA256[name]}", name, temporary, progressbar=bar)
-            folders[0].mkdir(parents=True, exist_ok=True)
-            write_atomic(folders[0] / name, Path(got).read_bytes())
-        return folders[0] / name
-    except Exception as error:
-        reason = str(error) if isinstance(error, ValueError) else f"{type(error).__name__} at {MIRROR}"
-        raise Refusal(
-            f"MNIST: {name} is not in {folders[0]} and could not be downloaded ({reason}): "
-            f"put it there, or name the folder that holds mnist/{name} with --data-dir"
-        ) from None
-
-
-def _bar() -> object:
-    """A progress bar with the three methods that pooch calls, drawn by rich."""
-    from rich.progress import Progress
-
-    class Bar:
-        total = 0
-
-        def __init__(self):
-            self.progress = Progress(transient=True)
-            self.task = None
-
-        def update(self, n: int) -> None:
-            if self.task is None:
-                self.progress.start()
-                self.task = self.progress.add_task("downloading", total=self.total)
-            self.progress.update(self.task, advance=n)
-
-        def reset(self) -> None:
-            if self.task is not None:
-                self.progress.reset(self.task)
-
-        def close(self) -> None:
-            self.progress.stop()
-
-    return Bar()
-
-
 @functools.lru_cache(maxsize=4)
-def load(folder: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """MNIST as (images uint8 (n, 784), labels int64 (n,)) for training and test; the shipped subset where folder is None.
+def load(data_dir: Path | None) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """MNIST as (images uint8 (n, 28, 28), labels int64 (n,)) for training and test; the shipped subset where data_dir is None.
 
-    Raises Refusal where a file is missing, damaged, or does not fit the other.
+    The files are looked for in data_dir/mnist, data_dir/MNIST/raw and data_dir, gzipped or not, and downloaded where they are missing.
+    Raises Refusal where one cannot be had, is damaged, or does not fit the other.
     """
-    parts = []
-    for half in ("train", "t10k"):
-        names = f"{half}-images-idx3-ubyte.gz", f"{half}-labels-idx1-ubyte.gz"
-        images_at, labels_at = (MINI / n if folder is None else find(n, folder) for n in names)
-        images, labels = read_idx(images_at, 3), read_idx(labels_at, 1)
-        if images.shape[1:] != (28, 28):
-            raise Refusal(f"{images_at}: images should be 28 x 28, are {images.shape[1]} x {images.shape[2]}")
-        if len(images) != len(labels):
-            raise Refusal(f"{images_at}: has {len(images)} images, {labels_at.name} has {len(labels)} labels")
-        if len(labels) == 0 or labels.max() > 9:
-            raise Refusal(f"{labels_at}: labels should be 0 to 9 and there be at least one")
-        parts.append((images.flatten(1), labels.long()))
-    return parts[0], parts[1]
+    if data_dir is None:
+        paths = find("MNIST", IDX_NAMES, MINI, ["."])
+    else:
+        paths = find("MNIST", IDX_NAMES, data_dir, ["mnist", "MNIST/raw", "."], SOURCES)
+    return read_labelled(*paths[:2]), read_labelled(*paths[2:])
 
 
 def gather_view(index: Tensor | None) -> Callable[[Tensor], Tensor]:
@@ -146,8 +75,8 @@ class MNIST(Benchmark):
     input_shape = (784,)
 
     def __init__(self, config, seed: int, data_dir: Path | None = None, device: torch.device | str = "cpu"):
-        folder = None if self.mini else Path(data_dir or default_data_dir()).expanduser()
-        super().__init__(config, seed, torch.device(device), *load(folder))
+        parts = load(None if self.mini else data_folder(data_dir))
+        super().__init__(config, seed, torch.device(device), *((images.flatten(1), labels) for images, labels in parts))
 
 
 @dataclass(frozen=True)

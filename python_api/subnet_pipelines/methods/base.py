@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -12,8 +12,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
+from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
+from subnet_pipelines.models import gather_statistics
 from subnet_pipelines.schedules import Plateau
 
 
@@ -96,7 +98,9 @@ class Method(nn.Module):
     static_step = (
         False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
     )
+    joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
+    norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end
     out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 
     def __init__(self, config: MethodConfig, benchmark: Benchmark, seed: int):
@@ -142,7 +146,18 @@ class Method(nn.Module):
 
     def validate(self, batch: Batch, clock: Clock) -> Tensor:
         """Validation loss of a batch, 0-dim, a mean over its rows; called in eval mode without gradients."""
+        for norm in self.norms:
+            norm.train()  # by the batch's own statistics, as in training: a task's are gathered at its end
         return self.loss(batch, clock)
+
+    def gather_norms(self, task: Task, net: nn.Module, forward: Callable[[Tensor], Any]) -> None:
+        """Give `norms` their statistics over the task's training rows, of which forward calls net; a short last batch is left out."""
+        if not self.norms:
+            return
+        x, y, _ = task.train.marked(None)
+        order, size = torch.randperm(len(y), generator=stream(self.seed, "statistics", task.index)), self.config.batch_size
+        order = order[: max(1, len(y) // size) * size].to(self.device)
+        gather_statistics(net, forward, (batch.x for batch in batches(x, y, None, order, size)))
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:
         """Logits of x (B, ...) as the given task, which is None where it must be inferred.
@@ -154,6 +169,10 @@ class Method(nn.Module):
     def report(self) -> dict[str, Any]:
         """What only the method knows, as JSON; "capacity", if there, becomes the result's capacity."""
         return {}
+
+    def final_report(self) -> dict[str, Any]:
+        """`report` at the end of a run, with what is too dear to be worked out after every task."""
+        return self.report()
 
     def facts(self) -> dict[str, Any]:
         """JSON that `build` needs to make a fresh object's tensors match this one's."""

@@ -8,40 +8,26 @@ from typing import Literal
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.func import functional_call
 
-from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
-from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
-from subnet_pipelines.models import MODELS
-from subnet_pipelines.schedules import Plateau
+from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(MethodConfig):
-    """Finetuning; the defaults are the recipe of WSN's code on Permuted MNIST, for which the paper prints 78.22 +- .84 %."""
+class FinetuneConfig(DenseConfig):
+    """Finetuning; with the defaults, the recipe of WSN's code on Permuted MNIST, the paper prints 78.22 +- .84 %."""
 
-    model: Literal["mlp", "lenet-300-100", "fc-1024"] = "mlp"
-    """The network: 784-100-100, 784-300-100 or 784-1024-1024, and a head."""
+    norm: Literal["task", "gathered", "batch"] = "task"
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, those that
+    the last task gathered, or those of the test batch (WSN's code)."""
     head: Literal["per-task", "shared"] = "per-task"
     """A head of its own for each task, or one for all."""
-    lr: float = 1e-3
-    """Adam's learning rate."""
-    lr_min: float = 1e-6
-    """A task ends where the rate falls below it."""
-    patience: int = 6
-    """Epochs without a better validation loss before the rate is halved."""
-    select: Literal["last", "best"] = "best"
-    """Keep the weights of the last epoch, or of the least validation loss."""
-
-    def check(self) -> None:
-        super().check()
-        if self.lr <= 0:
-            raise Refusal(f"lr must be positive, got {self.lr}")
-        if self.patience < 1:
-            raise Refusal(f"patience must be at least 1, got {self.patience}")
 
 
 class Finetune(Method):
@@ -50,39 +36,38 @@ class Finetune(Method):
     name = "finetune"
     Config = FinetuneConfig
     static_step = True
+    FIDELITY = CODE_NORM
     scenarios = ("GG", "GNs")
 
     def __init__(self, config: FinetuneConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         if not benchmark.scenario.test_id and config.head != "shared":
             raise Refusal(f"head must be 'shared' in scenario {benchmark.config.scenario}, where no task id is given at test")
-        self.classes, self.validated = benchmark.classes, benchmark.config.val_fraction > 0
-        with seeded(seed, "init"):
-            self.model = MODELS[config.model](benchmark.classes, *benchmark.input_shape).to(self.device)
+        self.benchmark = benchmark
+        self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         self.width, self.model.head = self.model.head.in_features, nn.Identity()
         self.heads = nn.ModuleList()
+        self.norms = batch_norms(self.model) if config.norm != "batch" else []
+        if self.norms and config.norm == "task" and not benchmark.scenario.test_id:
+            raise Refusal(f"norm must not be 'task' in scenario {benchmark.config.scenario}, where no task id is given at test")
+        self.statistics: list[dict[str, Tensor]] = []  # of the norms, by task, where each keeps its own
 
     def plan(self, task: Task) -> list[Phase]:
-        c = self.config
-        return [
-            Phase(
-                "train",
-                epochs=c.epochs,
-                steps=c.iterations,
-                batch_size=c.batch_size,
-                optimizer=lambda: optim.Adam([*self.model.body.parameters(), *self.head(task.index).parameters()], c.lr),
-                schedule=Plateau(c.patience, 2.0, c.lr_min) if self.validated else None,
-                select=c.select if self.validated else "last",
-                first=self.add_head,
-            )
-        ]
+        learning = lambda: [*self.model.parameters(), *self.head(task.index).parameters()]  # noqa: E731
+        return [training(self.config, task, learning, self.add_head, lambda: self.end(task))]
+
+    def end(self, task: Task) -> None:
+        """Called once after a task's last step."""
+        self.gather_norms(task, self.model, self.model)
+        if self.norms and self.config.norm == "task":
+            self.statistics.append({name: buffer.clone() for name, buffer in self.model.named_buffers()})
 
     def add_head(self) -> None:
         """The next task's head, initialised from a stream of its own; the shared one is made once."""
         if self.heads and self.config.head == "shared":
             return
         with seeded(self.seed, "head", len(self.heads)):
-            fresh = nn.Linear(self.width, self.classes, bias=False).to(self.device)
+            fresh = nn.Linear(self.width, self.benchmark.classes, bias=False).to(self.device)
         self.heads.append(fresh)
 
     def head(self, task: int | None) -> nn.Module:
@@ -96,12 +81,21 @@ class Finetune(Method):
         return self.head(clock.task)(self.model.features(batch.x))
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:
-        logits = self.head(task)(self.model.features(x))
-        return Prediction(logits, None if task is None else torch.full((len(x),), task, device=x.device))
+        head = self.head(task)
+        own = task is not None and task < len(self.statistics)
+        features = functional_call(self.model, self.statistics[task], (x,)) if own else self.model.features(x)
+        return Prediction(head(features), None if task is None else torch.full((len(x),), task, device=x.device))
 
     def report(self) -> dict:
-        weights = sum(p.numel() for p in self.model.body.parameters())
+        weights = sum(p.numel() for p in self.model.parameters())
         return {"capacity": capacity(weights, weights, tasks=len(self.heads), mask_bytes=0, paper_cap=100.0)}
+
+    def state(self) -> dict:
+        return {**super().state(), "statistics": self.statistics}
+
+    def load(self, state: dict) -> None:
+        super().load(state)
+        self.statistics = [{name: t.to(self.device, copy=True) for name, t in kept.items()} for kept in state["statistics"]]
 
     def facts(self) -> dict:
         return {"heads": len(self.heads)}

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 import subnet_kernels as sk
 from subnet_kernels.layers import refresh_seconds
 from subnet_pipelines.benchmarks.base import Batch, Benchmark
-from subnet_pipelines.capacity import wsn_cap
+from subnet_pipelines.capacity import joint_huffman, with_huffman, wsn_cap
 from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Prediction
+from subnet_pipelines.reuse import reuse_report
 
 
 def entry_name(task: int) -> str:
@@ -46,9 +47,13 @@ class MaskedMethod(Method):
     def ready(self, clock: Clock) -> None:
         self.run_live()
 
+    def network(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of x (B, ...) through whatever mask is active."""
+        return self.model(x)
+
     def logits(self, batch: Batch, clock: Clock) -> Tensor:
         self.ready(clock)
-        return self.model(batch.x)
+        return self.network(batch.x)
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:
         name = entry_name(task)
@@ -56,12 +61,21 @@ class MaskedMethod(Method):
             raise NotLearnt(f"{name} has no entry in the bank yet")
         if self.bank.active != name:
             self.bank.activate(name)
-        return Prediction(self.model(x), torch.full((len(x),), task, device=x.device))
+        return Prediction(self.network(x), torch.full((len(x),), task, device=x.device))
 
     def report(self) -> dict[str, Any]:
         capacity = self.bank.capacity()
         paper = wsn_cap(capacity["used_fraction"], len(self.bank)) if self.bank.trains_weights and len(self.bank) else None
         return {"capacity": {**capacity, "paper_cap": paper}}
+
+    def final_report(self) -> dict[str, Any]:
+        report, sizes = (
+            self.report(),
+            {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())},
+        )
+        huffman = joint_huffman(map(self.bank.bits, self.bank.masks), sizes)
+        report["capacity"] = with_huffman(report["capacity"], huffman, sum(sizes.values()))
+        return {**report, "reuse": reuse_report(self.bank)}
 
     def state(self) -> dict[str, Any]:
         if self.out is None:

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 import subnet_kernels as sk
-from subnet_kernels import optim
 from subnet_pipelines import inference
 from subnet_pipelines.benchmarks.base import Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
+from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS
+from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
+from subnet_pipelines.schedules import cosine
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,13 @@ class SupSupConfig(MethodConfig):
     """Steps of a task."""
     batch_size: int = 128
     """Rows of a training batch, and of a unit under inference_unit batch."""
-    model: Literal["mlp", "lenet-300-100", "fc-1024"] = "lenet-300-100"
-    """The network; all its layers are masked, the last one too."""
+    model: Network = "lenet-300-100"
+    """The network."""
+    head: Literal["masked", "dense"] = "masked"
+    """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
+    norm: Literal["task", "batch"] = "task"
+    """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself (in the
+    authors' code averages over the last steps of training), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
     mask: Literal["threshold", "topk"] = "threshold"
@@ -47,6 +53,10 @@ class SupSupConfig(MethodConfig):
     """Of the scores; made afresh for each task."""
     lr: float = 1e-4
     """Its learning rate."""
+    weight_decay: float = 0.0
+    """L2 of the scores, in the optimizer (the authors' code has 1e-4 on Split CIFAR-100, where its scripts do not name it)."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The rate over a task: as it is, or down to 0 (the authors' code in scenario GG)."""
     objective: Literal["G", "H"] = "G"
     """What inference differentiates: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
     inference: Literal["one-shot", "binary"] = "one-shot"
@@ -66,6 +76,8 @@ class SupSupConfig(MethodConfig):
             raise Refusal(f"density must be in (0, 1], got {self.density}")
         if self.lr <= 0:
             raise Refusal(f"lr must be positive, got {self.lr}")
+        if self.weight_decay < 0:
+            raise Refusal(f"weight_decay must not be negative, got {self.weight_decay}")
         if self.log_base < 2:
             raise Refusal(f"log_base must be at least 2, got {self.log_base}")
         if self.unit_rows < 1:
@@ -91,10 +103,16 @@ class SupSup(MaskedMethod):
             raise Refusal(f"outputs must be at least the {self.classes} classes of {benchmark.name}, got {outputs}")
         if not benchmark.scenario.test_id and config.objective == "G" and outputs == self.classes:
             raise Refusal(f"outputs must exceed the {self.classes} classes for objective G, which reads the superfluous neurons")
+        if not benchmark.scenario.test_id and config.head == "dense":
+            raise Refusal(f"head must be 'masked' in scenario {benchmark.config.scenario}, where no task id is given at test")
         select = {"select": "threshold"} if config.mask == "threshold" else {"density": config.density}
         with seeded(seed, "init"):
             network = MODELS[config.model](outputs, *benchmark.input_shape)
-            self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, **select))
+            if config.norm == "task":
+                use_running_statistics(network)
+            own = ["head"] if config.head == "dense" else []
+            self.norms = batch_norms(network) if config.norm == "task" else []
+            self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
 
     def plan(self, task: Task) -> list[Phase]:
         c = self.config
@@ -105,8 +123,9 @@ class SupSup(MaskedMethod):
                 steps=c.iterations,
                 batch_size=c.batch_size,
                 optimizer=self.optimizer,
+                schedule=cosine() if c.schedule == "cosine" else None,
                 first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task.index),
+                then=lambda: self.commit(task),
             )
         ]
 
@@ -115,12 +134,15 @@ class SupSup(MaskedMethod):
             self.bank.begin(scores="init")
 
     def optimizer(self) -> torch.optim.Optimizer:
-        kind = {"rmsprop": optim.RMSprop, "adam": optim.Adam, "sgd": optim.SGD}[self.config.optimizer]
-        return kind([layer.scores for layer in self.bank.layers()], self.config.lr, fuse_ste=True)
+        c, learning = self.config, [layer.scores for layer in self.bank.layers()]
+        if c.head == "dense":
+            learning += self.model.head.parameters()
+        return OPTIMIZERS[c.optimizer](learning, c.lr, weight_decay=c.weight_decay, fuse_ste=True)
 
-    def commit(self, task: int) -> None:
+    def commit(self, task: Task) -> None:
         self.run_live()
-        self.bank.commit(entry_name(task))
+        self.gather_norms(task, self.model, self.model)
+        self.bank.commit(entry_name(task.index))
 
     # ---- whose task is it? ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,78 @@
+"""What methods over a plain network share: the network, its optimizer, and the loop of HAT's, GPM's and WSN's code around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from subnet_kernels import optim
+from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.chance import seeded
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.methods.base import MethodConfig, Phase
+from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.schedules import Plateau
+
+Network = Literal["mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet"]
+OPTIMIZERS = {"adam": optim.Adam, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
+CODE_NORM = {"sound": {}, "code": {"norm": "batch"}, "paper": {}}  # fidelity: what the networks of WSN's code do
+
+
+@dataclass(frozen=True)
+class DenseConfig(MethodConfig):
+    """What methods over a plain network have; the defaults are the recipe of WSN's code on Permuted MNIST."""
+
+    model: Network = "mlp"
+    """The network, and its head."""
+    norm: Literal["gathered", "batch"] = "gathered"
+    """What batch norms use at test: statistics gathered over the training rows at the end, or those of the test batch (WSN's code), by
+    which a row's logits depend on the rows beside it."""
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """Made afresh for each phase."""
+    lr: float = 1e-3
+    """Its learning rate."""
+    lr_min: float = 1e-6
+    """A phase ends where the rate falls below it."""
+    patience: int = 6
+    """Epochs without a better validation loss before the rate is halved."""
+    select: Literal["last", "best"] = "best"
+    """Keep the weights of the last epoch, or of the least validation loss."""
+
+    def check(self) -> None:
+        super().check()
+        if self.lr <= 0:
+            raise Refusal(f"lr must be positive, got {self.lr}")
+        if self.patience < 1:
+            raise Refusal(f"patience must be at least 1, got {self.patience}")
+
+
+def make_network(config: DenseConfig, outputs: int, benchmark: Benchmark, seed: int, *purpose: str | int) -> nn.Module:
+    """The config's network with a head of so many outputs, on the benchmark's device, initialised from the stream of that purpose."""
+    with seeded(seed, *purpose):
+        made = MODELS[config.model](outputs, *benchmark.input_shape)
+    return (made if config.norm == "batch" else use_running_statistics(made)).to(benchmark.device)
+
+
+def training(
+    config: DenseConfig,
+    task: Task,
+    parameters: Callable[[], Iterable[nn.Parameter]],
+    first: Callable[[], None] | None = None,
+    then: Callable[[], None] | None = None,
+    lr: float | None = None,
+) -> Phase:
+    """The phase "train" of a task; without validation rows the rate is constant and the last weights stay. lr: default the config's."""
+    return Phase(
+        "train",
+        epochs=config.epochs,
+        steps=config.iterations,
+        batch_size=config.batch_size,
+        optimizer=lambda: OPTIMIZERS[config.optimizer](list(parameters()), config.lr if lr is None else lr),
+        schedule=None if task.val is None else Plateau(config.patience, 2.0, config.lr_min),
+        select="last" if task.val is None else config.select,
+        first=first,
+        then=then,
+    )

@@ -1,0 +1,331 @@
+"""A paper's table: its cells, what is printed in them, and ours beside that as text, CSV, JSON and a page.
+
+A table is a folder of configs/tables: table.yaml (title, source, benchmarks and rows in the paper's order) and BENCHMARK/ROW.yaml (method,
+the paper's numbers, settings over the recipe of that method and benchmark, fidelity). A cell without a method is one that this package
+does not have; it is listed with the paper's number.
+"""
+
+from __future__ import annotations
+
+import csv
+import html
+import io
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from subnet_kernels.files import write_atomic
+from subnet_pipelines.config import CONFIGS, FIDELITIES, nearest, read_yaml
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.report import STYLE, Result, common, figures, number, plot, summarise
+
+TABLES = CONFIGS / "tables"
+PAPER = {"acc", "bwt", "cap", "used"}  # percent (mean, deviation), percent points, percent, 0-1 (derived from CAP)
+SHOWN = ("acc", "bwt", "used_fraction", "paper_cap", "measured_cap", "huffman_cap", "seconds")  # of ours, by the names of COLUMNS
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table; name is BENCHMARK/ROW."""
+
+    name: str
+    label: str
+    paper: dict[str, Any]
+    method: str | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    fidelity: str = "code"
+    note: str | None = None
+
+    @property
+    def benchmark(self) -> str:
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Table:
+    """A paper's table; cells in its order, a benchmark after the other."""
+
+    name: str
+    title: str
+    source: str
+    cells: list[Cell]
+
+
+def table_names() -> list[str]:
+    """The tables that there are."""
+    return sorted(path.parent.name for path in TABLES.glob("*/table.yaml"))
+
+
+def read_table(name: str) -> Table:
+    """A table by the name of its folder. Raises Refusal where there is none, or a file of it is wrong."""
+    if name not in table_names():
+        raise Refusal(f"table {name!r} is unknown{nearest(name, table_names())}")
+    head = read_yaml(TABLES / name / "table.yaml")
+    files = {str(path.relative_to(TABLES / name).with_suffix("")): path for path in (TABLES / name).glob("*/*.yaml")}
+    names = [f"{b}/{row}" for b in head["benchmarks"] for row in head["rows"]]
+    if stray := sorted(set(files) - set(names)):
+        raise Refusal(f"{files[stray[0]]}: is no benchmark and row of {TABLES / name / 'table.yaml'}")
+    return Table(name, head["title"], head["source"], [read_cell(n, head["rows"], files[n]) for n in names if n in files])
+
+
+def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
+    """One cell's file. Raises Refusal."""
+    found = read_yaml(path)
+    if unknown := set(found) - {"method", "paper", "settings", "fidelity", "note"}:
+        raise Refusal(f"{path}: {unknown.pop()} is no key of a cell; known are method, paper, settings, fidelity, note")
+    paper = found.get("paper")
+    acc = paper.get("acc") if isinstance(paper, dict) and set(paper) <= PAPER else None
+    if not isinstance(acc, list) or len(acc) != 2:
+        raise Refusal(
+            f"{path}: paper should hold acc: [mean, deviation], and of {', '.join(sorted(PAPER - {'acc'}))} what is printed"
+        )
+    if not isinstance(found.get("settings", {}), dict):
+        raise Refusal(f"{path}: settings should be a mapping, is a {type(found['settings']).__name__}")
+    if found.get("fidelity", "code") not in FIDELITIES:
+        raise Refusal(f"{path}: fidelity must be one of {', '.join(FIDELITIES)}, got {found['fidelity']!r}")
+    return Cell(name, rows[name.split("/")[1]], **found)
+
+
+def entry(
+    cell: Cell, fidelity: str | None, results: list[Result], status: str, why: str | None, command: str | None
+) -> dict[str, Any]:
+    """A cell in one mode, as table.json has it. status: done, left, failed, not run, not asked for, or paper only."""
+    found = {"cell": cell.name, "row": cell.label, "method": cell.method, "fidelity": fidelity, "status": status, "why": why}
+    found |= {"seeds": [r.seed for r in results], "paper": cell.paper, "ours": {}, "difference": None, "note": cell.note}
+    found |= {"used_fraction_per_task": None, "command": command, "environment": {}}
+    if results:
+        summary = summarise(results)
+        found["ours"], found["environment"] = {name: summary[name] for name in SHOWN}, summary["environment"]
+        if (mean := summary["acc"]["mean"]) is not None:
+            found["difference"] = mean - cell.paper["acc"][0]
+        found["used_fraction_per_task"] = (results[0].capacity or {}).get("used_fraction_per_task")
+    return found
+
+
+def spelt(value: Any, digits: int = 2) -> str:
+    """A number, {"mean", "std"} or [mean, std] for people."""
+    if isinstance(value, dict):
+        value = [value["mean"], value["std"]]
+    if isinstance(value, list):
+        mean, std = value
+        return number(mean, digits) + (f" ± {number(std, digits)}" if mean is not None and std is not None else "")
+    return number(value, digits)
+
+
+def lines_of(entries: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """One benchmark's entries for people: headings and rows. Another mode than the table's is columns of its row."""
+    rows = {}
+    for e in entries:
+        rows.setdefault(e["cell"], []).append(e)
+    other = next((e[1]["fidelity"] for e in rows.values() if len(e) > 1), None)
+    headings = ["row", "ACC (%)", "paper", "difference", "BWT (pp)", "paper", "used", "from CAP", "CAP (%)", "paper"]
+    headings += ["CAP, stored bits", "CAP, joint Huffman", "seeds", "time (s)"]
+    headings += [f"{other}: ACC (%)", f"{other}: used"] if other else []
+    found = []
+    for first, *more in rows.values():
+        mine, also, paper = first["ours"], more[0]["ours"] if more else {}, first["paper"]
+        difference = "–" if first["difference"] is None else f"{first['difference']:+.2f}"
+        row = [
+            first["row"],
+            spelt(mine.get("acc")),
+            spelt(paper["acc"]),
+            difference,
+            spelt(mine.get("bwt")),
+            spelt(paper.get("bwt")),
+        ]
+        row += [
+            spelt(mine.get("used_fraction"), 3),
+            spelt(paper.get("used"), 3),
+            spelt(mine.get("paper_cap")),
+            spelt(paper.get("cap")),
+        ]
+        row += [spelt(mine.get(name)) for name in ("measured_cap", "huffman_cap")]
+        row += [str(len(first["seeds"])), spelt(mine.get("seconds"), 0)]
+        row += [spelt(also.get("acc")), spelt(also.get("used_fraction"), 3)] if other else []
+        found.append(row)
+    return headings, found
+
+
+def remarks(entries: list[dict[str, Any]]) -> list[str]:
+    """What the rows cannot say: which are not done and why, and notes."""
+    open_, notes = {}, {}  # what is said -> whose rows
+    for e in entries:
+        if e["status"] not in ("done", "not asked for", "paper only"):
+            open_.setdefault(e["status"] + (f": {e['why']}" if e["why"] else ""), {})[e["row"]] = None
+        if e["note"] or e["status"] == "paper only":
+            notes.setdefault(e["note"] or "no such method here, the paper's number only", {})[e["row"]] = None
+    return [f"{'; '.join(rows)}: {said}" for said, rows in (open_ | notes).items()]
+
+
+def write_table(table: Table, entries: list[dict[str, Any]], folder: Path, scaled: str | None, facts: dict[str, Any]) -> None:
+    """Print the table and write table.md, table.csv, table.json and report.html into the folder.
+
+    scaled: what keeps the numbers from being comparable with the paper's; facts: what else table.json says.
+    """
+    environment = common([e["environment"] for e in entries if e["environment"]])
+    parts = {}
+    for e in entries:
+        parts.setdefault(e["cell"].split("/")[0], []).append(e)
+    lead = [
+        f"{table.source}. Ours: mean ± sample standard deviation over the seeds, as the authors' code has it unless a column says "
+        "otherwise. The difference is ours less the paper's, in percent points."
+    ]
+    if scaled:
+        lead.append(f"Scaled down ({scaled}): these numbers cannot be compared with the paper's.")
+    print_parts(table, parts, lead)
+    record = {"schema": 1, "table": table.name, "title": table.title, "scaled": scaled, **facts, "environment": environment}
+    write_atomic(folder / "table.json", json.dumps({**record, "cells": entries}, indent=1))
+    write_atomic(folder / "table.csv", as_csv(entries))
+    write_atomic(folder / "table.md", as_markdown(table, parts, lead, environment))
+    plots = [(name, path) for name, part in parts.items() for path in draw(name, part, folder)]
+    write_atomic(folder / "report.html", as_page(table, parts, lead, environment, plots))
+    print(f"{folder / 'report.html'}, table.md, table.csv, table.json")
+
+
+def print_parts(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str]) -> None:
+    """The table on stdout."""
+    for name, part in parts.items():
+        headings, rows = lines_of(part)
+        left_out = [headings.index(word) for word in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
+        kept = [i for i in range(len(headings)) if i < 4 or (i not in left_out and any(row[i] != "–" for row in rows))]
+        widths = [max(len(row[i]) for row in [headings, *rows]) for i in kept]
+        print(f"{table.title}: {name}")
+        for row in [headings, *rows]:
+            first, *others = [row[i] for i in kept]
+            print("  ".join([first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]))
+        for line in remarks(part):
+            print(f"  {line}")
+        print()
+    for line in lead[1:]:
+        print(line)
+
+
+def as_csv(entries: list[dict[str, Any]]) -> str:
+    """A line a cell and mode."""
+    file = io.StringIO()
+    paper = ("acc", "acc_std", "bwt", "cap", "used")
+    names = ["cell", "row", "method", "fidelity", "status", "seeds", *(f"paper_{n}" for n in paper), "difference"]
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*names, *(f"ours_{n}{part}" for n in SHOWN for part in ("", "_std"))])
+    for e in entries:
+        acc, std = e["paper"]["acc"]
+        printed = {**e["paper"], "acc": acc, "acc_std": std}
+        ours = [v for n in SHOWN for v in (e["ours"].get(n) or {"mean": None, "std": None}).values()]
+        row = [*(e[name] for name in names[:5]), " ".join(map(str, e["seeds"])), *map(printed.get, paper), e["difference"], *ours]
+        writer.writerow(["" if v is None else v for v in row])
+    return file.getvalue()
+
+
+def as_markdown(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str], environment: dict[str, Any]) -> str:
+    """The table as Markdown."""
+    out = [f"# {table.title}", "", *(f"{line}\n" for line in lead)]
+    for name, part in parts.items():
+        headings, rows = lines_of(part)
+        out += [f"## {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
+        out += [f"| {' | '.join(row)} |" for row in rows]
+        out += ["", *(f"- {line}" for line in remarks(part)), ""]
+    out += [f"{name}: {value}  " for name, value in environment.items() if value is not None]
+    return "\n".join(out) + "\n"
+
+
+def as_page(table: Table, parts: dict, lead: list[str], environment: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
+    """The table as one self-contained HTML page."""
+    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(table.title)}</title><style>{STYLE}</style>"]
+    out += [f"<h1>{html.escape(table.title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lead)]
+    for name, part in parts.items():
+        headings, rows = lines_of(part)
+        head = "".join(f"<th>{html.escape(word)}</th>" for word in headings)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in row) + "</tr>" for row in rows)
+        out += [f"<h2>{html.escape(name)}</h2><table><tr>{head}</tr>{body}</table>"]
+        out += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in remarks(part)), "</ul>"]
+        out += [figures([(path.stem.replace(".", ": "), path) for owner, path in plots if owner == name])]
+        commands = "\n".join(e["command"] for e in part if e["command"])
+        out += [f"<details><summary>commands</summary><pre>{html.escape(commands)}</pre></details>"]
+    out += [
+        f"<details><summary>environment</summary><pre>{html.escape(json.dumps(environment, indent=1))}</pre></details></html>"
+    ]
+    return "\n".join(out) + "\n"
+
+
+def draw(name: str, entries: list[dict[str, Any]], folder: Path) -> list[Path]:
+    """PNGs of one benchmark: accuracies beside the paper's, accuracy over capacity, and the share of weights in use task by task."""
+    mine = [e for e in entries if e["ours"].get("acc", {}).get("mean") is not None]
+    if not mine:
+        return []
+    made = [
+        plot(folder / f"{name}.accuracy.png", lambda axes: _accuracies(axes, entries), xlabel="ACC (%)", title=f"{name}: ACC")
+    ]
+    if any(e["ours"]["paper_cap"]["mean"] is not None for e in mine):
+        made.append(
+            plot(
+                folder / f"{name}.capacity.png",
+                lambda axes: _capacities(axes, entries),
+                xlabel="CAP (%)",
+                ylabel="ACC (%)",
+                title=name,
+            )
+        )
+    first = list({e["cell"]: e for e in reversed(mine)}.values())[::-1]  # in the table's own mode
+    if used := [e for e in first if e["used_fraction_per_task"] and len(e["used_fraction_per_task"]) > 1]:
+        paint = _used(used)
+        made.append(
+            plot(folder / f"{name}.used.png", paint, xlabel="after task", ylim=(0, 1.02), title=f"{name}: share of weights used")
+        )
+    return made
+
+
+def _accuracies(axes: Any, entries: list[dict[str, Any]]) -> None:
+    labels = list(dict.fromkeys(e["row"] for e in entries))
+    axes.set_position((0.26, 0.13, 0.71, 0.78))
+    papers = {e["row"]: e["paper"]["acc"] for e in entries}
+    axes.errorbar(
+        [papers[row][0] for row in labels],
+        range(len(labels)),
+        xerr=[papers[row][1] or 0 for row in labels],
+        fmt="o",
+        mfc="none",
+        color="gray",
+        label="paper",
+    )
+    for mode in dict.fromkeys(e["fidelity"] for e in entries if e["ours"]):
+        found = [e for e in entries if e["fidelity"] == mode and e["ours"] and e["ours"]["acc"]["mean"] is not None]
+        axes.errorbar(
+            [e["ours"]["acc"]["mean"] for e in found],
+            [labels.index(e["row"]) for e in found],
+            xerr=[e["ours"]["acc"]["std"] or 0 for e in found],
+            fmt="x",
+            label=f"ours ({mode})",
+        )
+    axes.set_yticks(range(len(labels)), labels, fontsize=7)
+    axes.invert_yaxis()
+    axes.legend(fontsize=7)
+
+
+def _capacities(axes: Any, entries: list[dict[str, Any]]) -> None:
+    printed = {e["row"]: (e["paper"]["cap"], e["paper"]["acc"][0]) for e in entries if e["paper"].get("cap") is not None}
+    axes.plot(*zip(*printed.values()), "o", mfc="none", color="gray", label="paper") if printed else None
+    for mode in dict.fromkeys(e["fidelity"] for e in entries if e["ours"]):
+        found = [e["ours"] for e in entries if e["fidelity"] == mode and e["ours"]]
+        points = [
+            (o["paper_cap"]["mean"], o["acc"]["mean"]) for o in found if None not in (o["paper_cap"]["mean"], o["acc"]["mean"])
+        ]
+        axes.plot(*zip(*points), "x", label=f"ours ({mode}), the same formula") if points else None
+    for row, point in printed.items():
+        axes.annotate(row, point, xytext=(4, 2), textcoords="offset points", fontsize=6)
+    if any(cap > 200 for cap, _ in printed.values()):
+        axes.set_xscale("log")
+    axes.legend(fontsize=7)
+
+
+def _used(entries: list[dict[str, Any]]) -> Callable[[Any], None]:
+    def paint(axes: Any) -> None:
+        for e in entries:
+            axes.plot(e["used_fraction_per_task"], marker=".", label=e["row"])
+        for e in entries:
+            if e["paper"].get("used") is not None:
+                axes.axhline(e["paper"]["used"], color="lightgray", linewidth=0.8, zorder=0)
+        axes.legend(fontsize=6)
+
+    return paint
