@@ -417,7 +417,7 @@ def splits(tasks, most):
 
 
 @pytest.mark.parametrize(
-    ("n", "tasks"), [(100_003, 9), (100_003, 70), (60_000, 37), (20_000, 66), (513, 2100), (1400, 1030), (3, 128)]
+    ("n", "tasks"), [(100_003, 9), (100_003, 70), (90_003, 130), (60_000, 37), (20_000, 66), (513, 2100), (1400, 1030), (3, 128)]
 )
 def test_sizes(cpu_isa, n, tasks):
     """Many tiles and few, more tasks than tables fit in memory for; one row and three, and what a row gives alone."""

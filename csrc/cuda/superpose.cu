@@ -2,7 +2,7 @@
 // have changed. Here arguments are checked and a way is chosen; each way is a file of its own:
 //
 //                    looked up in tables of sums      multiplied as matrices
-//   superpose        superpose_tables.cu              superpose_products.cu
+//   superpose        superpose_tables.cu              superpose_products.cu; of several rows superpose_rows.cu
 //   superpose_grad   superpose_grad_tables.cu         superpose_grad_products.cu
 //   alpha_grad       superpose_grad_tables.cu         alpha_grad.cu
 //
@@ -21,8 +21,11 @@ namespace {
 // tables, which need no sharing of a tile there.
 bool mixes_by_tables(const Place& place, ScalarType weight, int64_t n, const Bank& bank) {
   const bool few_of_many = bank.tasks() <= 2 * kBlockTasks && tiles(n) >= place.processors() * 64;
-  return weight == ScalarType::Double || few_of_many || !digits_fit(place, bank);
+  return weight == ScalarType::Double || few_of_many;
 }
+
+// Equal shares gain where rows fill the device more than once; whole tiles are quicker for one. Both give the same bits.
+bool mixes_in_shares(const Place& place, int64_t rows, const Bank& bank) { return rows > 1 && digits_fit(place, bank); }
 
 // Few tasks hide tables of float64 behind the memory.
 bool dots_by_tables(bool wide, int64_t tasks) { return wide || tasks <= kWarpSize; }
@@ -55,7 +58,7 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
                   "superpose: alphas must be (K,) or (R, K), one for each of ", bank.tasks(), " tasks, got ",
                   alphas_ ? alphas_->numel() : 0);
   const bool many = alphas_ && alphas_->dim() == 2;
-  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 0};
+  Mix mix{floats(weight), {nullptr, dtype}, nullptr, n, many ? alphas_->size(0) : 1, 0, 1.0 / static_cast<double>(bank.tasks())};
   std::optional<Tensor> alphas;
   if (alphas_) {
     place.check("alphas", *alphas_);
@@ -74,6 +77,8 @@ Tensor superpose_cuda(const Tensor& weight_, std::vector<Tensor> blocks, std::op
   }
   if (mixes_by_tables(place, dtype, n, bank))
     mix_by_tables(place, bank, mix);
+  else if (mixes_in_shares(place, mix.rows, bank))
+    mix_rows_by_products(place, bank, mix);
   else
     mix_by_products(place, bank, mix);
   return out;

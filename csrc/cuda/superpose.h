@@ -12,6 +12,7 @@ struct Mix {
   void* out;
   int64_t n, rows;
   int32_t log_slices;  // of the tasks, by tables
+  double one_of_all;   // tasks, for equal alphas by products
 
   // Four alphas from a task on, in the dtype of weight, as the reference has them; zero for those from `left` on.
   template <class W>
@@ -32,8 +33,10 @@ struct Mix {
 
 // superpose, sums looked up in tables: any dtype, any number of tasks.
 void mix_by_tables(const Place& place, const Bank& bank, Mix mix);
-// superpose of floats and smaller by products of matrices, of a bank whose digits fit.
+// superpose of floats and smaller by products of matrices, whole tiles a block: any number of tasks.
 void mix_by_products(const Place& place, const Bank& bank, Mix mix);
+// The same by equal shares, of a bank whose digits fit.
+void mix_rows_by_products(const Place& place, const Bank& bank, Mix mix);
 bool digits_fit(const Place& place, const Bank& bank);
 
 // How many teams share a tile by tables: depends on sizes alone.
