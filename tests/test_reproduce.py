@@ -307,8 +307,9 @@ def test_cores_and_gpus_are_shared_out(monkeypatch, tmp_path):
     assert slots_of(Asked(tmp_path, [1])) == [{"OMP_NUM_THREADS": "1"}] * 16
     assert slots_of(Asked(tmp_path, [1], jobs=3)) == [{"OMP_NUM_THREADS": "5"}] * 3
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
-    assert slots_of(Asked(tmp_path, [1], device="cuda")) == [{"OMP_NUM_THREADS": "4"}] * 4
+    assert slots_of(Asked(tmp_path, [1], device="cuda")) == [{"OMP_NUM_THREADS": "16"}]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    assert [s["CUDA_VISIBLE_DEVICES"] for s in slots_of(Asked(tmp_path, [1], device="cuda"))] == ["0", "1"]
     assert [s["CUDA_VISIBLE_DEVICES"] for s in slots_of(Asked(tmp_path, [1], jobs=3, device="cuda"))] == ["0", "1", "0"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,7")
     monkeypatch.setenv("OMP_NUM_THREADS", "2")

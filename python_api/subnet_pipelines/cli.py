@@ -189,7 +189,7 @@ def reproduce(argv: list[str]) -> int:
     )
     parser.add_argument("--seeds", default="1,2,3", metavar="1,2,3", help="one run a cell and seed (1,2,3)")
     parser.add_argument("--also", metavar="WORD", help="a further fidelity, such as sound, as columns of its own")
-    parser.add_argument("--jobs", metavar="N", help="runs side by side (one a core; on GPUs at most 4)")
+    parser.add_argument("--jobs", metavar="N", help="runs side by side (one a core, or one a GPU)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--cuda-graph", action="store_true", help="record steps as CUDA graphs where the method's can be")
     parser.add_argument("--stop-after", metavar="MIN", help="after so many minutes let the runs write a checkpoint and stop")

@@ -234,14 +234,17 @@ def run_all(jobs: list[Job], asked: Asked, lock: int, begun: float) -> int | Non
 
 
 def slots_of(asked: Asked) -> list[dict[str, str]]:
-    """The environment of each process that runs at a time: the cores are split between them; several GPUs take turns."""
+    """The environment of each process that runs at a time: the cores are split between them; several GPUs take turns.
+
+    One run a GPU unless asked otherwise: processes on one GPU take turns too, and five together were no quicker than one (docs/gpu.md).
+    """
     import torch
 
     cores = os.cpu_count() or 1
     cuda = asked.device == "cuda"
-    count = asked.jobs or (min(4, cores) if cuda else cores)
-    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
     gpus = torch.cuda.device_count() if cuda else 0
+    count = asked.jobs or (max(1, gpus) if cuda else cores)
+    threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // count))}
     if gpus < 2:
         return [threads] * count
     names = (os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))).split(",")
