@@ -197,13 +197,13 @@ def test_some_of_the_five(data):
     assert [benchmark.title(i) for i in range(2)] == ["notmnist", "svhn"]
     settings = Settings("finetune", "five-datasets").resolve(None, {"sets": "mnist,notmnist"})
     assert settings.values["tasks"] == 2
-    for fields, sentence in (
+    for given, sentence in (
         ({"sets": ["mnits"]}, "sets must be of cifar-10, mnist, svhn, fashion-mnist, notmnist, got 'mnits'"),
         ({"sets": ["mnist", "mnist"], "tasks": 2}, "sets must be different ones, got mnist, mnist"),
         ({"sets": ["mnist"], "tasks": 2}, "tasks must be at most the 1 of sets, got 2"),
     ):
         with pytest.raises(Refusal, match=sentence):
-            make("five-datasets", data, **fields)
+            make("five-datasets", data, **given)
 
 
 # ---- Omniglot Rotation ----------------------------------------------------------------------------------------------
