@@ -27,6 +27,9 @@ template <class T, class Column, int Rows>
 using StagedFor = Staged<T, Rows, std::is_void_v<Column>>;
 
 // y[b][o] for Rows rows of the batch at a time (blockIdx.y) and kWarps / parts rows of the weight (blockIdx.x), in a fixed order.
+// Two instantiations spill where x is staged and where a row of the weight begins, beside the sums: linear_kernel of eight
+// bfloat16 rows with a bitmap on sm_90, which is not slower for it (columns serve there below density .5), and of four float rows
+// on sm_100.
 template <class T, class Column, int Rows, bool InShared>
 __global__ void __launch_bounds__(kThreads<Rows>, InShared&& Rows <= 4 ? 2 : 1)
     linear_kernel(const __grid_constant__ Compressed c, const T* x, const T* bias, T* y, int64_t batch, int parts, int units) {
