@@ -265,6 +265,7 @@ def raw(tensor: Tensor) -> Tensor:
 
 
 def fixed_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module whose parameters need no gradient."""
     return copy.deepcopy(module).requires_grad_(False)
 
 

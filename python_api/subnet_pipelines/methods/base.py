@@ -95,9 +95,7 @@ class Method(nn.Module):
     Config = MethodConfig
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
-    static_step = (
-        False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
-    )
+    static_step = False  # every step of a phase does the same work on the same tensors, whatever data, clock and host say
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end
