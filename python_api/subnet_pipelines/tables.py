@@ -232,39 +232,52 @@ def write_table(table: Table, entries: list[dict[str, Any]], folder: Path, scale
     scaled: what keeps the numbers from being comparable with the paper's; facts: what else table.json says.
     """
     environment = common([e["environment"] for e in entries if e["environment"]])
-    parts = {}
-    for e in entries:
-        parts.setdefault(e["cell"].split("/")[0], []).append(e)
-    lead = [
-        f"{table.source}. Ours: mean ± sample standard deviation over the seeds, as the authors' code has it unless a column says "
-        "otherwise. The difference is ours less the paper's, in percent points."
-    ]
-    if scaled:
-        lead.append(f"Scaled down ({scaled}): these numbers cannot be compared with the paper's.")
-    print_parts(table, parts, lead)
-    record = {"schema": 1, "table": table.name, "title": table.title, "scaled": scaled, **facts, "environment": environment}
-    write_atomic(folder / "table.json", json.dumps({**record, "cells": entries}, indent=1))
+    record = {"schema": 1, "table": table.name, "title": table.title, "source": table.source, "scaled": scaled, **facts}
+    record |= {"environment": environment, "cells": entries}
+    print_parts(record)
+    write_atomic(folder / "table.json", json.dumps(record, indent=1))
     write_atomic(folder / "table.csv", as_csv(entries))
-    write_atomic(folder / "table.md", as_markdown(table, parts, lead, environment))
-    plots = [(name, path) for name, part in parts.items() for path in draw(name, part, table.figures, folder)]
-    write_atomic(folder / "report.html", as_page(table, parts, lead, environment, plots))
+    write_atomic(folder / "table.md", "# " + as_markdown(record))
+    plots = [(name, path) for name, part in parts_of(record).items() for path in draw(name, part, table.figures, folder)]
+    write_atomic(folder / "report.html", as_page(record, plots))
     print(f"{folder / 'report.html'}, table.md, table.csv, table.json")
 
 
-def print_parts(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str]) -> None:
+def parts_of(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of what table.json holds, by benchmark."""
+    parts = {}
+    for e in record["cells"]:
+        parts.setdefault(e["cell"].split("/")[0], []).append(e)
+    return parts
+
+
+def lead_of(record: dict[str, Any]) -> list[str]:
+    """What stands above a table: whose it is, and what keeps its numbers from being comparable with the paper's."""
+    lead = [
+        f"{record['source']}. Ours: mean ± sample standard deviation over the seeds, as the authors' code has it unless a column says "
+        "otherwise. The difference is ours less the paper's, in percent points."
+    ]
+    if all(e["fidelity"] in (None, "sound") for e in record["cells"]):
+        lead = [f"{record['source']}. Mean ± sample standard deviation over the seeds, sound where the authors' code is not."]
+    if record["scaled"]:
+        lead.append(f"Scaled down ({record['scaled']}): these numbers cannot be compared with the paper's.")
+    return lead
+
+
+def print_parts(record: dict[str, Any]) -> None:
     """The table on stdout."""
-    for name, part in parts.items():
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
         kept = [i for i, word in enumerate(headings) if word not in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
         widths = [max(len(row[i]) for row in [headings, *rows]) for i in kept]
-        print(f"{table.title}: {name}")
+        print(f"{record['title']}: {name}")
         for row in [headings, *rows]:
             first, *others = [row[i] for i in kept]
             print("  ".join([first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]))
         for line in remarks(part):
             print(f"  {line}")
         print()
-    for line in lead[1:]:
+    for line in lead_of(record)[1:]:
         print(line)
 
 
@@ -284,23 +297,24 @@ def as_csv(entries: list[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def as_markdown(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str], environment: dict[str, Any]) -> str:
-    """The table as Markdown."""
-    out = [f"# {table.title}", "", *(f"{line}\n" for line in lead)]
-    for name, part in parts.items():
+def as_markdown(record: dict[str, Any], level: str = "#") -> str:
+    """What table.json holds as Markdown, from the title's words on; level: of the title, whose benchmarks are one below."""
+    out = [record["title"], "", *(f"{line}\n" for line in lead_of(record))]
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
-        out += [f"## {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
+        out += [f"{level}# {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
         out += [f"| {' | '.join(row)} |" for row in rows]
         out += ["", *(f"- {line}" for line in remarks(part)), ""]
-    out += [f"{name}: {value}  " for name, value in environment.items() if value is not None]
+    out += [f"{name}: {value}  " for name, value in record["environment"].items() if value is not None]
     return "\n".join(out) + "\n"
 
 
-def as_page(table: Table, parts: dict, lead: list[str], environment: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
+def as_page(record: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
     """The table as one self-contained HTML page."""
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(table.title)}</title><style>{STYLE}</style>"]
-    out += [f"<h1>{html.escape(table.title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lead)]
-    for name, part in parts.items():
+    title = html.escape(record["title"])
+    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
+    out += [f"<h1>{title}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lead_of(record))]
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
         head = "".join(f"<th>{html.escape(word)}</th>" for word in headings)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in row) + "</tr>" for row in rows)
@@ -309,9 +323,8 @@ def as_page(table: Table, parts: dict, lead: list[str], environment: dict[str, A
         out += [figures([(path.stem.replace(".", ": "), path) for owner, path in plots if owner == name])]
         commands = "\n".join(e["command"] for e in part if e["command"])
         out += [f"<details><summary>commands</summary><pre>{html.escape(commands)}</pre></details>"]
-    out += [
-        f"<details><summary>environment</summary><pre>{html.escape(json.dumps(environment, indent=1))}</pre></details></html>"
-    ]
+    environment = html.escape(json.dumps(record["environment"], indent=1))
+    out += [f"<details><summary>environment</summary><pre>{environment}</pre></details></html>"]
     return "\n".join(out) + "\n"
 
 
