@@ -270,6 +270,24 @@ def test_parts_of_pictures(imagenet_dir):
     assert torch.equal(torch.cat([b.x for b in batches(*plain.marked(1), None, 6)]), plain.tensors()[0][:])
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_pictures_on_a_gpu(imagenet_dir):
+    cls = BENCHMARKS["imagenet-split"]
+    config, seen = cls.Config(tasks=1, classes_per_task=2, val_fraction=0.25), []
+    order, draws = torch.randperm(12, generator=stream(0, "order")), torch.randint(1 << 62, (12,), generator=stream(0, "draws"))
+    for device in ("cpu", "cuda"):
+        benchmark = cls(config, 1, imagenet_dir, device)
+        task, test = benchmark.task(0), benchmark.test(0)
+        feed = list(batches(*task.train.marked(0), order.to(device), 5, 0, task.train.augment, draws.to(device)))
+        plain = list(batches(*test.marked(0), None, 4))
+        assert {b.x.device.type for b in feed + plain} == {device}
+        seen.append([torch.cat([b.x for b in part]).cpu() for part in (feed, plain)])
+        assert torch.equal(torch.cat([b.y for b in feed]).cpu(), task.train.tensors()[1].cpu()[order])
+    torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(seen[0][1], seen[1][1], atol=1e-6, rtol=1e-6)
+
+
 # ---- runs -----------------------------------------------------------------------------------------------------------
 
 
