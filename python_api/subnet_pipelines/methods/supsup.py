@@ -20,7 +20,7 @@ from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
 
 
@@ -108,8 +108,7 @@ class SupSup(MaskedMethod):
         select = {"select": "threshold"} if config.mask == "threshold" else {"density": config.density}
         with seeded(seed, "init"):
             network = MODELS[config.model](outputs, *benchmark.input_shape)
-            if config.norm == "task":
-                use_running_statistics(network)
+            (use_running_statistics if config.norm == "task" else use_batch_statistics)(network)
             own = ["head"] if config.head == "dense" else []
             self.norms = batch_norms(network) if config.norm == "task" else []
             self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
