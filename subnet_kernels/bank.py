@@ -21,7 +21,7 @@ from subnet_kernels.heads import fixed_copy, fresh, like, tensors_of
 from subnet_kernels.layers import SubnetLayer, init_scores_, refresh
 from subnet_kernels.masks import Masks, count_masks
 from subnet_kernels.rows import HeadOfRows, differing_biases, distinct, join
-from subnet_kernels.storage import BankFiles, Entry, is_padded, raw
+from subnet_kernels.storage import BankFiles, Entry, Written, is_padded, raw
 from subnet_kernels.superposition import check_traceable, traced_alpha_grad
 from subnet_kernels.views import TaskView, baked
 
@@ -45,8 +45,15 @@ class MaskBank(BankFiles):
         self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
         self._masks = Masks(self._weights())
-        self._counts: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        self._mask_order: list[str] = []  # names of the masks, by their place
+        self._mixed = 0  # alphas of all combinations
+        self._some: tuple[tuple[str, ...], dict, dict] = (
+            (),
+            {},
+            {},
+        )  # the last subset that was superposed: names, blocks, counts
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
+        self._written: Written | None = None  # what `save` knows of its folder
         self._backbone: str | None = None
         self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
@@ -75,8 +82,8 @@ class MaskBank(BankFiles):
 
     @property
     def masks(self) -> list[str]:
-        """Names of the entries that are masks."""
-        return [name for name, entry in self._entries.items() if entry.index is not None]
+        """Names of the entries that are masks, in the order of their commits."""
+        return list(self._mask_order)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -149,7 +156,7 @@ class MaskBank(BankFiles):
                 raise ValueError(f"commit: tensors must be named tensors, got {type(value).__name__} for {key!r}")
         if alphas is not None:
             over = tuple(self.masks if over is None else over)
-            self._check_alphas("commit", alphas, len(self._mask_names("commit", over)))
+            self._check_alphas("commit", alphas, len(self._check_masks("commit", over)))
         elif bits is not None:
             self._check_bits("commit", bits)
         entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
@@ -162,9 +169,9 @@ class MaskBank(BankFiles):
             bits = self.live_bits() if bits is None else bits
             self._backbone = self._backbone or self._hash()
             entry.index = len(self._masks)
-            self._append(bits)
+            self._masks.append(bits)
             self._freeze()
-        self._entries[name] = entry
+        self._keep(name, entry)
 
     def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
@@ -179,9 +186,12 @@ class MaskBank(BankFiles):
             if not is_padded(given, n):
                 raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
 
-    def _append(self, bits: Mapping[str, Tensor]) -> None:
-        self._masks.append(bits)
-        self._counts.clear()
+    def _keep(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+        if entry.index is not None:
+            self._mask_order.append(name)
+        else:
+            self._mixed += entry.alphas.numel()
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
@@ -225,20 +235,19 @@ class MaskBank(BankFiles):
         if users:
             raise ValueError(f"remove: {name!r} must not be part of a combination, {users[0]!r} uses it")
         self.activate(None)
-        kept = [self.bits(other) for other in self.masks if other != name]
         del self._entries[name]
+        self._some, self._written = ((), {}, {}), None
         if entry.index is None:
+            self._mixed -= entry.alphas.numel()
             return
-        for i, other in enumerate(self.masks):
+        self._masks.remove(entry.index)
+        del self._mask_order[entry.index]
+        for i, other in enumerate(self._mask_order):
             self._entries[other].index = i
         for e in self._entries.values():
             e.saved = None  # the values that an entry's file holds are those it was the first to own
         self._prefix = (0, {})
-        self._counts.clear()
-        self._masks = Masks(self._weights())
-        for bits in kept:
-            self._append(bits)
-        if kept:
+        if len(self._masks):
             self._freeze()
         else:
             self._backbone = None
@@ -344,7 +353,7 @@ class MaskBank(BankFiles):
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = self._weights()
         if entry is not None and entry.index is None:
-            blocks, _ = self._of(entry.over)
+            blocks, _ = self._of(entry.over, False)
             rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
             return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
         bits = self._masks.bits(entry.index) if bits is None else bits
@@ -384,7 +393,7 @@ class MaskBank(BankFiles):
     def _follow(self) -> None:
         """Move the masks to where the model has moved."""
         if self._masks.to(self._weights()):
-            self._counts, self._prefix, self._slots = {}, (0, {}), {}
+            self._some, self._prefix, self._slots = ((), {}, {}), (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
         for key, value in self._state().items():
@@ -397,14 +406,17 @@ class MaskBank(BankFiles):
         default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones) -> the alphas, a leaf that
         requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
         """
-        names = self._mask_names("superpose", self.masks if over is None else over)
+        tasks = len(self._masks) if over is None else len(self._check_masks("superpose", over))
+        if not tasks:
+            raise ValueError("superpose: expected at least one mask, the bank has none")
         equal = alphas is None
         if equal:
             some = self.layers()[0].weight
-            alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
-        self._check_alphas("superpose", alphas, len(names))
+            alphas = torch.full((tasks,), 1 / tasks, device=some.device, dtype=some.dtype, requires_grad=True)
+        self._check_alphas("superpose", alphas, tasks)
         self._follow()
-        blocks, counts = self._of(names, equal)
+        with torch.no_grad():
+            blocks, counts = self._of(over, equal)
         with torch.no_grad():
             self._hold(head)
         self.active = None
@@ -427,24 +439,22 @@ class MaskBank(BankFiles):
             alphas = self.superpose(None, over=over, head=head)
             return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
 
-    def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
-        """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""
-        key = tuple(names)
-        if key not in self._counts or (equal and not self._counts[key][1]):
-            if list(key) == self.masks:
-                blocks = self._masks.blocks
-            else:
-                blocks = self._masks.some(self[name].index for name in key)
-            counts = (
-                {name: count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()} if equal else {}
-            )
-            self._counts = {key: (blocks, counts)}
-        return self._counts[key]
+    def _of(self, over: Sequence[str] | None, equal: bool) -> tuple[dict, dict]:
+        """Blocks and, for equal alphas, counts of all masks, or of some: of those the last ones asked for are kept."""
+        if over is None or list(over) == self._mask_order:
+            return self._masks.blocks, self._masks.counts() if equal else {}
+        names, blocks, counts = self._some
+        if names != tuple(over):
+            blocks, counts = self._masks.some(self[name].index for name in over), {}
+        if equal and not counts:
+            counts = {name: count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()}
+        self._some = (tuple(over), blocks, counts)
+        return blocks, counts
 
-    def _mask_names(self, where: str, names: Sequence[str]) -> list[str]:
+    def _check_masks(self, where: str, names: Sequence[str]) -> list[str]:
         names = list(names)
         if not names:
-            raise ValueError(f"{where}: expected at least one mask, the bank has none")
+            raise ValueError(f"{where}: expected at least one mask, got none")
         for name in names:
             if self[name].index is None:
                 raise ValueError(f"{where}: {name!r} must be a mask, it is a combination of masks")
@@ -488,7 +498,7 @@ class MaskBank(BankFiles):
         total = sum(layer.weight.numel() for layer in self.layers())
         used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
         mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
-        alphas = sum(e.alphas.numel() * 4 for e in self._entries.values() if e.alphas is not None)
+        alphas = 4 * self._mixed
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
             "used_fraction": used / total,
