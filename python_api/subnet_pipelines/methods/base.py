@@ -49,7 +49,8 @@ class Phase:
 
     epochs or steps (at most; steps wins) say how long; optimizer builds the optimizer once `first` has run; schedule is None (constant), a
     function of progress in [0, 1) that gives the factor on each group's first learning rate, or a Plateau. select="best" ends with the
-    copy of least validation loss. first and then are called once, before the first step and after the last.
+    copy of least validation loss. first and then are called once, before the first step and after the last. together: the task and others
+    that are trained with it, with equally many training rows; a step is then given a tuple, a batch of each.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Phase:
     select: Literal["last", "best"] = "last"
     first: Callable[[], None] | None = None
     then: Callable[[], None] | None = None
+    together: Sequence[Task] | None = None
 
 
 @dataclass(frozen=True)
