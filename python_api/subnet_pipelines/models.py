@@ -5,8 +5,9 @@ No biases and no affine norms: what tasks share is weights. WSN's networks follo
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -173,6 +174,19 @@ def use_running_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
+@contextlib.contextmanager
+def batch_statistics(norms: Iterable[nn.BatchNorm1d | nn.BatchNorm2d]) -> Iterator[None]:
+    """Within the block these norms, in eval mode, norm by the batch's own statistics, and leave their running ones as they are."""
+    changed = [norm for norm in norms if norm.track_running_stats and not norm.training]
+    for norm in changed:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in changed:
+            norm.training, norm.track_running_stats = False, True
+
+
 @torch.no_grad()
 def gather_statistics(net: nn.Module, forward: Callable[[Tensor], Any], inputs: Iterable[Tensor]) -> None:
     """Make the running statistics of every batch norm the means over these batches of inputs, of which forward calls the network.
@@ -209,6 +223,11 @@ def mlp(outputs: int = 10, *shape: int) -> MLP:
 def lenet_300_100(outputs: int = 10, *shape: int) -> MLP:
     """LeNet-300-100: SupSup's and ImpressLearn's network on MNIST; outputs may exceed the classes (superfluous neurons)."""
     return MLP([math.prod(shape or (784,)), 300, 100], outputs)
+
+
+def fc_300_300(outputs: int = 10, *shape: int) -> MLP:
+    """784-300-300 with a head: the network of SupSup's notebook, with a head of 100."""
+    return MLP([math.prod(shape or (784,)), 300, 300], outputs)
 
 
 def fc_1024(outputs: int = 10, *shape: int) -> MLP:
@@ -250,17 +269,19 @@ def resnet_18(outputs: int = 10, *shape: int) -> ResNet18:
     return ResNet18(outputs, _channels("resnet-18", shape))
 
 
-def gem_resnet_18(outputs: int = 5, *shape: int) -> ResNet18:
+def gem_resnet_18(outputs: int = 5, *shape: int, width: float = 1.0) -> ResNet18:
     """GEMResNet18 nf=20 with 4 x 4 pooling to 160: SupSup's network on Split CIFAR-100 (1,090,940 weights with the head of 5).
 
-    The head is linear for their 1 x 1 convolution, and masked too; a task has norm statistics of its own. shape as `alexnet`.
+    The head is linear for their 1 x 1 convolution, and masked too; a task has norm statistics of its own. shape as `alexnet`; width: times
+    the 20 channels of the first stage.
     """
-    return ResNet18(outputs, _channels("gem-resnet-18", shape), pool=4, running=True)
+    return ResNet18(outputs, _channels("gem-resnet-18", shape), max(1, round(20 * width)), pool=4, running=True)
 
 
 MODELS = {
     "mlp": mlp,
     "lenet-300-100": lenet_300_100,
+    "fc-300-300": fc_300_300,
     "fc-1024": fc_1024,
     "alexnet": alexnet,
     "lenet": lenet,

@@ -16,7 +16,7 @@ from subnet_pipelines.methods.base import MethodConfig, Phase
 from subnet_pipelines.models import MODELS, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
-Network = Literal["mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet"]
+Network = Literal["mlp", "lenet-300-100", "fc-300-300", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet"]
 OPTIMIZERS = {"adam": optim.Adam, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
 CODE_NORM = {"sound": {}, "code": {"norm": "batch"}, "paper": {}}  # fidelity: what the networks of WSN's code do
 
