@@ -6,7 +6,6 @@ is valid at every moment, and appending touches nothing that is there. No pickle
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import json
 import re
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from subnet_kernels import ops
 from subnet_kernels.files import write_atomic
+from subnet_kernels.heads import from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
 
 FORMAT = "subnet-kernels bank"
@@ -93,7 +93,7 @@ class BankFiles:
             tensors["alphas"] = entry.alphas
         else:
             owned = self._owned_before(entry.index)
-            for key, bits in self._bits_of(entry).items():
+            for key, bits in self._masks.bits(entry.index).items():
                 tensors[f"bits/{key}"] = bits
                 if self._layers[key].train_weight:
                     weight = self._layers[key].weight.detach()
@@ -104,7 +104,7 @@ class BankFiles:
         """Packed bits that the first `index` masks own, from those of the last call on."""
         start, owned = self._prefix
         if start > index or not owned:
-            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
         for name in self.masks[start:index]:
             for key, bits in self.bits(name).items():
                 ops.union_(owned[key], bits)
@@ -136,7 +136,7 @@ class BankFiles:
         self.activate(None)
         self._fit(folder / "manifest.json", manifest)
         found, masks, writes = {}, [], []
-        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        owned = {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
         for row in rows:
             path = folder / row["file"]
             tensors = _read_tensors(path)
@@ -196,18 +196,18 @@ class BankFiles:
             ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
         ):
             for key in sorted({*stored, *mine}):
-                if key not in mine or key not in stored or _kind(mine[key]) != _kind(stored[key]):
-                    expected, got = (_kind(t[key]) if key in t else "nothing" for t in (mine, stored))
+                if key not in mine or key not in stored or kind_of(mine[key]) != kind_of(stored[key]):
+                    expected, got = (kind_of(t[key]) if key in t else "nothing" for t in (mine, stored))
                     raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
         for key in self._per_task:
-            modules[key] = _from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
+            modules[key] = from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
         state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
         return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
 
     def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
         alphas = tensors.get("alphas")
         if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
-            got = "nothing" if alphas is None else _kind(alphas)
+            got = "nothing" if alphas is None else kind_of(alphas)
             raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
         return alphas.to(self.layers()[0].weight.device)
 
@@ -255,35 +255,9 @@ def is_padded(bits: Tensor, n: int) -> bool:
     return not bool(tail.any())
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, a row an element, so that comparison is of bits and NaN equals itself."""
     return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
-
-
-def fixed_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
-    """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
-    module = fixed_copy(template)
-    mine = module.state_dict()
-    if set(mine) != set(state):
-        raise ValueError(f"load: {path} must hold {', '.join(mine)} of module {name!r}, got {', '.join(state) or 'nothing'}")
-    if type(module) is nn.Linear and state["weight"].dim() == 2:
-        outputs = state["weight"].shape[0]
-        for key, value in list(module.named_parameters()):
-            setattr(module, key, nn.Parameter(value.new_empty((outputs, *value.shape[1:])), requires_grad=False))
-        module.out_features, mine = outputs, module.state_dict()
-    for key, value in mine.items():
-        if _kind(value) != _kind(state[key]):
-            raise ValueError(f"load: {path} must hold {_kind(value)} as {key!r} of module {name!r}, got {_kind(state[key])}")
-    module.load_state_dict(state)
-    return module
 
 
 def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:

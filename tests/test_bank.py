@@ -476,13 +476,13 @@ def test_many_masks_are_kept_in_blocks():
     for i, mask in enumerate(masks):
         bank.commit(str(i), bits={key: reference.pack(m) for key, m in mask.items()})
         if i == 127:
-            pointers = [block.data_ptr() for block in bank._blocks["0"]]
-    assert [tuple(block.shape) for block in bank._blocks["0"]] == [(2, 64, 64), (2, 64, 64), (2, 2, 64)]
-    assert [block.data_ptr() for block in bank._blocks["0"]][:2] == pointers
+            pointers = [block.data_ptr() for block in bank._masks.blocks["0"]]
+    assert [tuple(block.shape) for block in bank._masks.blocks["0"]] == [(2, 64, 64), (2, 64, 64), (2, 2, 64)]
+    assert [block.data_ptr() for block in bank._masks.blocks["0"]][:2] == pointers
     for i in (0, 63, 64, 127, 128, 129):
         assert all(torch.equal(m, masks[i][key]) for key, m in masks_of(bank, str(i)).items())
     packed = reference.pack_bank(torch.stack([m["0"] for m in masks]))
-    assert all(torch.equal(a, b) for a, b in zip(packed, bank._blocks["0"]))
+    assert all(torch.equal(a, b) for a, b in zip(packed, bank._masks.blocks["0"]))
     alphas = torch.rand(130)
     bank.superpose(alphas)
     x = torch.randn(4, 20)
