@@ -51,7 +51,7 @@ class MaskBank(BankFiles):
         self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
         self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
-        self._held: str | None = None  # whose they are
+        self._held: tuple[str | None, dict | None] = (None, None)  # whose they are, and the state in place of that one's
         self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
         self._heads: dict[str, nn.Module] = {}  # and its per-task modules
         self.active: str | None = None
@@ -138,7 +138,7 @@ class MaskBank(BankFiles):
         if over is not None and alphas is None:
             raise ValueError("commit: over must come with alphas, got masks and nothing to weigh them with")
         if self._live is not None and alphas is None:
-            raise ValueError(f"commit: the live task must be active, got {self._held!r}; call activate(None) first")
+            raise ValueError(f"commit: the live task must be active, got {self._held[0]!r}; call activate(None) first")
         self._follow()
         try:
             json.dumps(facts)
@@ -288,7 +288,7 @@ class MaskBank(BankFiles):
             yield
         finally:
             with torch.no_grad():
-                self._hold(held)
+                self._hold(held[0], state=held[1])
             self.active = active
             for layer, (weight, mix, rows) in zip(self.layers(), modes):
                 layer._active, layer._mix, layer._rows = weight, mix, rows
@@ -350,13 +350,16 @@ class MaskBank(BankFiles):
         bits = self._masks.bits(entry.index) if bits is None else bits
         return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
 
-    def _hold(self, name: str | None, in_place: bool = False) -> None:
-        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is."""
+    def _hold(self, name: str | None, in_place: bool = False, state: dict[str, Tensor] | None = None) -> None:
+        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is.
+
+        state: the task state in place of that one's own.
+        """
         entry = self[name] if name is not None else None
-        if entry is None and self._live is None:
+        if entry is None and self._live is None and state is None:
             return
         modules = {}
-        for key, module in (entry.modules if entry is not None else self._live[1]).items():
+        for key, module in (entry.modules if entry is not None else self._live[1] if self._live is not None else {}).items():
             if entry is not None and in_place:
                 slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(like(self.model.get_submodule(key)))
                 pairs = list(zip(tensors_of(slot), tensors_of(module)))
@@ -373,13 +376,13 @@ class MaskBank(BankFiles):
         if self._live is None:
             live = {key: value.detach().clone() for key, value in self._state().items()}
             self._live = (live, {key: self.model.get_submodule(key) for key in self._per_task})
-        self._write(entry.state if entry is not None else self._live[0])
+        self._write(state if state is not None else entry.state if entry is not None else self._live[0])
         for key, module in modules.items():
             current = self.model.get_submodule(key)
             if module is not current:
                 self.model.set_submodule(key, module.train(current.training))
-        self._live = None if entry is None else self._live
-        self._held = name
+        self._live = None if entry is None and state is None else self._live
+        self._held = (name, state)
 
     def _follow(self) -> None:
         """Move the masks to where the model has moved."""
@@ -390,12 +393,21 @@ class MaskBank(BankFiles):
         for key, value in self._state().items():
             value.detach().copy_(state[key])
 
-    def superpose(self, alphas: Tensor | None = None, *, over: Sequence[str] | None = None, head: str | None = None) -> Tensor:
+    def superpose(
+        self,
+        alphas: Tensor | None = None,
+        *,
+        over: Sequence[str] | None = None,
+        head: str | None = None,
+        mean_state: bool = False,
+    ) -> Tensor:
         """Run the model as many masks at once: every layer's weight is W * sum_k alpha_k M_k.
 
         alphas: (K,), or (layers, K) with a row for each masked layer, differentiable; None is 1/K each. over: names of the K masks,
-        default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones) -> the alphas, a leaf that
-        requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
+        default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones); mean_state: the mean of
+        the K masks' task states in place of that one's, so that norms in eval mode take the candidates' mean statistics and not those
+        of whoever was last -> the alphas, a leaf that requires a gradient where None was given. Ends with `activate`. Raises ValueError on
+        a bad argument.
         """
         names = self._mask_names("superpose", self.masks if over is None else over)
         equal = alphas is None
@@ -406,7 +418,7 @@ class MaskBank(BankFiles):
         self._follow()
         blocks, counts = self._of(names, equal)
         with torch.no_grad():
-            self._hold(head)
+            self._hold(head, state=self._mean_state(names) if mean_state else None)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = layer._rows = None
@@ -420,12 +432,22 @@ class MaskBank(BankFiles):
         """Gradient to the alphas, at equal alphas, of every row's own objective: SupSup's one-shot inference row by row.
 
         x: (B, ...); objective: logits (B, C) -> (B,), row b depending on row b alone -> (B, K). One forward and backward of the summed
-        objective, then `alpha_grad` of every layer. Linear layers and ungrouped Conv2d; others raise ValueError.
+        objective, then `alpha_grad` of every layer. over: names of the K masks, default all; head: the entry whose task state and
+        ``per_task`` modules are used (default the mean of the K masks' states, and the live modules). Linear layers and ungrouped
+        Conv2d; others raise ValueError.
         """
         check_traceable(self._layers)
         with self.as_task(None):
-            alphas = self.superpose(None, over=over, head=head)
+            alphas = self.superpose(None, over=over, head=head, mean_state=head is None)
             return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
+
+    def _mean_state(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """The mean of some entries' task states; of tensors of whole numbers the first entry's."""
+        states = [self[name].state for name in names]
+        return {
+            key: torch.stack([state[key] for state in states]).mean(0) if first.is_floating_point() else first
+            for key, first in states[0].items()
+        }
 
     def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
         """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""

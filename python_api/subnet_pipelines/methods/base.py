@@ -98,6 +98,9 @@ class Method(nn.Module):
     static_step = (
         False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
     )
+    evaluation: tuple[
+        str, ...
+    ] = ()  # fields of its config by which nothing is made or trained: a finished run can be measured by others
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end

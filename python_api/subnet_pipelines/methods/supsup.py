@@ -71,9 +71,9 @@ class SupSupConfig(MethodConfig):
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate over a task: as it is, or down to 0 (the authors' code in scenario GG)."""
     objective: Literal["G", "H"] = "G"
-    """What inference differentiates: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
+    """What one-shot and binary inference differentiate: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
     inference: Literal["one-shot", "binary", "exhaustive"] = "one-shot"
-    """The task of least gradient at equal coefficients; halving the candidates; or every mask tried, the least objective winning."""
+    """The task of least gradient at equal coefficients; halving the candidates; or every mask tried, that of least entropy winning."""
     log_base: int = 2
     """Binary inference keeps one in log_base of the candidates each round."""
     inference_unit: Literal["row", "n", "batch"] = "row"
@@ -115,6 +115,7 @@ class SupSup(MaskedMethod):
     Config = SupSupConfig
     static_step = True
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
+    evaluation = ("objective", "inference", "log_base", "inference_unit", "unit_rows", "deciding_rows", "outsiders")
     scenarios = ("GG", "GNs", "GNu")
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
@@ -129,7 +130,9 @@ class SupSup(MaskedMethod):
             raise Refusal(f"head must be 'masked' in scenario {benchmark.config.scenario}, where no task id is given at test")
         if config.outsiders != "none":
             if benchmark.scenario.test_id:
-                raise Refusal(f"outsiders asks how sure a task is inferred, scenario {benchmark.config.scenario} gives it at test")
+                raise Refusal(
+                    f"outsiders asks how sure a task is inferred, scenario {benchmark.config.scenario} gives it at test"
+                )
             calibration.outside_rows(benchmark, config.outsiders)  # what is missing is said before the run and not at its end
         self.benchmark = benchmark
         share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
@@ -227,8 +230,8 @@ class SupSup(MaskedMethod):
             return self.infer_rows(x)
         size = c.unit_rows if c.inference_unit == "n" else c.batch_size
         if c.inference == "exhaustive":
-            values = self.values(x).split(size)
-            return torch.cat([inference.one_shot(unit[: c.deciding_rows].mean(0)).expand(len(unit)) for unit in values])
+            entropies = self.entropies(x).split(size)
+            return torch.cat([inference.one_shot(unit[: c.deciding_rows].mean(0)).expand(len(unit)) for unit in entropies])
         find = self.one_shot if c.inference == "one-shot" else self.binary
         return torch.cat([find(unit[: c.deciding_rows]).expand(len(unit)) for unit in x.split(size)])
 
@@ -258,7 +261,7 @@ class SupSup(MaskedMethod):
     def infer_rows(self, x: Tensor) -> Tensor:
         """The task of every row (B,), by what the row says alone."""
         if self.config.inference == "exhaustive":
-            return inference.one_shot(self.values(x))
+            return inference.one_shot(self.entropies(x))
         if self.config.inference == "one-shot":
             return inference.one_shot(self.bank.row_alpha_grad(x, self.objective))
         alive = torch.ones((len(x), len(self.bank)), dtype=torch.bool, device=x.device)
@@ -278,9 +281,9 @@ class SupSup(MaskedMethod):
                 grads[rows[:, None], columns] = self.bank.row_alpha_grad(x[rows], self.objective, over=over)
         return grads
 
-    def values(self, x: Tensor) -> Tensor:
-        """The objective of every row through every learnt mask, with its own statistics: (B, K)."""
-        return torch.stack([self.objective(super(SupSup, self).predict(x, k).logits) for k in range(len(self.bank))], 1)
+    def entropies(self, x: Tensor) -> Tensor:
+        """Of every row through every learnt mask, each with its own statistics: (B, K)."""
+        return torch.stack([inference.entropy(super(SupSup, self).predict(x, k).logits) for k in range(len(self.bank))], 1)
 
     # ---- what is reported and kept ----------------------------------------------------------------------------------
 
