@@ -76,9 +76,10 @@ def by_hand(method, x, norms, objective):
     masks = [[sk.unpack(bits, layer.weight.shape) for bits, layer in zip(method.bank.bits(name).values(), method.bank.layers())]
              for name in method.bank.masks]  # fmt: skip
     alphas = torch.full((len(masks),), 1 / len(masks), requires_grad=True)
-    for i, (norm, state) in enumerate(zip(batch_norms(net), norms or batch_norms(net))):
-        norm.running_mean, norm.running_var = (state[0], state[1]) if norms else (norm.running_mean, norm.running_var)
-        norm.training = not norms
+    for i, norm in enumerate(batch_norms(net)):
+        norm.training = norms is None
+        if norms is not None:
+            norm.running_mean, norm.running_var = norms[i]
     weights = {f"{name}.weight": layer.weight.detach() * sum(a * mask[i] for a, mask in zip(alphas, masks))
                for i, (name, layer) in enumerate(zip(method.bank.layer_names, method.bank.layers()))}  # fmt: skip
     dense = sk.MaskBank(net)
