@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from subnet_kernels import ops
 from subnet_kernels.convert import matches
 from subnet_kernels.heads import fixed_copy, fresh, like, tensors_of
-from subnet_kernels.layers import SubnetLayer, init_scores_, refresh
-from subnet_kernels.masks import Masks, count_masks
+from subnet_kernels.layers import SubnetLayer, init_scores_, of_planes, refresh
+from subnet_kernels.masks import Masks, count_masks, opened
 from subnet_kernels.rows import HeadOfRows, differing_biases, distinct, join
-from subnet_kernels.storage import BankFiles, Entry, is_padded, raw
+from subnet_kernels.storage import BankFiles, Entry, Written, is_one_sign, is_padded, raw
 from subnet_kernels.superposition import check_traceable, traced_alpha_grad
 from subnet_kernels.views import TaskView, baked
 
@@ -44,9 +44,20 @@ class MaskBank(BankFiles):
         config = getattr(model, "subnet_config", None)
         self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
-        self._masks = Masks(self._weights())
-        self._counts: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        planes = {layer.rule.planes for layer in self.layers()}
+        if len(planes) > 1:
+            raise ValueError("MaskBank: either all layers' masks must be signed or none, got both")
+        self._planes = planes.pop()
+        self._masks = Masks(self._weights(), self._planes)
+        self._mask_order: list[str] = []  # names of the masks, by their place
+        self._mixed = 0  # alphas of all combinations
+        self._some: tuple[tuple[str, ...], dict, dict] = (
+            (),
+            {},
+            {},
+        )  # the last subset that was superposed: names, blocks, counts
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
+        self._written: Written | None = None  # what `save` knows of its folder
         self._backbone: str | None = None
         self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
@@ -75,8 +86,8 @@ class MaskBank(BankFiles):
 
     @property
     def masks(self) -> list[str]:
-        """Names of the entries that are masks."""
-        return [name for name, entry in self._entries.items() if entry.index is not None]
+        """Names of the entries that are masks, in the order of their commits."""
+        return list(self._mask_order)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,10 +103,17 @@ class MaskBank(BankFiles):
         return self._entries[name]
 
     def bits(self, name: str) -> dict[str, Tensor]:
-        """Packed bits of a mask: {layer name: uint8}. Raises ValueError for a combination."""
+        """Packed bits of a mask: {layer name: uint8 (bytes,)}, of a signed one (2, bytes), where it is 1 and where it is -1.
+
+        Raises ValueError for a combination.
+        """
         if self[name].index is None:
             raise ValueError(f"bank: {name!r} must be a mask, it is a combination of masks")
         return self._masks.bits(self[name].index)
+
+    def opened(self, name: str) -> dict[str, Tensor]:
+        """Packed bits of the weights that a mask opens, with whatever sign: {layer name: uint8 (bytes,)}. Raises as `bits`."""
+        return {key: opened(bits) for key, bits in self.bits(name).items()}
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: layer.weight.detach() for name, layer in self._layers.items()}
@@ -105,9 +123,12 @@ class MaskBank(BankFiles):
         return {key: bits.clone() for key, bits in self._masks.owned.items()}
 
     def live_bits(self) -> dict[str, Tensor]:
-        """Copies of the packed bits in training now: {layer name: uint8}."""
+        """Copies of the packed bits in training now, as `bits` has them."""
         refresh([layer for layer in self.layers() if layer._seen != layer._now()])
-        return {name: layer.bits.clone() for name, layer in self._layers.items()}
+        if self._planes == 1:
+            return {name: layer.bits.clone() for name, layer in self._layers.items()}
+        signs = {name: (layer.scores.detach() > 0, layer.scores.detach() < 0) for name, layer in self._layers.items()}
+        return {name: torch.stack([ops.pack(sign) & self._layers[name].bits for sign in both]) for name, both in signs.items()}
 
     # --------------------------------------------------------------------------------------------------------- learning
 
@@ -149,7 +170,7 @@ class MaskBank(BankFiles):
                 raise ValueError(f"commit: tensors must be named tensors, got {type(value).__name__} for {key!r}")
         if alphas is not None:
             over = tuple(self.masks if over is None else over)
-            self._check_alphas("commit", alphas, len(self._mask_names("commit", over)))
+            self._check_alphas("commit", alphas, len(self._check_masks("commit", over)))
         elif bits is not None:
             self._check_bits("commit", bits)
         entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
@@ -162,26 +183,31 @@ class MaskBank(BankFiles):
             bits = self.live_bits() if bits is None else bits
             self._backbone = self._backbone or self._hash()
             entry.index = len(self._masks)
-            self._append(bits)
+            self._masks.append(bits)
             self._freeze()
-        self._entries[name] = entry
+        self._keep(name, entry)
 
     def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
             raise ValueError(f"{where}: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
         for key, layer in self._layers.items():
-            given, n = bits[key], layer.weight.numel()
-            if given.dtype != torch.uint8 or given.shape != layer.bits.shape or given.device != layer.bits.device:
+            given, n, shape = bits[key], layer.weight.numel(), self._shape_of_bits(layer)
+            if given.dtype != torch.uint8 or given.shape != shape or given.device != layer.bits.device:
                 raise ValueError(
-                    f"{where}: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)} on {layer.bits.device}, "
+                    f"{where}: bits of layer {key!r} must be uint8 of {shape} on {layer.bits.device}, "
                     f"got {given.dtype} of {tuple(given.shape)} on {given.device}"
                 )
             if not is_padded(given, n):
                 raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
+            if not is_one_sign(given):
+                raise ValueError(f"{where}: a signed mask must open a weight with one sign, that of layer {key!r} has both")
 
-    def _append(self, bits: Mapping[str, Tensor]) -> None:
-        self._masks.append(bits)
-        self._counts.clear()
+    def _keep(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+        if entry.index is not None:
+            self._mask_order.append(name)
+        else:
+            self._mixed += entry.alphas.numel()
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
@@ -225,20 +251,19 @@ class MaskBank(BankFiles):
         if users:
             raise ValueError(f"remove: {name!r} must not be part of a combination, {users[0]!r} uses it")
         self.activate(None)
-        kept = [self.bits(other) for other in self.masks if other != name]
         del self._entries[name]
+        self._some, self._written = ((), {}, {}), None
         if entry.index is None:
+            self._mixed -= entry.alphas.numel()
             return
-        for i, other in enumerate(self.masks):
+        self._masks.remove(entry.index)
+        del self._mask_order[entry.index]
+        for i, other in enumerate(self._mask_order):
             self._entries[other].index = i
         for e in self._entries.values():
             e.saved = None  # the values that an entry's file holds are those it was the first to own
         self._prefix = (0, {})
-        self._counts.clear()
-        self._masks = Masks(self._weights())
-        for bits in kept:
-            self._append(bits)
-        if kept:
+        if len(self._masks):
             self._freeze()
         else:
             self._backbone = None
@@ -300,15 +325,16 @@ class MaskBank(BankFiles):
         task_ids: (B,) int64, places in `masks` (commit order), or B names of entries, combinations included. Every forward in the block
         takes B rows first, in eval mode, and gives B rows; rows must not influence each other. Linear layers run all rows at once
         (`mixed_linear`), convolutions and ``per_task`` modules those of a task at a time. Where other task state than the biases of
-        masked layers differs between the tasks, or an entry is a combination, the whole model runs once for each task. Where heads
-        have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for
-        compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
+        masked layers differs between the tasks, an entry is a combination or masks are signed, the whole model runs once for each task.
+        Where heads have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none.
+        Not for compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
         """
         names, ids = distinct(self, task_ids)
         self._follow()
         ids = ids.to(self.layers()[0].weight.device)
         with self.as_task(names[0]):
-            biases = differing_biases([self[name] for name in names], self._layers)
+            entries = [self[name] for name in names]
+            biases = differing_biases(entries, self._layers) if self._planes == 1 else None
             if len(names) == 1:
                 yield
             elif biases is None:
@@ -344,11 +370,14 @@ class MaskBank(BankFiles):
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = self._weights()
         if entry is not None and entry.index is None:
-            blocks, _ = self._of(entry.over)
+            blocks, _ = self._of(entry.over, False)
             rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
+            rows = rows if self._planes == 1 else of_planes(rows)
             return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
         bits = self._masks.bits(entry.index) if bits is None else bits
-        return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
+        if self._planes == 2:
+            weights = {key: torch.where(ops.unpack(bits[key][1], w.shape), -w, w) for key, w in weights.items()}
+        return {key: ops.apply(w, opened(bits[key])) for key, w in weights.items()}
 
     def _hold(self, name: str | None, in_place: bool = False, state: dict[str, Tensor] | None = None) -> None:
         """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is.
@@ -387,7 +416,7 @@ class MaskBank(BankFiles):
     def _follow(self) -> None:
         """Move the masks to where the model has moved."""
         if self._masks.to(self._weights()):
-            self._counts, self._prefix, self._slots = {}, (0, {}), {}
+            self._some, self._prefix, self._slots = ((), {}, {}), (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
         for key, value in self._state().items():
@@ -409,21 +438,25 @@ class MaskBank(BankFiles):
         of whoever was last -> the alphas, a leaf that requires a gradient where None was given. Ends with `activate`. Raises ValueError on
         a bad argument.
         """
-        names = self._mask_names("superpose", self.masks if over is None else over)
+        tasks = len(self._masks) if over is None else len(self._check_masks("superpose", over))
+        if not tasks:
+            raise ValueError("superpose: expected at least one mask, the bank has none")
         equal = alphas is None
         if equal:
             some = self.layers()[0].weight
-            alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
-        self._check_alphas("superpose", alphas, len(names))
+            alphas = torch.full((tasks,), 1 / tasks, device=some.device, dtype=some.dtype, requires_grad=True)
+        self._check_alphas("superpose", alphas, tasks)
         self._follow()
-        blocks, counts = self._of(names, equal)
         with torch.no_grad():
-            self._hold(head, state=self._mean_state(names) if mean_state else None)
+            # counts of two planes would not be of one sign: equal alphas read signed masks like any others
+            blocks, counts = self._of(over, equal and self._planes == 1)
+        with torch.no_grad():
+            self._hold(head, state=self._mean_state(over) if mean_state else None)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = layer._rows = None
             row = None if alphas.dim() == 1 else i
-            layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
+            layer._mix = (list(blocks[key]), alphas, row, counts.get(key), alphas._version)
         return alphas
 
     def row_alpha_grad(
@@ -441,32 +474,30 @@ class MaskBank(BankFiles):
             alphas = self.superpose(None, over=over, head=head, mean_state=head is None)
             return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
 
-    def _mean_state(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """The mean of some entries' task states; of tensors of whole numbers the first entry's."""
-        states = [self[name].state for name in names]
+    def _mean_state(self, over: Sequence[str] | None) -> dict[str, Tensor]:
+        """The mean of some masks' task states, default all's; of tensors of whole numbers the first one's."""
+        states = [self._entries[name].state for name in (self._mask_order if over is None else over)]
         return {
             key: torch.stack([state[key] for state in states]).mean(0) if first.is_floating_point() else first
             for key, first in states[0].items()
         }
 
-    def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
-        """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""
-        key = tuple(names)
-        if key not in self._counts or (equal and not self._counts[key][1]):
-            if list(key) == self.masks:
-                blocks = self._masks.blocks
-            else:
-                blocks = self._masks.some(self[name].index for name in key)
-            counts = (
-                {name: count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()} if equal else {}
-            )
-            self._counts = {key: (blocks, counts)}
-        return self._counts[key]
+    def _of(self, over: Sequence[str] | None, equal: bool) -> tuple[dict, dict]:
+        """Blocks and, for equal alphas, counts of all masks, or of some: of those the last ones asked for are kept."""
+        if over is None or list(over) == self._mask_order:
+            return self._masks.blocks, self._masks.counts() if equal else {}
+        names, blocks, counts = self._some
+        if names != tuple(over):
+            blocks, counts = self._masks.some(self[name].index for name in over), {}
+        if equal and not counts:
+            counts = {name: count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()}
+        self._some = (tuple(over), blocks, counts)
+        return blocks, counts
 
-    def _mask_names(self, where: str, names: Sequence[str]) -> list[str]:
+    def _check_masks(self, where: str, names: Sequence[str]) -> list[str]:
         names = list(names)
         if not names:
-            raise ValueError(f"{where}: expected at least one mask, the bank has none")
+            raise ValueError(f"{where}: expected at least one mask, got none")
         for name in names:
             if self[name].index is None:
                 raise ValueError(f"{where}: {name!r} must be a mask, it is a combination of masks")
@@ -509,8 +540,8 @@ class MaskBank(BankFiles):
         """
         total = sum(layer.weight.numel() for layer in self.layers())
         used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
-        mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
-        alphas = sum(e.alphas.numel() * 4 for e in self._entries.values() if e.alphas is not None)
+        mask_bytes = self._planes * sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
+        alphas = 4 * self._mixed
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
             "used_fraction": used / total,
@@ -524,7 +555,9 @@ class MaskBank(BankFiles):
     def overlap(self) -> dict[str, Tensor]:
         """Open weights that every pair of masks has in common: {layer name: int64 (K, K)}, in the order of `masks`."""
         none = torch.zeros((0, 0), dtype=torch.int64)
-        return {key: ops.overlap(blocks) if blocks else none for key, blocks in self._masks.blocks.items()}
+        found = {key: ops.overlap(blocks) if blocks else none for key, blocks in self._masks.blocks.items()}
+        each = (len(self._masks), self._planes)
+        return {key: pairs.view(*each, *each).sum((1, 3)) for key, pairs in found.items()}
 
     def verify(self) -> None:
         """Prove that nothing moved that a committed task uses. Raises RuntimeError naming the layer and how many weights did.

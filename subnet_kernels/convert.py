@@ -62,7 +62,9 @@ class SubnetConfig:
             check_density("SubnetConfig", self.density)
         self.rule(0.5)
         if self.select == "signed" and self.train_weights:
-            raise ValueError("SubnetConfig: train_weights must be False where select is 'signed', a learning weight has its own sign")
+            raise ValueError(
+                "SubnetConfig: train_weights must be False where select is 'signed', a learning weight has its own sign"
+            )
 
     def rule(self, density: float) -> Rule:
         """The `Rule` of a layer of that density."""

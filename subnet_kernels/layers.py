@@ -72,6 +72,11 @@ class Rule:
         return 2 if self.select == "signed" else 1
 
 
+def of_planes(alphas: Tensor) -> Tensor:
+    """The coefficients of signed masks' planes: a mask's own for where it is 1, its negative for where it is -1; (..., K) -> (..., 2K)."""
+    return torch.stack([alphas, -alphas], -1).flatten(-2)
+
+
 class LiveWeight(torch.autograd.Function):
     """The materialised effective weight in place of (weight, scores); gradients straight through to both."""
 
@@ -282,8 +287,8 @@ class SubnetLayer:
             # equal alphas are not read; once an optimizer has moved them, and where nobody can look (compiled), they are
             equal = counts is not None and not torch.compiler.is_compiling() and alphas._version == version
             alphas = alphas if row is None else alphas[row]
-            if self.rule.planes == 2:  # a mask is two, with one coefficient that the second takes off again
-                alphas = torch.stack([alphas, -alphas], -1).flatten()
+            if self.rule.planes == 2:
+                alphas = of_planes(alphas)
             return superpose_weight(self.weight.detach(), bank, alphas, equal, counts if equal else None)
         weight, scores = self.weight, self.scores
         compiling = torch.compiler.is_compiling()
@@ -310,7 +315,7 @@ class SubnetLayer:
             return SubnetWeight.apply(weight, scores, self.frozen, self.k, rule.by, rule.ties)[0]
         if rule.select == "signed":
             (bits,) = torch.ops.subnet_kernels.select.default([scores.detach()], [self.k], rule.by, rule.ties)
-            effective = ops.apply(weight.detach() * scores.detach().sign(), bits)
+            effective = ops.apply(with_signs(weight.detach(), scores.detach()), bits)
             return LiveWeight.apply(weight, scores, effective, bits, None, "value")
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
         return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
@@ -346,7 +351,11 @@ class SubnetLayer:
 
     def extra_repr(self) -> str:
         rule = self.rule
-        how = f"score {'>=' if rule.inclusive else '>'} {rule.value:g}" if rule.select == "threshold" else f"density={rule.density:g}"
+        how = (
+            f"score {'>=' if rule.inclusive else '>'} {rule.value:g}"
+            if rule.select == "threshold"
+            else f"density={rule.density:g}"
+        )
         return f"{super().extra_repr()}, {how}{', signed' if rule.planes == 2 else ''}"
 
     def _apply(self, fn, recurse=True):
@@ -574,10 +583,14 @@ def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
     return calls
 
 
+def with_signs(weight: Tensor, scores: Tensor) -> Tensor:
+    """The weight with its score's sign, 0 where the score is 0: what a signed mask opens."""
+    return (weight * scores.sign()).masked_fill_(scores == 0, 0)
+
+
 def _refresh_signed_(scores: Sequence[Tensor], weights: Sequence[Tensor], *rest) -> None:
-    """`refresh_` of signed masks: the effective weight is the weight with its score's sign, where it is open."""
-    signs = torch._foreach_sign([s.detach() for s in scores])
-    ops.refresh_(scores, torch._foreach_mul([w.detach() for w in weights], signs), *rest)
+    """`refresh_` of signed masks."""
+    ops.refresh_(scores, [with_signs(w.detach(), s.detach()) for w, s in zip(weights, scores)], *rest)
 
 
 def _run(calls: Iterable[tuple]) -> None:

@@ -1,17 +1,20 @@
 """A bank on disk: a folder with one safetensors file an entry and a manifest that names them, written so that nothing is ever lost.
 
 An entry's file is written once, under a name that has its content's hash in it; the manifest is replaced last, by rename. So a folder
-is valid at every moment, and appending touches nothing that is there. No pickle.
+is valid at every moment, and appending touches nothing that is there. Of many entries the manifest lists the last ones alone, and for
+every 256 before them a segment, a file that lists those: one more entry costs the same however many there are. No pickle.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,9 +25,11 @@ from subnet_kernels import ops
 from subnet_kernels.files import write_atomic
 from subnet_kernels.heads import from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
+from subnet_kernels.masks import Masks, opened
 
 FORMAT = "subnet-kernels bank"
-VERSION = 1
+VERSION = 2  # version 1 had no segments
+SEGMENT = 256  # entries
 
 
 @dataclass
@@ -42,27 +47,42 @@ class Entry:
     saved: Path | None = None  # its file, where it has been written or read
 
 
+class Written(NamedTuple):
+    """What `save` wrote last: a manifest in a folder, of so many entries, the first ones in these segments."""
+
+    manifest: tuple[Path, int, int, int]  # the file, with its number, time and size: another one is somebody else's
+    entries: int
+    segments: list[str]
+
+
 class BankFiles:
     """The part of a bank that writes and reads its folder."""
 
     def save(self, folder: Path | str) -> None:
         """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
 
-        Raises OSError if the folder cannot be written; what it held before stays valid.
+        What an entry holds is what its commit was given. Raises OSError if the folder cannot be written; what it held before stays valid.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for number, (name, entry) in enumerate(self._entries.items()):
+        path = folder / "manifest.json"
+        known = self._written is not None and self._written.manifest == _identity(path)
+        written, segments = (self._written.entries, self._written.segments) if known else (0, [])
+        for number, (name, entry) in itertools.islice(enumerate(self._entries.items()), written, None):
             if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
                 data = to_safetensors(self._tensors_of(entry))
-                slug, digest = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60], hashlib.sha256(data).hexdigest()[:12]
+                slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
                 # the content is in the name: a file that an earlier manifest speaks of is never written over with another
-                path = folder / f"{number:05d}-{slug}-{digest}.safetensors"
-                write_atomic(path, data)
-                entry.saved = path
-            kind = "mask" if entry.index is not None else "combination"
-            rows.append({"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
+                file = folder / f"{number:05d}-{slug}-{_digest(data)}.safetensors"
+                write_atomic(file, data)
+                entry.saved = file
+        rows = [_row(*item) for item in itertools.islice(self._entries.items(), SEGMENT * len(segments), None)]
+        while len(rows) >= SEGMENT:
+            data = json.dumps(rows[:SEGMENT]) + "\n"
+            segment = folder / f"segment-{len(segments):05d}-{_digest(data.encode())}.json"
+            if not segment.exists():
+                write_atomic(segment, data)
+            segments, rows = [*segments, segment.name], rows[SEGMENT:]
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -79,9 +99,11 @@ class BankFiles:
             "state": self._state_names,
             "per_task": self._per_task,
             "backbone_sha256": self._backbone,
+            "segments": segments,
             "entries": rows,
         }
-        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_atomic(path, json.dumps(manifest, indent=1) + "\n")
+        self._written = Written(_identity(path), len(self._entries), segments)
 
     def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
         """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
@@ -92,7 +114,7 @@ class BankFiles:
         if entry.alphas is not None:
             tensors["alphas"] = entry.alphas
         else:
-            owned = self._owned_before(entry.index)
+            owned = self._owned_before(entry.index) if self.trains_weights else {}
             for key, bits in self._masks.bits(entry.index).items():
                 tensors[f"bits/{key}"] = bits
                 if self._layers[key].train_weight:
@@ -105,9 +127,9 @@ class BankFiles:
         start, owned = self._prefix
         if start > index or not owned:
             start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
-        for name in self.masks[start:index]:
-            for key, bits in self.bits(name).items():
-                ops.union_(owned[key], bits)
+        for i in range(start, index):
+            for key, bits in self._masks.bits(i).items():
+                ops.union_(owned[key], opened(bits))
         self._prefix = (index, owned)
         return owned
 
@@ -135,8 +157,8 @@ class BankFiles:
             )
         self.activate(None)
         self._fit(folder / "manifest.json", manifest)
-        found, masks, writes = {}, [], []
-        owned = {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
+        found, writes = {}, []
+        masks = Masks({key: layer.weight for key, layer in self._layers.items()}, self._planes)
         for row in rows:
             path = folder / row["file"]
             tensors = _read_tensors(path)
@@ -145,17 +167,18 @@ class BankFiles:
                 entry.alphas = self._alphas(path, tensors, len(entry.over))
                 continue
             bits, entry.index = self._mask(path, tensors), len(masks)
+            writes += self._values(path, tensors, bits, masks.owned, restore)
             masks.append(bits)
-            writes += self._values(path, tensors, bits, owned, restore)
-        backbone = manifest["backbone_sha256"] if masks else None
+        backbone = manifest["backbone_sha256"] if len(masks) else None
         if backbone is not None and (now := self._hash()) != backbone:
             raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
         for layer, new, values in writes:  # all is checked: from here on the model may change
             ops.restore_([layer.weight], [new], [values])
-        self._entries, self._backbone = found, backbone
-        for bits in masks:
-            self._append(bits)
-        if masks:
+        self._masks, self._backbone = masks, backbone
+        for name, entry in found.items():
+            self._keep(name, entry)
+        if len(masks):
+            self._prefix = (len(masks), {key: bits.clone() for key, bits in masks.owned.items()})
             self._freeze()
         refresh(self.layers())
 
@@ -214,24 +237,30 @@ class BankFiles:
     def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         masks = {}
         for key, layer in self._layers.items():
-            bits, n = tensors.get(f"bits/{key}"), layer.weight.numel()
-            if bits is None or bits.dtype != torch.uint8 or bits.shape != layer.bits.shape:
-                raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
+            bits, n, shape = tensors.get(f"bits/{key}"), layer.weight.numel(), self._shape_of_bits(layer)
+            if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
+                count = " x ".join(map(str, shape))
+                raise ValueError(f"load: {path} must hold {count} bytes of bits for layer {key!r}")
             if not is_padded(bits, n):
                 raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
+            if not is_one_sign(bits):
+                raise ValueError(f"load: {path} must open a weight with one sign, its mask of layer {key!r} has both")
             masks[key] = bits.to(layer.weight.device)
         return masks
+
+    def _shape_of_bits(self, layer: SubnetLayer) -> tuple[int, ...]:
+        """Of a mask of that layer: (bytes,), or (2, bytes) where masks are signed."""
+        return tuple(layer.bits.shape) if self._planes == 1 else (self._planes, *layer.bits.shape)
 
     def _values(
         self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
     ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
-        """Check the values of weights that a mask is the first to own; returns what is to be written. Adds the mask to owned."""
+        """Check the values of weights that a mask is the first to own; returns what is to be written."""
         writes = []
         for key, layer in self._layers.items():
-            new = bits[key] & ~owned[key]
-            ops.union_(owned[key], bits[key])
             if not layer.train_weight:
                 continue
+            new = bits[key] & ~owned[key]
             values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
             if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
                 raise ValueError(
@@ -247,12 +276,36 @@ class BankFiles:
         return writes
 
 
+def _identity(manifest: Path) -> tuple[Path, int, int, int]:
+    """Which file is there now."""
+    try:
+        found = manifest.stat()
+    except OSError:
+        return manifest, 0, 0, 0
+    return manifest, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _row(name: str, entry: Entry) -> dict:
+    """What the manifest or a segment says of an entry."""
+    kind = "mask" if entry.index is not None else "combination"
+    return {"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def is_padded(bits: Tensor, n: int) -> bool:
-    """Whether packed bits are zero after those of n weights."""
-    tail = bits[n // 8 :].clone()
+    """Whether packed bits (..., bytes) are zero after those of n weights."""
+    tail = bits[..., n // 8 :].clone()
     if n % 8:
-        tail[0] >>= n % 8
+        tail[..., 0] >>= n % 8
     return not bool(tail.any())
+
+
+def is_one_sign(bits: Tensor) -> bool:
+    """Whether no weight of a mask has both signs: true of masks without signs."""
+    return bits.dim() == 1 or not bool((bits[0] & bits[1]).any())
 
 
 def raw(tensor: Tensor) -> Tensor:
@@ -282,11 +335,14 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r:.80}")
-    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), entries=list)
+    if manifest.get("version") not in (1, VERSION):
+        raise ValueError(f"load: {path} must be of format version {VERSION} or 1, got {manifest.get('version')!r:.80}")
+    if manifest["version"] == 1:
+        manifest["segments"] = []
+    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), segments=list, entries=list)
     for layer in manifest["layers"].values():
         _need(path, layer, shape=list, trains=bool)
+    manifest["entries"] = [row for name in manifest["segments"] for row in _read_segment(path, name)] + manifest["entries"]
     masks: set[str] = set()
     names: set[str] = set()
     for row in manifest["entries"]:
@@ -306,3 +362,18 @@ def _read_manifest(folder: Path) -> dict:
     if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
         raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
     return manifest
+
+
+def _read_segment(manifest: Path, name: object) -> list:
+    """The rows that a manifest has in a file of their own."""
+    if not isinstance(name, str) or not (match := re.fullmatch(r"segment-[0-9]{5,}-([0-9a-f]{12})\.json", name)):
+        raise ValueError(f"load: {manifest} must name its segments plainly and without folders, got {name!r:.80}")
+    path = manifest.parent / name
+    try:
+        data = path.read_bytes()
+        rows = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"load: {path} must be a readable segment of a bank's manifest: {error}") from None
+    if not isinstance(rows, list) or _digest(data) != match[1]:
+        raise ValueError(f"load: {path} must hold the rows that its name has the hash of, its content is another")
+    return rows

@@ -48,7 +48,9 @@ def traced_alpha_grad(
         if inp.shape[0] % x.shape[0]:
             raise ValueError(f"row_alpha_grad: a layer's input must have {x.shape[0]} rows first, got {tuple(inp.shape)}")
         rows = _conv_rows(layer, bank, inp, grad) if isinstance(layer, SubnetConv2d) else _linear_rows(layer, bank, inp, grad)
-        total += rows.view(x.shape[0], -1, rows.shape[1]).sum(1)
+        if layer.rule.planes == 2:
+            rows = rows[:, ::2] - rows[:, 1::2]
+        total += rows.reshape(x.shape[0], -1, rows.shape[1]).sum(1)
     return total
 
 
