@@ -391,7 +391,8 @@ def test_what_a_table_writes(tmp_path, capsys):
 
 # ---- the shipped tables ---------------------------------------------------------------------------------------------
 
-SHIPPED = [(table, cell) for table in table_names() for cell in read_table(table).cells]
+WSN_TABLES = [table for table in table_names() if table.startswith("wsn-")]
+SHIPPED = [(table, cell) for table in WSN_TABLES for cell in read_table(table).cells]
 IDS = [f"{table}-{cell.name}" for table, cell in SHIPPED]
 TASKS = {  # of the paper's streams
     "permuted-mnist": 10,
@@ -404,7 +405,7 @@ TASKS = {  # of the paper's streams
 
 
 def test_both_tables_are_whole():
-    names = {table: [cell.name for cell in read_table(table).cells] for table in table_names()}
+    names = {table: [cell.name for cell in read_table(table).cells] for table in WSN_TABLES}
     assert {table: len(cells) for table, cells in names.items()} == {"wsn-table1": 37, "wsn-table2": 33}
     assert {cell.split("/")[0] for cells in names.values() for cell in cells} == set(TASKS) <= set(BENCHMARKS)
     assert (

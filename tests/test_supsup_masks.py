@@ -4,15 +4,25 @@ import math
 
 import pytest
 import torch
-from streams import assert_same_run, broken_run
+from golden import Golden, cases
+from streams import Pictures, assert_same_run, broken_run
 from test_supsup import Images, supsup
 
 import subnet_kernels as sk
-from subnet_pipelines import Refusal, RunConfig, checkpoint, run
+from subnet_pipelines import METHODS, Refusal, RunConfig, checkpoint, evaluations, run
+from subnet_pipelines.config import Settings
 from subnet_pipelines.methods.supsup import scores_of
+from subnet_pipelines.tables import read_table
 
 SIZES = {"body.0": 100 * 16, "body.1": 100 * 100, "head": 40 * 100}
 FANS = {"body.0": (16, 100), "body.1": (100, 100), "head": (100, 40)}
+
+
+class Flat(Pictures):
+    """Pictures of 784 pixels."""
+
+    def __init__(self, config, seed):
+        super().__init__((784,), config, seed)
 
 
 def layers(method):
@@ -27,6 +37,25 @@ def test_densities_by_the_shape_of_a_layer(mask):
         share = min(0.5, 4.0 * (fan_in + fan_out) / (fan_in * fan_out))
         assert sk.count(layer.bits) == sk.k_sort(SIZES[name], share)
     assert layers(method)["body.1"].density == 0.08
+
+
+NETWORKS = {"LeNet": ("lenet-300-100", 10, Flat), "GEMResNet18": ("gem-resnet-18", 5, Images)}
+
+
+@pytest.mark.parametrize("path", [*cases("supsup_er_LeNet_out10"), *cases("supsup_er_GEMResNet18_out5")])
+def test_the_authors_counts(path):
+    gold, (model, outputs, stream) = Golden(path), NETWORKS[path.stem.split("_")[2]]
+    for s in gold["s"].tolist():
+        method, _ = supsup(stream, "GG", mask="topk", model=model, outputs=outputs, erdos_renyi=s)
+        assert [int(sk.count(layer.bits)) for layer in method.bank.layers()] == gold[f"ones_s{s:g}"].tolist()
+
+
+@pytest.mark.parametrize("path", [*cases("supsup_init_LeNet_fan_in"), *cases("supsup_init_GEMResNet18_fan_in")])
+def test_the_authors_constants(path):
+    gold, (model, outputs, stream) = Golden(path), NETWORKS[path.stem.split("_")[2]]
+    method, _ = supsup(stream, "GG", model=model, outputs=outputs)
+    for layer, constant in zip(method.bank.layers(), gold["constant"]):
+        torch.testing.assert_close(layer.weight.abs().unique(), constant[None], rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
 @pytest.mark.parametrize("fan", ["fan_in", "fan_out"])
@@ -64,6 +93,17 @@ def test_a_width_of_its_own():
 def test_bad_settings(fields, words):
     with pytest.raises(Refusal, match=words):
         supsup(**fields)
+
+
+def test_signed_masks_learn_and_are_told_apart(tmp_path):
+    fields = {"mask": "signed", "density": 0.4, "lr": 1e-2, "optimizer": "adam"}
+    method, benchmark = supsup(**fields)
+    result = run(method, benchmark, RunConfig(), tmp_path / "whole")
+    assert result.task_inference["accuracy"] >= 90
+    assert result.acc >= 88
+    assert result.capacity["bits_per_weight"] >= 2
+    assert result.capacity["huffman"]["code_bits"] > 0
+    assert_same_run((method, result), broken_run(lambda: supsup(**fields), tmp_path / "broken", [31, 170]))
 
 
 # ---- transfer -------------------------------------------------------------------------------------------------------
@@ -154,3 +194,18 @@ def test_neither_bank_nor_checkpoint_holds_the_weights(tmp_path):
     other.out = tmp_path
     with pytest.raises(ValueError, match="the model's weights must have hash"):
         other.load(saved)
+
+
+def test_the_notebook_is_a_table():
+    """784-300-300-100, five permutations, RMSprop 1e-4, one epoch; its rows train one bank."""
+    cells = {cell.name: cell for cell in read_table("supsup-notebook").cells}
+    assert list(cells) == [f"permuted-mnist/{row}" for row in ("gg", "gns", "gns-row")]
+    trained = []
+    for cell in cells.values():
+        values = Settings(cell.method, cell.benchmark).resolve(None, cell.settings, cell.fidelity).values
+        free = (*METHODS["supsup"].evaluation, *evaluations.STREAM)
+        trained.append({name: value for name, value in values.items() if name not in free})
+        assert (values["optimizer"], values["lr"], values["epochs"], values["iterations"]) == ("rmsprop", 1e-4, 1, None)
+        assert (values["mask"], values["weight_init"], values["batch_size"]) == ("threshold", "signed_constant", 128)
+    assert trained[0] == trained[1] == trained[2]
+    assert list(supsup(Flat, "GG", model="fc-300-300", outputs=100)[0].bank.model.head.weight.shape) == [100, 300]
