@@ -17,7 +17,17 @@ from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, u
 from subnet_pipelines.schedules import Plateau
 
 Network = Literal[
-    "mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet", "gem-resnet-18", "resnet-50"
+    "mlp",
+    "lenet-300-100",
+    "fc-300-300",
+    "fc-1024",
+    "alexnet",
+    "resnet-18",
+    "lenet",
+    "lenet-large",
+    "tinynet",
+    "gem-resnet-18",
+    "resnet-50",
 ]
 OPTIMIZERS = {"adam": optim.Adam, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
 CODE_NORM = {"sound": {}, "code": {"norm": "batch"}, "paper": {}}  # fidelity: what the networks of WSN's code do
