@@ -494,5 +494,5 @@ def test_recipes_run(name, which, fidelity, tiny_sets, tmp_path):
 def test_the_authors_modes():
     batche = {fidelity: Settings("batche", "permuted-mnist").resolve(None, {}, fidelity).values for fidelity in ("code", "paper")}
     assert (batche["code"]["inference_unit"], batche["code"]["deciding_rows"]) == ("batch", 1)
-    assert (batche["code"]["inference"], batche["paper"]["inference"]) == ("replicated", "one-shot")
+    assert batche["code"]["inference"] == batche["paper"]["inference"] == "replicated"
     assert (batche["code"]["weight_decay"], batche["paper"]["weight_decay"]) == (1e-4, 0.0)

@@ -1,8 +1,8 @@
 """BatchE (Wen et al., "BatchEnsemble", ICLR 2020), as SupSup compares with it: a task is two vectors a layer, before and behind it.
 
 y = s * W (x * t), s and t of the task. W learns with the first task, or never; each later task learns its s and t alone. Without a task id
-a row is sent through the contexts of all tasks, and the most certain answer says whose it is (SupSup's code); or all contexts run
-superposed, and the gradient to their coefficients says it, as for SupSup's masks (SupSup's paper).
+a row is sent through the contexts of all tasks, and the most certain answer says whose it is (SupSup's code, ABatchE); or all contexts run
+superposed, and the gradient to their coefficients says it, as for SupSup's masks (SupSup's paper alone).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class BatchE(Method):
     name = "batche"
     Config = BatchEConfig
     static_step = True
-    FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {"inference": "one-shot"}}
+    FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
     forget_free = True
     scenarios = ("GG", "GNs", "GNu")
 
