@@ -82,10 +82,8 @@ class MaskedMethod(Method):
         return {"capacity": {**capacity, "paper_cap": paper}}
 
     def final_report(self) -> dict[str, Any]:
-        report, sizes = (
-            self.report(),
-            {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())},
-        )
+        report = self.report()
+        sizes = {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())}
         planes = (by_plane(self.bank.bits(name)) for name in self.bank.masks)
         signs = ("",) if all(layer.rule.planes == 1 for layer in self.bank.layers()) else SIGNS
         huffman = joint_huffman(planes, {name + sign: n for name, n in sizes.items() for sign in signs})

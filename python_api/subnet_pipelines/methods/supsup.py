@@ -6,23 +6,24 @@ Without a task id all masks run at once, and the gradient to their coefficients 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import subnet_kernels as sk
 from subnet_pipelines import calibration, inference
-from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
-from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
+from subnet_pipelines.methods.base import Clock, MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, batch_statistics, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, batch_statistics, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
+from subnet_pipelines.together import Together
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class SupSupConfig(MethodConfig):
     model: Network = "lenet-300-100"
     """The network."""
     width: float = 1.0
-    """Times the network's own width, where it can be had in others (gem-resnet-18)."""
+    """Times the network's own width, where it can be had in others (lenet-300-100, fc-1024, gem-resnet-18, resnet-50)."""
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
@@ -84,6 +85,8 @@ class SupSupConfig(MethodConfig):
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
     outsiders: Literal["none", "noise", "fashion-mnist"] = "none"
     """At the end of a run compare the confidence on test rows with that on inputs of no task: even noise, or Fashion-MNIST."""
+    parallel_tasks: int = 1
+    """Tasks that are trained at once, to the same masks as one by one: their products are their own, selection and update one call."""
 
     def check(self) -> None:
         super().check()
@@ -94,6 +97,10 @@ class SupSupConfig(MethodConfig):
         if self.mask == "threshold" and (self.erdos_renyi is not None or self.scale_fan):
             word = "scale_fan" if self.scale_fan else "erdos_renyi"
             raise Refusal(f"{word} needs a kept share, which mask topk or signed has and mask threshold has not")
+        if self.transfer != "none" and self.parallel_tasks > 1:
+            raise Refusal(
+                f"transfer must be none where {self.parallel_tasks} tasks are trained at once: a task then has no earlier ones"
+            )
         if self.width <= 0:
             raise Refusal(f"width must be positive, got {self.width}")
         if self.lr <= 0:
@@ -106,6 +113,8 @@ class SupSupConfig(MethodConfig):
             raise Refusal(f"unit_rows must be at least 1, got {self.unit_rows}")
         if self.deciding_rows is not None and self.deciding_rows < 1:
             raise Refusal(f"deciding_rows must be at least 1, got {self.deciding_rows}")
+        if self.parallel_tasks < 1:
+            raise Refusal(f"parallel_tasks must be at least 1, got {self.parallel_tasks}")
 
 
 class SupSup(MaskedMethod):
@@ -133,36 +142,44 @@ class SupSup(MaskedMethod):
                 raise Refusal(
                     f"outsiders asks how sure a task is inferred, scenario {benchmark.config.scenario} gives it at test"
                 )
-            calibration.outside_rows(benchmark, config.outsiders)  # what is missing is said before the run and not at its end
+            calibration.pictures(benchmark, config.outsiders, 1)  # what is missing is said before the run and not at its end
         self.benchmark = benchmark
         share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
         select = {"select": config.mask} if config.mask == "threshold" else {"select": config.mask, "density": share}
         weights = {"weight_init": config.weight_init, "fan": config.fan, "scale_fan": config.scale_fan}
         with seeded(seed, "init"):
             network = MODELS[config.model](outputs, *benchmark.input_shape, **wide(config))
-            if config.norm == "task":
-                use_running_statistics(network)
+            (use_running_statistics if config.norm == "task" else use_batch_statistics)(network)
             own = ["head"] if config.head == "dense" else []
             self.norms = batch_norms(network) if config.norm == "task" else []
             self.adopt(network, sk.SubnetConfig(per_task=own, **weights, **select))
         if config.transfer != "none":
             for i, layer in enumerate(self.bank.layers()):
                 self.register_buffer(f"total_{i}", torch.zeros_like(layer.scores, requires_grad=False))
+        if config.parallel_tasks > 1:
+            self.together = Together(self.model, self.run_live)
+            self.static_step = False  # a step has a batch of each task
 
     def plan(self, task: Task) -> list[Phase]:
         c = self.config
-        return [
-            Phase(
-                "mask",
-                epochs=c.epochs,
-                steps=c.iterations,
-                batch_size=c.batch_size,
-                optimizer=self.optimizer,
-                schedule=cosine() if c.schedule == "cosine" else None,
-                first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task),
-            )
-        ]
+        phase = Phase(
+            "mask",
+            epochs=c.epochs,
+            steps=c.iterations,
+            batch_size=c.batch_size,
+            optimizer=lambda: self.optimizer([self.model]),
+            schedule=cosine() if c.schedule == "cosine" else None,
+            first=lambda: self.begin(task.index),
+            then=lambda: self.commit(task),
+        )
+        if c.parallel_tasks == 1:
+            return [phase]
+        last = min(task.index + c.parallel_tasks, len(self.benchmark))
+        others = [self.benchmark.task(i) for i in range(task.index + 1, last)]
+        return [self.together.phase(phase, task, others, self.begin, self.optimizer)]
+
+    def step(self, batch: Batch | tuple[Batch, ...], opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
+        return super().step(batch, opt, clock) if self.config.parallel_tasks == 1 else self.together.step(batch, opt)
 
     def begin(self, task: int) -> None:
         with seeded(self.seed, "scores", task):
@@ -170,10 +187,11 @@ class SupSup(MaskedMethod):
         if self.config.transfer != "none" and self.bank.masks:
             self.take_over()
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        c, learning = self.config, [layer.scores for layer in self.bank.layers()]
+    def optimizer(self, networks: Sequence[nn.Module]) -> torch.optim.Optimizer:
+        c, modules = self.config, [module for network in networks for module in network.modules()]
+        learning = [module.scores for module in modules if isinstance(module, sk.SubnetLayer)]
         if c.head == "dense":
-            learning += self.model.head.parameters()
+            learning += [parameter for network in networks for parameter in network.head.parameters()]
         return OPTIMIZERS[c.optimizer](learning, c.lr, weight_decay=c.weight_decay, fuse_ste=True)
 
     def commit(self, task: Task) -> None:
