@@ -20,6 +20,9 @@ SMALL = {  # settings that make a run of about forty steps
     "wsn": {"epochs": 2, "batch_size": 7, "density": 0.3},
     "supsup": {"iterations": 15, "batch_size": 16, "model": "mlp", "outputs": 8},
     "impresslearn": {"epochs": 2, "basis_epochs": 2, "batch_size": 16, "basis": 1, "model": "mlp"},
+    "batche": {"iterations": 15, "batch_size": 16, "model": "mlp"},
+    "psp": {"iterations": 15, "batch_size": 16, "model": "mlp"},
+    "separate-heads": {"iterations": 15, "batch_size": 16, "model": "mlp"},
 }
 
 

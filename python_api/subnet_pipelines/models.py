@@ -216,6 +216,14 @@ def use_running_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
+def use_batch_statistics(net: nn.Module) -> nn.Module:
+    """Let every batch norm of a network norm by the batch's own statistics in eval mode too; returns the network."""
+    for norm in batch_norms(net):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return net
+
+
 @contextlib.contextmanager
 def batch_statistics(norms: Iterable[nn.BatchNorm1d | nn.BatchNorm2d]) -> Iterator[None]:
     """Within the block these norms, in eval mode, norm by the batch's own statistics, and leave their running ones as they are."""
@@ -227,14 +235,6 @@ def batch_statistics(norms: Iterable[nn.BatchNorm1d | nn.BatchNorm2d]) -> Iterat
     finally:
         for norm in changed:
             norm.training, norm.track_running_stats = False, True
-
-
-def use_batch_statistics(net: nn.Module) -> nn.Module:
-    """Let every batch norm of a network norm by the batch's own statistics in eval mode too; returns the network."""
-    for norm in batch_norms(net):
-        norm.track_running_stats = False
-        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
-    return net
 
 
 @torch.no_grad()

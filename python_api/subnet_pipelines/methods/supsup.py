@@ -83,10 +83,10 @@ class SupSupConfig(MethodConfig):
     """Rows of a unit under inference_unit n."""
     deciding_rows: int | None = None
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
-    outsiders: Literal["none", "noise", "fashion-mnist"] = "none"
-    """At the end of a run compare the confidence on test rows with that on inputs of no task: even noise, or Fashion-MNIST."""
     parallel_tasks: int = 1
     """Tasks that are trained at once, to the same masks as one by one: their products are their own, selection and update one call."""
+    outsiders: Literal["none", "noise", "fashion-mnist"] = "none"
+    """At the end of a run compare the confidence on test rows with that on inputs of no task: even noise, or Fashion-MNIST."""
 
     def check(self) -> None:
         super().check()
