@@ -15,7 +15,14 @@ from subnet_pipelines.benchmarks.base import (
 )
 from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Superclass
 from subnet_pipelines.benchmarks.five import FiveDatasets
-from subnet_pipelines.benchmarks.mnist import PermutedMNIST, PermutedMNISTMini, RotatedMNIST, RotatedMNISTMini
+from subnet_pipelines.benchmarks.mnist import (
+    PermutedMNIST,
+    PermutedMNISTMini,
+    RotatedMNIST,
+    RotatedMNISTMini,
+    SplitMNIST,
+    SplitMNISTMini,
+)
 from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
 from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
 
@@ -24,6 +31,8 @@ _ALL = (
     PermutedMNISTMini,
     RotatedMNIST,
     RotatedMNISTMini,
+    SplitMNIST,
+    SplitMNISTMini,
     FiveDatasets,
     OmniglotRotation,
     CIFAR100Split,
