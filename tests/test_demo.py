@@ -28,8 +28,8 @@ def test_a_demo_and_another(tmp_path, capsys):
     assert torch.get_num_threads() == threads
 
 
-def test_the_demo_shows_every_method_but_the_baselines_of_wsns_tables():
-    assert {name for name, _, _ in RUNS} == set(METHODS) - {"stl", "mtl", "ewc", "packnet"}
+def test_the_demo_shows_every_method_but_baselines_and_what_needs_more_rows():
+    assert {name for name, _, _ in RUNS} == set(METHODS) - {"stl", "mtl", "ewc", "packnet", "hopsupsup"}
 
 
 @pytest.mark.parametrize("entry", RUNS, ids=lambda e: f"{e[0]}-{e[1]}")

@@ -50,6 +50,8 @@ def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop
     inferred = False
     method.eval()
     with torch.no_grad():
+        if given is None:
+            method.prepare(x, order)
         for batch in batches(x, y, None, order, batch_size):
             if stop is not None:
                 stop.obey("while measuring")
