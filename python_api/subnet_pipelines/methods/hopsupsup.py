@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -139,6 +139,9 @@ class HopSupSupConfig(MethodConfig):
     """What the upper triangles of the Hopfield matrices are stored in; the arithmetic is float32's."""
     recovery_batch: int = 64
     """Rows of a step of the recovery, which goes once over the test rows of a task."""
+    recovery_tries: int = 1
+    """Recoveries of a task, each from its rows in another order, of which the mask counts whose logits have the least entropy; the authors
+    make one."""
     recovery_lr: float = 500.0
     """SGD's rate in the recovery."""
     recovery_momentum: float = 0.9
@@ -153,6 +156,8 @@ class HopSupSupConfig(MethodConfig):
         for name in ("width", "recovery_batch"):
             if getattr(self, name) < 2:
                 raise Refusal(f"{name} must be at least 2, got {getattr(self, name)}")
+        if self.recovery_tries < 1:
+            raise Refusal(f"recovery_tries must be at least 1, got {self.recovery_tries}")
         for name in ("lr", "recovery_lr"):
             if getattr(self, name) <= 0:
                 raise Refusal(f"{name} must be positive, got {getattr(self, name)}")
@@ -166,6 +171,15 @@ class HopSupSupConfig(MethodConfig):
     @property
     def descent(self) -> Descent:
         return Descent(self.gamma, self.recovery_lr, self.recovery_momentum, self.recovery_weight_decay)
+
+
+class Found(NamedTuple):
+    """A recovered mask."""
+
+    nearest: int  # the task whose stored mask differs least from it
+    bits: dict[str, Tensor]  # packed, a layer
+    entropy: float  # of the logits, in nats, mean over the rows
+    way: Tensor  # int64 (T + 1, layers, tasks): gains that differ from every stored mask, before each step and after the last
 
 
 class HopSupSup(MaskedMethod):
@@ -189,9 +203,7 @@ class HopSupSup(MaskedMethod):
         empty = torch.zeros(config.width * (config.width + 1) // 2, dtype=getattr(torch, config.matrix_dtype), device=self.device)
         for i in range(len(self.bank.layers())):
             self.register_buffer(f"hopfield_{i}", empty.clone())
-        self.found: tuple[int, dict[str, Tensor]] | None = (
-            None  # the task whose mask is nearest to the recovered one, and its bits
-        )
+        self.found: Found | None = None  # for the test rows that were prepared last
 
     def plan(self, task: Task) -> list[Phase]:
         c = self.config
@@ -239,34 +251,39 @@ class HopSupSup(MaskedMethod):
     # ---- whose task is it? ------------------------------------------------------------------------------------------
 
     def prepare(self, x: Tensor, order: Tensor) -> None:
-        self.found = None
-        if len(self.bank):
-            self.find(x, order)
+        self.found = self.find(x, order) if len(self.bank) else None
 
-    def find(self, x: Tensor, order: Tensor) -> list[Tensor]:
-        """Recover the mask of the rows x (n, ...) in this order; returns `distances` before every step and after the last."""
-        self.run_live()
+    def find(self, x: Tensor, order: Tensor) -> Found:
+        """Recover the mask of the rows x (n, ...), taken in this order and, where there are more tries, in others."""
         stored = [self.patterns(self.bank.bits(name)) for name in self.bank.masks]
         starts = {name: torch.stack([z[name] for z in stored]).mean(0) for name in self.bank.layer_names}
-        way: list[Tensor] = []
+        matrices, tries = self.matrices(), []
+        for attempt in range(self.config.recovery_tries):
+            way: list[Tensor] = []
 
-        def look(scores: Mapping[str, Tensor]) -> None:
-            way.append(torch.stack([torch.stack([(signs(s) != z[name]).sum() for z in stored]) for name, s in scores.items()]))
+            def look(scores: Mapping[str, Tensor], way: list[Tensor] = way) -> None:
+                differ = [torch.stack([(signs(s) != z[name]).sum() for z in stored]) for name, s in scores.items()]
+                way.append(torch.stack(differ))
 
-        batches = [x[rows] for rows in order.split(self.config.recovery_batch)]
-        scores = recover(self.model, self.matrices(), starts, batches, self.config.descent, look)
-        nearest = int(way[-1].sum(0).argmin())
-        self.found = nearest, {name: sk.threshold(s, 0.0) for name, s in scores.items()}
-        return way
+            if attempt:
+                mixed = torch.randperm(len(order), generator=stream(self.seed, "recovery", attempt))
+                order = order[mixed.to(order.device)]
+            batches = [x[rows] for rows in order.split(self.config.recovery_batch)]
+            self.run_live()
+            scores = recover(self.model, matrices, starts, batches, self.config.descent, look)
+            bits = {name: sk.threshold(s, 0.0) for name, s in scores.items()}
+            self.bank.activate(None, bits=bits)
+            doubt = torch.cat([entropy(self.network(rows)) for rows in batches]).mean().item()
+            tries.append(Found(int(way[-1].sum(0).argmin()), bits, doubt, torch.stack(way)))
+        return min(tries, key=lambda found: found.entropy)
 
     def predict(self, x: Tensor, task: int | None) -> Prediction:
         if task is not None:
             return super().predict(x, task)
         if self.found is None:
             raise NotLearnt("no task has been learnt whose mask could be recovered")
-        nearest, bits = self.found
-        self.bank.activate(None, bits=bits)
-        return Prediction(self.network(x), torch.full((len(x),), nearest, device=x.device))
+        self.bank.activate(None, bits=self.found.bits)
+        return Prediction(self.network(x), torch.full((len(x),), self.found.nearest, device=x.device))
 
     # ---- how well did it go? ----------------------------------------------------------------------------------------
 
@@ -281,21 +298,21 @@ class HopSupSup(MaskedMethod):
         """Every task's recovery from its test rows once more, and accuracies (percent) with its own mask and with the recovered one.
 
         distance: gains that differ from the task's own mask, {layer: [task][step]}, T steps and the end; ends: those of all layers, at
-        the end, from every stored mask, [task][mask]; nearest: the closest of these.
+        the end, from every stored mask, [task][mask]; nearest: the closest of these; entropy: mean over the rows, through the recovered
+        mask, which tells a failure without a label.
         """
         self.eval()
-        own, recovered, nearest, ends = [], [], [], []
+        own, recovered, found = [], [], []
         distance: dict[str, list[list[int]]] = {name: [] for name in self.bank.layer_names}
         for j in range(len(self.bank)):
             x, y = self.benchmark.test(j).tensors()
             order = torch.randperm(len(y), generator=stream(self.benchmark.seed, "test order", j)).to(x.device)
             own.append(self.percent(x, y, order, j))
-            way = torch.stack(self.find(x, order)).cpu()  # (steps + 1, layers, tasks)
+            self.found = self.find(x, order)
             recovered.append(self.percent(x, y, order, None))
-            for name, steps in zip(distance, way.unbind(1)):
+            for name, steps in zip(distance, self.found.way.unbind(1)):
                 distance[name].append(steps[:, j].tolist())
-            ends.append(way[-1].sum(0).tolist())
-            nearest.append(self.found[0])
+            found.append(self.found)
         triangles = [self.get_buffer(f"hopfield_{i}") for i in range(len(self.bank.layers()))]
         matrix_bytes, mask_bytes = sum(t.numel() * t.element_size() for t in triangles), self.bank.capacity()["mask_bytes"]
         return {
@@ -303,9 +320,10 @@ class HopSupSup(MaskedMethod):
             "recovered_mask": recovered,
             "own_mask_mean": sum(own) / len(own),
             "recovered_mask_mean": sum(recovered) / len(recovered),
-            "nearest": nearest,
+            "nearest": [f.nearest for f in found],
+            "entropy": [f.entropy for f in found],
             "distance": distance,
-            "ends": ends,
+            "ends": [f.way[-1].sum(0).tolist() for f in found],
             "gains": sum(layer.weight.numel() for layer in self.bank.layers()),
             "matrix_bytes": matrix_bytes,
             "mask_bytes": mask_bytes,
