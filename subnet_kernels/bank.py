@@ -13,13 +13,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subnet_kernels import ops, reference
+from subnet_kernels import ops
 from subnet_kernels.convert import matches
-from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear, init_scores_, refresh
-from subnet_kernels.storage import BankFiles, Entry, fixed_copy, is_padded, raw
+from subnet_kernels.heads import fixed_copy, fresh, like, tensors_of
+from subnet_kernels.layers import SubnetLayer, init_scores_, refresh
+from subnet_kernels.masks import Masks, count_masks
+from subnet_kernels.rows import HeadOfRows, differing_biases, distinct, join
+from subnet_kernels.storage import BankFiles, Entry, Written, is_padded, raw
+from subnet_kernels.superposition import check_traceable, traced_alpha_grad
+from subnet_kernels.views import TaskView, baked
 
 
 class MaskBank(BankFiles):
@@ -40,10 +44,16 @@ class MaskBank(BankFiles):
         config = getattr(model, "subnet_config", None)
         self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
-        self._blocks: dict[str, list[Tensor]] = {name: [] for name in self._layers}
-        self._owned = {name: torch.zeros_like(layer.bits) for name, layer in self._layers.items()}
-        self._counts: dict[tuple[str, ...], tuple[dict, dict]] = {}
+        self._masks = Masks(self._weights())
+        self._mask_order: list[str] = []  # names of the masks, by their place
+        self._mixed = 0  # alphas of all combinations
+        self._some: tuple[tuple[str, ...], dict, dict] = (
+            (),
+            {},
+            {},
+        )  # the last subset that was superposed: names, blocks, counts
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
+        self._written: Written | None = None  # what `save` knows of its folder
         self._backbone: str | None = None
         self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
@@ -72,8 +82,8 @@ class MaskBank(BankFiles):
 
     @property
     def masks(self) -> list[str]:
-        """Names of the entries that are masks."""
-        return [name for name, entry in self._entries.items() if entry.index is not None]
+        """Names of the entries that are masks, in the order of their commits."""
+        return list(self._mask_order)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -92,15 +102,14 @@ class MaskBank(BankFiles):
         """Packed bits of a mask: {layer name: uint8}. Raises ValueError for a combination."""
         if self[name].index is None:
             raise ValueError(f"bank: {name!r} must be a mask, it is a combination of masks")
-        return self._bits_of(self[name])
+        return self._masks.bits(self[name].index)
 
-    def _bits_of(self, entry: Entry) -> dict[str, Tensor]:
-        block, place = divmod(entry.index, reference.BLOCK)
-        return {layer: blocks[block][:, place].clone(memory_format=_DENSE).view(-1) for layer, blocks in self._blocks.items()}
+    def _weights(self) -> dict[str, Tensor]:
+        return {name: layer.weight.detach() for name, layer in self._layers.items()}
 
     def owned(self) -> dict[str, Tensor]:
         """Copies of the packed bits that any committed mask uses: {layer name: uint8}."""
-        return {key: bits.clone() for key, bits in self._owned.items()}
+        return {key: bits.clone() for key, bits in self._masks.owned.items()}
 
     def live_bits(self) -> dict[str, Tensor]:
         """Copies of the packed bits in training now: {layer name: uint8}."""
@@ -147,7 +156,7 @@ class MaskBank(BankFiles):
                 raise ValueError(f"commit: tensors must be named tensors, got {type(value).__name__} for {key!r}")
         if alphas is not None:
             over = tuple(self.masks if over is None else over)
-            self._check_alphas("commit", alphas, len(self._mask_names("commit", over)))
+            self._check_alphas("commit", alphas, len(self._check_masks("commit", over)))
         elif bits is not None:
             self._check_bits("commit", bits)
         entry = Entry(None, {key: value.detach().clone() for key, value in self._state().items()}, {}, facts=copy.deepcopy(facts))
@@ -159,10 +168,10 @@ class MaskBank(BankFiles):
         else:
             bits = self.live_bits() if bits is None else bits
             self._backbone = self._backbone or self._hash()
-            entry.index = len(self.masks)
-            self._append(bits)
+            entry.index = len(self._masks)
+            self._masks.append(bits)
             self._freeze()
-        self._entries[name] = entry
+        self._keep(name, entry)
 
     def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
@@ -177,15 +186,12 @@ class MaskBank(BankFiles):
             if not is_padded(given, n):
                 raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
 
-    def _append(self, bits: Mapping[str, Tensor]) -> None:
-        for key in self._layers:
-            blocks, row = self._blocks[key], bits[key].view(-1, 1, reference.TILE // 8)
-            if blocks and blocks[-1].shape[1] < reference.BLOCK:
-                blocks[-1] = torch.cat([blocks[-1], row], 1)
-            else:
-                blocks.append(row.clone())
-            ops.union_(self._owned[key], bits[key])
-        self._counts.clear()
+    def _keep(self, name: str, entry: Entry) -> None:
+        self._entries[name] = entry
+        if entry.index is not None:
+            self._mask_order.append(name)
+        else:
+            self._mixed += entry.alphas.numel()
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
@@ -193,7 +199,7 @@ class MaskBank(BankFiles):
             if layer.train_weight:
                 if layer.frozen is not None:
                     ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
-                layer.frozen = self._owned[key].clone()
+                layer.frozen = self._masks.owned[key].clone()
                 layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
 
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
@@ -211,13 +217,13 @@ class MaskBank(BankFiles):
                 f"begin: per_task must name modules of {', '.join(self._per_task) or 'none'}, got {', '.join(sorted(unknown))}"
             )
         self.activate(None)
-        fresh = {key: _fresh(self.model.get_submodule(key), key, (per_task or {}).get(key)) for key in self._per_task}
+        modules = {key: fresh(self.model.get_submodule(key), key, (per_task or {}).get(key)) for key in self._per_task}
         with torch.no_grad():
             self._write(self._initial)
             if scores == "init":
                 for layer in self.layers():
                     init_scores_(layer.scores)
-        for key, module in fresh.items():
+        for key, module in modules.items():
             self.model.set_submodule(key, module)
         refresh(self.layers())
 
@@ -229,22 +235,19 @@ class MaskBank(BankFiles):
         if users:
             raise ValueError(f"remove: {name!r} must not be part of a combination, {users[0]!r} uses it")
         self.activate(None)
-        kept = [self.bits(other) for other in self.masks if other != name]
         del self._entries[name]
+        self._some, self._written = ((), {}, {}), None
         if entry.index is None:
+            self._mixed -= entry.alphas.numel()
             return
-        for i, other in enumerate(self.masks):
+        self._masks.remove(entry.index)
+        del self._mask_order[entry.index]
+        for i, other in enumerate(self._mask_order):
             self._entries[other].index = i
         for e in self._entries.values():
             e.saved = None  # the values that an entry's file holds are those it was the first to own
         self._prefix = (0, {})
-        self._blocks = {key: [] for key in self._layers}
-        for bits in self._owned.values():
-            bits.zero_()
-        for bits in kept:
-            self._append(bits)
-        self._counts.clear()
-        if kept:
+        if len(self._masks):
             self._freeze()
         else:
             self._backbone = None
@@ -310,11 +313,11 @@ class MaskBank(BankFiles):
         have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for
         compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
         """
-        names, ids = self._names_of(task_ids)
+        names, ids = distinct(self, task_ids)
         self._follow()
         ids = ids.to(self.layers()[0].weight.device)
         with self.as_task(names[0]):
-            biases = self._biases(names)
+            biases = differing_biases([self[name] for name in names], self._layers)
             if len(names) == 1:
                 yield
             elif biases is None:
@@ -330,50 +333,12 @@ class MaskBank(BankFiles):
                 masks = torch.tensor([self[name].index for name in names], device=ids.device)[ids]
                 for key, layer in self._layers.items():
                     layer._active = None
-                    layer._rows = (self._blocks[key], masks, biases[key][ids] if key in biases else None)
+                    layer._rows = (self._masks.blocks[key], masks, biases[key][ids] if key in biases else None)
                 for key in self._per_task:
                     current = self.model.get_submodule(key)
-                    heads = [fixed_copy(self[name].modules[key]).to(_like(current)) for name in names]
-                    self.model.set_submodule(key, _HeadOfRows(heads, ids).train(current.training))
+                    heads = [fixed_copy(self[name].modules[key]).to(like(current)) for name in names]
+                    self.model.set_submodule(key, HeadOfRows(heads, ids).train(current.training))
                 yield
-
-    def _names_of(self, task_ids: Tensor | Sequence[str]) -> tuple[list[str], Tensor]:
-        """The distinct entries of a batch, and which of them each row is."""
-        if isinstance(task_ids, Tensor):
-            if task_ids.dtype != torch.int64 or task_ids.dim() != 1 or not len(task_ids):
-                raise ValueError(
-                    f"rows: task_ids must be int64 (B,) or names, with B >= 1, got {task_ids.dtype} of {tuple(task_ids.shape)}"
-                )
-            masks = self.masks
-            places, ids = task_ids.unique(return_inverse=True)
-            places = places.tolist()
-            if places[0] < 0 or places[-1] >= len(masks):
-                wrong = places[0] if places[0] < 0 else places[-1]
-                raise ValueError(f"rows: task_ids must be between 0 and {len(masks) - 1}, the masks of the bank, got {wrong}")
-            return [masks[i] for i in places], ids
-        given = list(task_ids)
-        if not given:
-            raise ValueError("rows: task_ids must be int64 (B,) or names, with B >= 1, got none")
-        names = list(dict.fromkeys(given))
-        for name in names:
-            self[name]
-        return names, torch.tensor([names.index(name) for name in given])
-
-    def _biases(self, names: Sequence[str]) -> dict[str, Tensor] | None:
-        """The biases of masked layers that differ between some tasks, {layer name: (tasks, O)}; None where anything else differs."""
-        entries = [self[name] for name in names]
-        if any(entry.index is None for entry in entries):
-            return None
-        biases = {}
-        for key, first in entries[0].state.items():
-            if all(torch.equal(first, entry.state[key]) for entry in entries[1:]):
-                continue
-            layer, _, kind = key.rpartition(".")
-            if layer not in self._layers or kind != "bias":
-                return None
-            like = self._layers[layer].weight
-            biases[layer] = torch.stack([entry.state[key] for entry in entries]).to(like.device, like.dtype)
-        return biases
 
     def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
         """The model's forward on the rows of each task with that task active."""
@@ -383,15 +348,15 @@ class MaskBank(BankFiles):
             pick = lambda v, rows=rows: v[rows] if isinstance(v, Tensor) and v.dim() and len(v) == len(ids) else v  # noqa: E731
             with self.as_task(name):
                 parts.append((rows, call(*map(pick, args), **{key: pick(v) for key, v in kwargs.items()})))
-        return _join(parts, len(ids))
+        return join(parts, len(ids))
 
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
-        weights = {key: layer.weight.detach() for key, layer in self._layers.items()}
+        weights = self._weights()
         if entry is not None and entry.index is None:
-            blocks, _ = self._of(entry.over)
+            blocks, _ = self._of(entry.over, False)
             rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
             return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
-        bits = self._bits_of(entry) if bits is None else bits
+        bits = self._masks.bits(entry.index) if bits is None else bits
         return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
 
     def _hold(self, name: str | None, in_place: bool = False) -> None:
@@ -402,8 +367,8 @@ class MaskBank(BankFiles):
         modules = {}
         for key, module in (entry.modules if entry is not None else self._live[1]).items():
             if entry is not None and in_place:
-                slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(_like(self.model.get_submodule(key)))
-                pairs = list(zip(_tensors(slot), _tensors(module)))
+                slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(like(self.model.get_submodule(key)))
+                pairs = list(zip(tensors_of(slot), tensors_of(module)))
                 if any(mine.shape != theirs.shape for mine, theirs in pairs):
                     raise ValueError(
                         f"activate: in place, module {key!r} of {name!r} must have the sizes of the first one activated so"
@@ -412,7 +377,7 @@ class MaskBank(BankFiles):
                     mine.copy_(theirs)
                 module = slot
             elif entry is not None:
-                module = fixed_copy(module).to(_like(self.model.get_submodule(key)))
+                module = fixed_copy(module).to(like(self.model.get_submodule(key)))
             modules[key] = module
         if self._live is None:
             live = {key: value.detach().clone() for key, value in self._state().items()}
@@ -427,11 +392,8 @@ class MaskBank(BankFiles):
 
     def _follow(self) -> None:
         """Move the masks to where the model has moved."""
-        for key, layer in self._layers.items():
-            if (device := layer.weight.device) != self._owned[key].device:
-                self._owned[key] = self._owned[key].to(device)
-                self._blocks[key] = [block.to(device) for block in self._blocks[key]]
-                self._counts, self._prefix, self._slots = {}, (0, {}), {}
+        if self._masks.to(self._weights()):
+            self._some, self._prefix, self._slots = ((), {}, {}), (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
         for key, value in self._state().items():
@@ -444,14 +406,17 @@ class MaskBank(BankFiles):
         default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones) -> the alphas, a leaf that
         requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
         """
-        names = self._mask_names("superpose", self.masks if over is None else over)
+        tasks = len(self._masks) if over is None else len(self._check_masks("superpose", over))
+        if not tasks:
+            raise ValueError("superpose: expected at least one mask, the bank has none")
         equal = alphas is None
         if equal:
             some = self.layers()[0].weight
-            alphas = torch.full((len(names),), 1 / len(names), device=some.device, dtype=some.dtype, requires_grad=True)
-        self._check_alphas("superpose", alphas, len(names))
+            alphas = torch.full((tasks,), 1 / tasks, device=some.device, dtype=some.dtype, requires_grad=True)
+        self._check_alphas("superpose", alphas, tasks)
         self._follow()
-        blocks, counts = self._of(names, equal)
+        with torch.no_grad():
+            blocks, counts = self._of(over, equal)
         with torch.no_grad():
             self._hold(head)
         self.active = None
@@ -469,56 +434,27 @@ class MaskBank(BankFiles):
         x: (B, ...); objective: logits (B, C) -> (B,), row b depending on row b alone -> (B, K). One forward and backward of the summed
         objective, then `alpha_grad` of every layer. Linear layers and ungrouped Conv2d; others raise ValueError.
         """
-        for key, layer in self._layers.items():
-            if not isinstance(layer, SubnetLinear) and not (isinstance(layer, SubnetConv2d) and layer.groups == 1):
-                raise ValueError(
-                    f"row_alpha_grad: layer {key!r} must be linear or an ungrouped Conv2d, got {type(layer).__name__}"
-                )
+        check_traceable(self._layers)
         with self.as_task(None):
             alphas = self.superpose(None, over=over, head=head)
-            banks = [layer._mix[0] for layer in self.layers()]
-            try:
-                for layer in self.layers():
-                    layer._trace = []
-                with torch.enable_grad():
-                    value = objective(self.model(x)).sum()
-                calls = [(layer, bank, *call) for layer, bank in zip(self.layers(), banks) for call in layer._trace]
-            finally:
-                for layer in self.layers():
-                    layer._trace = None
-            grads = torch.autograd.grad(value, [y for *_, y in calls], allow_unused=True)
-        total = x.new_zeros((x.shape[0], alphas.shape[-1]), dtype=alphas.dtype)
-        for (layer, bank, inp, _), grad in zip(calls, grads):
-            if grad is None:  # what this call computed does not reach the objective
-                continue
-            weight = layer.weight.detach().flatten(1)
-            if isinstance(layer, SubnetConv2d):
-                inp, grad = _columns(layer, inp), grad.flatten(2).transpose(1, 2)
-            rows = ops.alpha_grad(inp.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0]), weight, bank)
-            if inp.shape[0] % x.shape[0]:
-                raise ValueError(f"row_alpha_grad: a layer's input must have {x.shape[0]} rows first, got {tuple(inp.shape)}")
-            total += rows.view(x.shape[0], -1, rows.shape[1]).sum(1)
-        return total
+            return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
 
-    def _of(self, names: Sequence[str], equal: bool = False) -> tuple[dict, dict]:
-        """Blocks and, for equal alphas, counts of some masks, cached until a mask is added or removed."""
-        key = tuple(names)
-        if key not in self._counts or (equal and not self._counts[key][1]):
-            if list(key) == self.masks:
-                blocks = self._blocks
-            else:
-                rows = [self.bits(name) for name in key]
-                blocks = {layer: _blocks_of([row[layer] for row in rows]) for layer in self._layers}
-            counts = (
-                {name: _count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()} if equal else {}
-            )
-            self._counts = {key: (blocks, counts)}
-        return self._counts[key]
+    def _of(self, over: Sequence[str] | None, equal: bool) -> tuple[dict, dict]:
+        """Blocks and, for equal alphas, counts of all masks, or of some: of those the last ones asked for are kept."""
+        if over is None or list(over) == self._mask_order:
+            return self._masks.blocks, self._masks.counts() if equal else {}
+        names, blocks, counts = self._some
+        if names != tuple(over):
+            blocks, counts = self._masks.some(self[name].index for name in over), {}
+        if equal and not counts:
+            counts = {name: count_masks(blocks[name], layer.weight.shape) for name, layer in self._layers.items()}
+        self._some = (tuple(over), blocks, counts)
+        return blocks, counts
 
-    def _mask_names(self, where: str, names: Sequence[str]) -> list[str]:
+    def _check_masks(self, where: str, names: Sequence[str]) -> list[str]:
         names = list(names)
         if not names:
-            raise ValueError(f"{where}: expected at least one mask, the bank has none")
+            raise ValueError(f"{where}: expected at least one mask, got none")
         for name in names:
             if self[name].index is None:
                 raise ValueError(f"{where}: {name!r} must be a mask, it is a combination of masks")
@@ -540,20 +476,7 @@ class MaskBank(BankFiles):
         """
         self._follow()
         entry = self[name]
-        dense = copy.deepcopy(self.model)
-        for key, weight in self._effective(entry, None).items():
-            layer = dense.get_submodule(key)
-            layer.uninstall()
-            layer.weight = nn.Parameter(weight, requires_grad=False)
-        tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
-        with torch.no_grad():
-            for key, value in entry.state.items():
-                tensors[key].copy_(value)
-        for key, module in entry.modules.items():
-            current = dense.get_submodule(key)
-            dense.set_submodule(key, fixed_copy(module).to(_like(current)).train(current.training))
-        dense.__dict__.pop("subnet_config", None)
-        return dense
+        return baked(self.model, self._effective(entry, None), entry.state, entry.modules)
 
     def view(self, name: str) -> TaskView:
         """An immutable snapshot of one task for serving, safe to call from many threads."""
@@ -573,9 +496,9 @@ class MaskBank(BankFiles):
         100 + the masks; seed_only_cap: the masks alone, for a backbone that is stored as its seed (None where weights learn).
         """
         total = sum(layer.weight.numel() for layer in self.layers())
-        used = int(sum(ops.count(bits) for bits in self._owned.values()))
-        mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self.masks)
-        alphas = sum(e.alphas.numel() * 4 for e in self._entries.values() if e.alphas is not None)
+        used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
+        mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
+        alphas = 4 * self._mixed
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
             "used_fraction": used / total,
@@ -589,7 +512,7 @@ class MaskBank(BankFiles):
     def overlap(self) -> dict[str, Tensor]:
         """Open weights that every pair of masks has in common: {layer name: int64 (K, K)}, in the order of `masks`."""
         none = torch.zeros((0, 0), dtype=torch.int64)
-        return {key: ops.overlap(blocks) if blocks else none for key, blocks in self._blocks.items()}
+        return {key: ops.overlap(blocks) if blocks else none for key, blocks in self._masks.blocks.items()}
 
     def verify(self) -> None:
         """Prove that nothing moved that a committed task uses. Raises RuntimeError naming the layer and how many weights did.
@@ -597,7 +520,7 @@ class MaskBank(BankFiles):
         Where weights learn, every frozen weight is compared bit by bit with its value at the commit; else the backbone's hash.
         """
         for key, layer in self._layers.items():
-            if layer.train_weight and self.masks:
+            if layer.train_weight and len(self._masks):
                 if layer.frozen is None:
                     raise RuntimeError(
                         f"verify: layer {key!r} must have frozen weights, it has none: another bank took over the model"
@@ -635,119 +558,3 @@ class MaskBank(BankFiles):
     def _state(self) -> dict[str, Tensor]:
         tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
         return {key: tensors[key] for key in self._state_names}
-
-
-class _HeadOfRows(nn.Module):
-    """A ``per_task`` module of a batch whose rows are of different tasks."""
-
-    def __init__(self, heads: Sequence[nn.Module], ids: Tensor):
-        super().__init__()
-        self.heads, self.ids = nn.ModuleList(heads), ids
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(x) != len(self.ids):
-            raise ValueError(f"rows: a per_task module's input must have {len(self.ids)} rows first, got {tuple(x.shape)}")
-        rows = [(self.ids == i).nonzero()[:, 0] for i in range(len(self.heads))]
-        return _join([(r, head(x[r])) for r, head in zip(rows, self.heads)], len(x))
-
-
-def _join(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
-    """Rows of each part to their places; narrower ones end in -inf."""
-    if any(not isinstance(y, Tensor) for _, y in parts):
-        raise ValueError("rows: the model must give one tensor where it runs once for each task")
-    shapes = {y.shape[1:-1] for _, y in parts}
-    if len(shapes) > 1 or any(len(y) != len(r) or y.dim() != parts[0][1].dim() for r, y in parts):
-        raise ValueError(
-            f"rows: the tasks' results must differ in their last dimension only, got {[tuple(y.shape) for _, y in parts]}"
-        )
-    widest = max(y.shape[-1] for _, y in parts) if parts[0][1].dim() > 1 else 0
-    whole = [
-        F.pad(y, (0, widest - y.shape[-1]), value=-torch.inf) if y.dim() > 1 and y.shape[-1] < widest else y for _, y in parts
-    ]
-    order = torch.cat([r for r, _ in parts])
-    return torch.cat(whole)[order.argsort()]
-
-
-class TaskView(nn.Module):
-    """One task of a bank as a module that cannot be changed: parameters need no gradient, mode is eval, attributes are fixed."""
-
-    def __init__(self, module: nn.Module):
-        super().__init__()
-        self.module = module.eval().requires_grad_(False)
-        self.training = False
-        self.__dict__["_fixed"] = True
-
-    def forward(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def train(self, mode: bool = True) -> TaskView:
-        if mode:
-            raise RuntimeError("TaskView: a view stays in eval mode, it is a snapshot; train the model and commit again")
-        return self
-
-    def load_state_dict(self, *_, **__):
-        raise RuntimeError("TaskView: a view cannot be loaded into, it is a snapshot; take a new one from the bank")
-
-    def _apply(self, *_, **__):
-        raise RuntimeError("TaskView: a view cannot be moved or cast, it is a snapshot; do so with what bank.export gives")
-
-    def requires_grad_(self, requires_grad: bool = True) -> TaskView:
-        if requires_grad:
-            raise RuntimeError("TaskView: a view's parameters learn nothing, it is a snapshot; train the model and commit again")
-        return self
-
-    def __setattr__(self, name, value):
-        if self.__dict__.get("_fixed"):
-            raise AttributeError(f"TaskView: attribute {name!r} cannot be set, a view is a snapshot")
-        super().__setattr__(name, value)
-
-
-_DENSE = torch.contiguous_format
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    return list(module.state_dict(keep_vars=True).values())
-
-
-def _like(module: nn.Module) -> Tensor:
-    """A tensor whose device and floating dtype are the module's."""
-    return next((t for t in _tensors(module) if t.is_floating_point()), torch.empty(0))
-
-
-def _fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
-    """A module like this one with new parameters, drawn on the CPU so that every device gets the same ones."""
-    if outputs is not None:
-        if type(module) is not nn.Linear:
-            raise ValueError(f"begin: module {name!r} must be a Linear to be given a width, got {type(module).__name__}")
-        weight = module.weight
-        new = nn.Linear(module.in_features, outputs, module.bias is not None, device="cpu", dtype=weight.dtype)
-        return new.to(weight.device).train(module.training)
-    new, device = copy.deepcopy(module).requires_grad_(True), _like(module).device
-    if device.type not in ("cpu", "meta"):
-        new.cpu()
-    for part in new.modules():
-        if hasattr(part, "reset_parameters"):
-            part.reset_parameters()
-    return new if device.type == "meta" else new.to(device)
-
-
-def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
-    stacked = torch.stack(list(rows))
-    return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in stacked.split(reference.BLOCK)]
-
-
-def _count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-    counts = torch.zeros(tuple(shape), dtype=torch.int32, device=blocks[0].device)
-    for block in blocks:
-        for j in range(block.shape[1]):
-            counts += ops.unpack(block[:, j].reshape(-1), shape)
-    return counts
-
-
-def _columns(layer: SubnetConv2d, x: Tensor) -> Tensor:
-    """The input patches of a convolution: (B, C, H, W) -> (B, positions, C * kernel)."""
-    padding = layer.padding
-    if isinstance(padding, str) or layer.padding_mode != "zeros":
-        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-        x, padding = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode), 0
-    return F.unfold(x, layer.kernel_size, layer.dilation, padding, layer.stride).transpose(1, 2)

@@ -1,18 +1,20 @@
 """A bank on disk: a folder with one safetensors file an entry and a manifest that names them, written so that nothing is ever lost.
 
 An entry's file is written once, under a name that has its content's hash in it; the manifest is replaced last, by rename. So a folder
-is valid at every moment, and appending touches nothing that is there. No pickle.
+is valid at every moment, and appending touches nothing that is there. Of many entries the manifest lists the last ones alone, and for
+every 256 before them a segment, a file that lists those: one more entry costs the same however many there are. No pickle.
 """
 
 from __future__ import annotations
 
-import copy
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -21,10 +23,13 @@ from torch import Tensor, nn
 
 from subnet_kernels import ops
 from subnet_kernels.files import write_atomic
+from subnet_kernels.heads import from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
+from subnet_kernels.masks import Masks
 
 FORMAT = "subnet-kernels bank"
-VERSION = 1
+VERSION = 2  # version 1 had no segments
+SEGMENT = 256  # entries
 
 
 @dataclass
@@ -42,27 +47,42 @@ class Entry:
     saved: Path | None = None  # its file, where it has been written or read
 
 
+class Written(NamedTuple):
+    """What `save` wrote last: a manifest in a folder, of so many entries, the first ones in these segments."""
+
+    manifest: tuple[Path, int, int, int]  # the file, with its number, time and size: another one is somebody else's
+    entries: int
+    segments: list[str]
+
+
 class BankFiles:
     """The part of a bank that writes and reads its folder."""
 
     def save(self, folder: Path | str) -> None:
         """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
 
-        Raises OSError if the folder cannot be written; what it held before stays valid.
+        What an entry holds is what its commit was given. Raises OSError if the folder cannot be written; what it held before stays valid.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        rows = []
-        for number, (name, entry) in enumerate(self._entries.items()):
+        path = folder / "manifest.json"
+        known = self._written is not None and self._written.manifest == _identity(path)
+        written, segments = (self._written.entries, self._written.segments) if known else (0, [])
+        for number, (name, entry) in itertools.islice(enumerate(self._entries.items()), written, None):
             if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
                 data = to_safetensors(self._tensors_of(entry))
-                slug, digest = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60], hashlib.sha256(data).hexdigest()[:12]
+                slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
                 # the content is in the name: a file that an earlier manifest speaks of is never written over with another
-                path = folder / f"{number:05d}-{slug}-{digest}.safetensors"
-                write_atomic(path, data)
-                entry.saved = path
-            kind = "mask" if entry.index is not None else "combination"
-            rows.append({"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts})
+                file = folder / f"{number:05d}-{slug}-{_digest(data)}.safetensors"
+                write_atomic(file, data)
+                entry.saved = file
+        rows = [_row(*item) for item in itertools.islice(self._entries.items(), SEGMENT * len(segments), None)]
+        while len(rows) >= SEGMENT:
+            data = json.dumps(rows[:SEGMENT]) + "\n"
+            segment = folder / f"segment-{len(segments):05d}-{_digest(data.encode())}.json"
+            if not segment.exists():
+                write_atomic(segment, data)
+            segments, rows = [*segments, segment.name], rows[SEGMENT:]
         manifest = {
             "format": FORMAT,
             "version": VERSION,
@@ -79,9 +99,11 @@ class BankFiles:
             "state": self._state_names,
             "per_task": self._per_task,
             "backbone_sha256": self._backbone,
+            "segments": segments,
             "entries": rows,
         }
-        write_atomic(folder / "manifest.json", json.dumps(manifest, indent=1) + "\n")
+        write_atomic(path, json.dumps(manifest, indent=1) + "\n")
+        self._written = Written(_identity(path), len(self._entries), segments)
 
     def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
         """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
@@ -92,8 +114,8 @@ class BankFiles:
         if entry.alphas is not None:
             tensors["alphas"] = entry.alphas
         else:
-            owned = self._owned_before(entry.index)
-            for key, bits in self._bits_of(entry).items():
+            owned = self._owned_before(entry.index) if self.trains_weights else {}
+            for key, bits in self._masks.bits(entry.index).items():
                 tensors[f"bits/{key}"] = bits
                 if self._layers[key].train_weight:
                     weight = self._layers[key].weight.detach()
@@ -104,9 +126,9 @@ class BankFiles:
         """Packed bits that the first `index` masks own, from those of the last call on."""
         start, owned = self._prefix
         if start > index or not owned:
-            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
-        for name in self.masks[start:index]:
-            for key, bits in self.bits(name).items():
+            start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
+        for i in range(start, index):
+            for key, bits in self._masks.bits(i).items():
                 ops.union_(owned[key], bits)
         self._prefix = (index, owned)
         return owned
@@ -135,8 +157,8 @@ class BankFiles:
             )
         self.activate(None)
         self._fit(folder / "manifest.json", manifest)
-        found, masks, writes = {}, [], []
-        owned = {key: torch.zeros_like(bits) for key, bits in self._owned.items()}
+        found, writes = {}, []
+        masks = Masks({key: layer.weight for key, layer in self._layers.items()})
         for row in rows:
             path = folder / row["file"]
             tensors = _read_tensors(path)
@@ -145,17 +167,18 @@ class BankFiles:
                 entry.alphas = self._alphas(path, tensors, len(entry.over))
                 continue
             bits, entry.index = self._mask(path, tensors), len(masks)
+            writes += self._values(path, tensors, bits, masks.owned, restore)
             masks.append(bits)
-            writes += self._values(path, tensors, bits, owned, restore)
-        backbone = manifest["backbone_sha256"] if masks else None
+        backbone = manifest["backbone_sha256"] if len(masks) else None
         if backbone is not None and (now := self._hash()) != backbone:
             raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
         for layer, new, values in writes:  # all is checked: from here on the model may change
             ops.restore_([layer.weight], [new], [values])
-        self._entries, self._backbone = found, backbone
-        for bits in masks:
-            self._append(bits)
-        if masks:
+        self._masks, self._backbone = masks, backbone
+        for name, entry in found.items():
+            self._keep(name, entry)
+        if len(masks):
+            self._prefix = (len(masks), {key: bits.clone() for key, bits in masks.owned.items()})
             self._freeze()
         refresh(self.layers())
 
@@ -196,18 +219,18 @@ class BankFiles:
             ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
         ):
             for key in sorted({*stored, *mine}):
-                if key not in mine or key not in stored or _kind(mine[key]) != _kind(stored[key]):
-                    expected, got = (_kind(t[key]) if key in t else "nothing" for t in (mine, stored))
+                if key not in mine or key not in stored or kind_of(mine[key]) != kind_of(stored[key]):
+                    expected, got = (kind_of(t[key]) if key in t else "nothing" for t in (mine, stored))
                     raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
         for key in self._per_task:
-            modules[key] = _from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
+            modules[key] = from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
         state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
         return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
 
     def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
         alphas = tensors.get("alphas")
         if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
-            got = "nothing" if alphas is None else _kind(alphas)
+            got = "nothing" if alphas is None else kind_of(alphas)
             raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
         return alphas.to(self.layers()[0].weight.device)
 
@@ -225,11 +248,10 @@ class BankFiles:
     def _values(
         self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
     ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
-        """Check the values of weights that a mask is the first to own; returns what is to be written. Adds the mask to owned."""
+        """Check the values of weights that a mask is the first to own; returns what is to be written."""
         writes = []
         for key, layer in self._layers.items():
             new = bits[key] & ~owned[key]
-            ops.union_(owned[key], bits[key])
             if not layer.train_weight:
                 continue
             values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
@@ -247,6 +269,25 @@ class BankFiles:
         return writes
 
 
+def _identity(manifest: Path) -> tuple[Path, int, int, int]:
+    """Which file is there now."""
+    try:
+        found = manifest.stat()
+    except OSError:
+        return manifest, 0, 0, 0
+    return manifest, found.st_ino, found.st_mtime_ns, found.st_size
+
+
+def _row(name: str, entry: Entry) -> dict:
+    """What the manifest or a segment says of an entry."""
+    kind = "mask" if entry.index is not None else "combination"
+    return {"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts}
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:12]
+
+
 def is_padded(bits: Tensor, n: int) -> bool:
     """Whether packed bits are zero after those of n weights."""
     tail = bits[n // 8 :].clone()
@@ -255,35 +296,9 @@ def is_padded(bits: Tensor, n: int) -> bool:
     return not bool(tail.any())
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
-
-
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, a row an element, so that comparison is of bits and NaN equals itself."""
     return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
-
-
-def fixed_copy(module: nn.Module) -> nn.Module:
-    return copy.deepcopy(module).requires_grad_(False)
-
-
-def _from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
-    """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
-    module = fixed_copy(template)
-    mine = module.state_dict()
-    if set(mine) != set(state):
-        raise ValueError(f"load: {path} must hold {', '.join(mine)} of module {name!r}, got {', '.join(state) or 'nothing'}")
-    if type(module) is nn.Linear and state["weight"].dim() == 2:
-        outputs = state["weight"].shape[0]
-        for key, value in list(module.named_parameters()):
-            setattr(module, key, nn.Parameter(value.new_empty((outputs, *value.shape[1:])), requires_grad=False))
-        module.out_features, mine = outputs, module.state_dict()
-    for key, value in mine.items():
-        if _kind(value) != _kind(state[key]):
-            raise ValueError(f"load: {path} must hold {_kind(value)} as {key!r} of module {name!r}, got {_kind(state[key])}")
-    module.load_state_dict(state)
-    return module
 
 
 def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:
@@ -308,11 +323,14 @@ def _read_manifest(folder: Path) -> dict:
         raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
-    if manifest.get("version") != VERSION:
-        raise ValueError(f"load: {path} must be of format version {VERSION}, got {manifest.get('version')!r:.80}")
-    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), entries=list)
+    if manifest.get("version") not in (1, VERSION):
+        raise ValueError(f"load: {path} must be of format version {VERSION} or 1, got {manifest.get('version')!r:.80}")
+    if manifest["version"] == 1:
+        manifest["segments"] = []
+    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), segments=list, entries=list)
     for layer in manifest["layers"].values():
         _need(path, layer, shape=list, trains=bool)
+    manifest["entries"] = [row for name in manifest["segments"] for row in _read_segment(path, name)] + manifest["entries"]
     masks: set[str] = set()
     names: set[str] = set()
     for row in manifest["entries"]:
@@ -332,3 +350,18 @@ def _read_manifest(folder: Path) -> dict:
     if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
         raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
     return manifest
+
+
+def _read_segment(manifest: Path, name: object) -> list:
+    """The rows that a manifest has in a file of their own."""
+    if not isinstance(name, str) or not (match := re.fullmatch(r"segment-[0-9]{5,}-([0-9a-f]{12})\.json", name)):
+        raise ValueError(f"load: {manifest} must name its segments plainly and without folders, got {name!r:.80}")
+    path = manifest.parent / name
+    try:
+        data = path.read_bytes()
+        rows = json.loads(data)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"load: {path} must be a readable segment of a bank's manifest: {error}") from None
+    if not isinstance(rows, list) or _digest(data) != match[1]:
+        raise ValueError(f"load: {path} must hold the rows that its name has the hash of, its content is another")
+    return rows

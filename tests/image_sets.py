@@ -165,6 +165,35 @@ def write_tiny_imagenet(data_dir: Path, classes: int = 15, train: int = 10, val:
     zip_folder(folder, zipped)
 
 
+def write_imagenet(folder: Path, classes: int = 6, train: int = 8, val: int = 3, flat: bool = False) -> list[str]:
+    """ImageNet in ImageFolder's layout, pictures of several sizes; flat: val without folders, and its list beside it. Returns the classes.
+
+    Among a class's training pictures are a grey one, one in CMYK and, of the first class, a PNG by another name.
+    """
+    names = [f"n{7919 * (c + 3) % 100000000:08}" for c in range(classes)]
+    sizes = [(300, 400), (400, 300), (256, 256), (90, 120)]  # height, width
+    lines = ["ImageId,PredictionString"]
+    (folder / "val").mkdir(parents=True)
+    for c, name in enumerate(names):
+        for half, count in (("train", train), ("val", val)):
+            at = folder / half / ("" if flat and half == "val" else name)
+            at.mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                picture = pictures(np.array([c]), (3, *sizes[i % len(sizes)]), 50 + i + train * (half == "val"))[0]
+                image, kind = Image.fromarray(picture.transpose(1, 2, 0)), "JPEG"
+                if half == "train" and i in (1, 2):
+                    image = image.convert({1: "L", 2: "CMYK"}[i])
+                if half == "train" and (c, i) == (0, 3):
+                    kind = "PNG"
+                file = f"{name}_{i}.JPEG" if half == "train" else f"ILSVRC2012_val_{c + classes * i:08}.JPEG"
+                image.save(at / file, kind, **({"quality": 95} if kind == "JPEG" else {}))
+                if half == "val":
+                    lines.append(f"{Path(file).stem},{name} 1 2 30 40 {name} 5 6 70 80")
+    if flat:
+        (folder / "LOC_val_solution.csv").write_text("\n".join([lines[0], *sorted(lines[1:])]) + "\n")
+    return names
+
+
 def zip_folder(folder: Path, zipped: bool) -> None:
     """Turn a folder into a zip of its name that holds it, where asked to."""
     if zipped:

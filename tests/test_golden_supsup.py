@@ -1,7 +1,7 @@
-"""SupSup's own layers and counts (RAIVNLab/supsup): masks and counts exactly, reals to 1e-5.
+"""SupSup's own layers, counts and networks (RAIVNLab/supsup): masks and counts exactly, reals to 1e-5.
 
-Not read here: `supsup_infer_*` is in test_golden_inference.py; `supsup_bn_*`, `supsup_batche_*`, `supsup_psp_*`, `supsup_nns_*`
-and `supsup_hop_*` are networks and methods that come with the training pipelines.
+Not read here: `supsup_infer_*` is in test_golden_inference.py, `supsup_bn_*` in test_models.py; `supsup_batche_*`, `supsup_psp_*`,
+`supsup_nns_*` and `supsup_hop_*` are networks and methods that come with the training pipelines.
 """
 
 import pytest
@@ -13,8 +13,22 @@ import subnet_kernels as sk
 from subnet_kernels.convert import ErdosRenyi, SubnetConfig, signed_constant_
 from subnet_kernels.ops.apply import straight_through
 from subnet_kernels.ops.masked import subnet_weight
+from subnet_pipelines.models import MODELS
 
 NOTHING = torch.zeros(())
+NETWORKS = {"GEMResNet18": "gem-resnet-18", "ResNet50": "resnet-50", "LeNet": "lenet-300-100", "FC1024": "fc-1024"}
+
+
+def our_layers(path, gold, **config):
+    """The layers of our network of the file's name, converted; None where the name is none of ours. Checks that they are the file's."""
+    name = path.stem.split("_")[2]
+    if name not in NETWORKS:
+        return None
+    outputs = gold["shapes"][-1, 0].item()
+    layers = sk.MaskBank(sk.convert(MODELS[NETWORKS[name]](outputs), SubnetConfig(**config))).layers()
+    shapes = [[*layer.weight.shape, 1, 1][:4] for layer in layers]  # a linear layer is the 1x1 convolution of the authors' nets
+    assert shapes == gold["shapes"].tolist()
+    return layers
 
 
 def convolve(gold, x, weight):
@@ -120,6 +134,8 @@ def test_erdos_renyi(path):
             assert density == gold[f"density_s{s:g}"][i].item()
             assert torch.Size(shape).numel() == gold["params"][i]
             assert rule.rule(density).k(torch.Size(shape).numel()) == gold[f"ones_s{s:g}"][i]
+        layers = our_layers(path, gold, density=ErdosRenyi(s))
+        assert [int(sk.count(layer.bits)) for layer in layers] == gold[f"ones_s{s:g}"].tolist()
 
 
 @pytest.mark.parametrize("path", cases("supsup_init_*"))
@@ -139,3 +155,7 @@ def test_signed_constant(path):
         if all(size == 1 for size in shape[2:]):  # a linear layer is the 1x1 convolution of the authors' nets
             flat = signed_constant_(drawn.flatten(1), "fan_in")
             assert torch.equal(flat, weight.flatten(1))
+    for layer, constant in zip(our_layers(path, gold, weight_init="signed_constant") or [], gold["constant"]):
+        magnitude = layer.weight.detach().abs()
+        torch.testing.assert_close(magnitude.max(), constant, rtol=2 * torch.finfo(torch.float32).eps, atol=0)
+        assert torch.equal(magnitude[magnitude > 0].unique(), magnitude.max()[None])

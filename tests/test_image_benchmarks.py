@@ -256,7 +256,7 @@ def test_cifar100_in_other_orders(tmp_path):
             if set(benchmark.groups[i]) == set(benchmark.task(i).train.tensors()[1].tolist())
         ]
 
-    np.random.seed(3)  # noqa: NPY002 - the authors' lines
+    np.random.seed(3)  # noqa: NPY002 - as the authors draw it
     assert classes(order="numpy", seed=3) == np.random.permutation(100).reshape(20, 5).tolist()  # noqa: NPY002
     first, second = classes(order="stream", seed=1), classes(order="stream", seed=2)
     assert first != second
@@ -317,7 +317,7 @@ def test_classes_that_are_not_there(tmp_path):
 def test_tiny_imagenet_orders(data):
     order = list(range(15))
     random.seed(4)
-    random.shuffle(order)  # the authors' lines
+    random.shuffle(order)  # as the authors draw it
     benchmark = make("tiny-imagenet", data, seed=4, order="python", labels="global")
     assert list(chain(*benchmark.groups)) == order
     assert benchmark.classes == 15

@@ -779,6 +779,7 @@ def main():
     bits = {n: m.bits for n, m in model.named_modules() if isinstance(m, sk.SubnetLayer)}
     w_eff = {n: m.w_eff for n, m in model.named_modules() if isinstance(m, sk.SubnetLayer)}
     torch.save({"start": start, "end": model.state_dict(), "bits": bits, "w_eff": w_eff}, f"{out}/{rank}.pt")
+    dist.barrier()  # whoever leaves first takes its connections along
     dist.destroy_process_group()
 
 if __name__ == "__main__":
@@ -790,10 +791,26 @@ if __name__ == "__main__":
 def test_data_parallel_has_the_bits_of_one_process(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
+    # three processes import torch, on a machine that may be busy: patience, and no name of a host or of an interface to look up
+    patience = "read_timeout=300,keep_alive_interval=30,keep_alive_max_attempt=20"
+    launcher = [
+        "torch.distributed.run",
+        "--standalone",
+        "--local-addr=127.0.0.1",
+        f"--rdzv-conf={patience}",
+        "--nproc-per-node=2",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    log = tmp_path / "log"
+    with open(log, "w") as file:
+        command = [sys.executable, "-m", *launcher, str(script), str(tmp_path)]
+        with subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT) as process:
+            try:
+                code = process.wait(600)
+            except subprocess.TimeoutExpired:
+                process.terminate()  # and with it, its workers
+                code = "no end after 600 s"
+    assert code == 0, f"{code}:\n{log.read_text()[-8000:]}"
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for key in ("start", "end", "bits", "w_eff"):
         assert all(torch.equal(v, ranks[1][key][k]) for k, v in ranks[0][key].items()), key

@@ -8,7 +8,7 @@ from torch import nn
 
 import subnet_kernels as sk
 from subnet_pipelines import Refusal
-from subnet_pipelines.models import MODELS, ResNet18, use_running_statistics
+from subnet_pipelines.models import MODELS, use_batch_statistics, use_running_statistics
 
 # name -> input, weights of what WSN masks (without the head), width that the head reads
 NETWORKS = {
@@ -21,6 +21,7 @@ NETWORKS = {
     "tinynet": ((3, 64, 64), 2_743_520, 640),
     "resnet-18": ((3, 32, 32), 1_090_140, 640),
     "gem-resnet-18": ((3, 32, 32), 1_090_140, 160),
+    "resnet-50": ((3, 224, 224), 23_454_912, 2048),
 }
 
 
@@ -40,8 +41,22 @@ def test_counts_and_shapes(name):
     assert MODELS[name]()(torch.randn(2, *shape)).shape[0] == 2  # the papers' inputs are the default
 
 
-def test_gem_resnet_18_counts_its_head():
+def test_supsup_counts_the_heads():
     assert sum(p.numel() for p in MODELS["gem-resnet-18"]().parameters()) == 1_090_940
+    assert sum(p.numel() for p in MODELS["resnet-50"]().parameters()) == 23_475_392
+    assert sum(m.num_features for m in MODELS["resnet-50"]().modules() if isinstance(m, nn.BatchNorm2d)) == 26_560
+
+
+def test_widths():
+    assert [p.shape[0] for p in MODELS["lenet-300-100"](7, width=0.5).parameters()] == [150, 50, 7]
+    assert [p.shape[0] for p in MODELS["fc-1024"](7, width=2).parameters()] == [2048, 2048, 7]
+    narrow = [m for m in MODELS["gem-resnet-18"](7, width=0.29).modules() if isinstance(m, nn.Conv2d)]
+    assert (narrow[0].out_channels, narrow[-1].out_channels) == (5, 40)  # 20 x .29 = 5.8
+    wide = MODELS["resnet-50"](7, width=2)
+    assert sum(p.numel() for p in wide.body.parameters()) == 66_766_016  # of wide ResNet-50-2
+    for name in ("lenet-300-100", "fc-1024", "gem-resnet-18", "resnet-50"):
+        with pytest.raises(Refusal, match=f"width must leave every layer of model {name} a unit, got 0.0001"):
+            MODELS[name](width=1e-4)
 
 
 def test_other_channels():
@@ -119,9 +134,12 @@ def test_running_statistics_are_what_a_norm_made_with_them_keeps(name):
     assert norm.num_batches_tracked == 2  # what is there already stays
 
 
-@pytest.mark.parametrize("name", ["alexnet", "resnet-18"])
+@pytest.mark.parametrize("name", ["alexnet", "resnet-18", "gem-resnet-18"])
 def test_norm_by_the_batch_in_eval_mode_too(name):
     net = MODELS[name](10).eval()
+    if name == "gem-resnet-18":  # which is made to norm by running statistics
+        assert list(net.buffers())
+        assert use_batch_statistics(net) is net
     x = torch.randn(4, 3, 32, 32)
     with torch.no_grad():
         assert not torch.equal(net(x)[:2], net(x[:2]))
@@ -132,7 +150,7 @@ def test_norm_by_the_batch_in_eval_mode_too(name):
 def test_resnet_18_computes_what_the_authors_compute(path):
     """Their network of a quarter of the width: two tasks, each three batches in train mode and then one in eval mode."""
     gold, near = Golden(path), tolerance(path)
-    net = ResNet18(5, width=len(gold["weight:conv1"]), pool=4, running=True)
+    net = MODELS["gem-resnet-18"](5, width=0.25)
     bank = sk.MaskBank(sk.convert(net, sk.SubnetConfig()))
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     assert (len(bank.layers()), len(norms)) == (len(gold["conv_names"]), len(gold["bn_names"]))
@@ -156,15 +174,6 @@ def test_resnet_18_computes_what_the_authors_compute(path):
             assert_near(net(gold["x"][0]), gold[f"eval_y{task}"], near, f"task {task}, eval")
         bank.activate("0")
         assert_near(net(gold["x"][0]), gold["eval_y0_again"], near, "task 0 after task 1")
-
-
-@pytest.mark.parametrize("path", cases("supsup_er_GEMResNet18_out5"))
-def test_resnet_18_has_the_authors_layers(path):
-    gold = Golden(path)
-    net = sk.convert(MODELS["gem-resnet-18"](), sk.SubnetConfig(density=sk.ErdosRenyi(4.0)))
-    layers = sk.MaskBank(net).layers()
-    assert [layer.weight.numel() for layer in layers] == gold["params"].tolist()
-    assert [int(sk.count(layer.bits)) for layer in layers] == gold["ones_s4"].tolist()
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -36,6 +36,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def command(argv: list[str]) -> int:
+    """Run the command that the words name; returns the exit code. Raises Refusal."""
     parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
     parser.add_argument(
         "command", choices=("demo", "train", "reproduce", "bench", "info"), help="what to do; each has its own --help"

@@ -131,6 +131,48 @@ class Block(nn.Module):
         return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()
 
 
+class Bottleneck(nn.Module):
+    """ResNet's bottleneck: 1 x 1, 3 x 3 and 1 x 1 convolutions, the inner ones `inner` wide, beside a shortcut as in Block."""
+
+    def __init__(self, inp: int, inner: int, out: int, stride: int):
+        super().__init__()
+        self.conv1 = nn.Conv2d(inp, inner, 1, bias=False)
+        self.norm1 = _norm(nn.BatchNorm2d, inner, True)
+        self.conv2 = nn.Conv2d(inner, inner, 3, stride, 1, bias=False)
+        self.norm2 = _norm(nn.BatchNorm2d, inner, True)
+        self.conv3 = nn.Conv2d(inner, out, 1, bias=False)
+        self.norm3 = _norm(nn.BatchNorm2d, out, True)
+        self.shortcut = nn.Sequential()
+        if stride > 1 or inp != out:
+            self.shortcut = nn.Sequential(nn.Conv2d(inp, out, 1, stride, bias=False), _norm(nn.BatchNorm2d, out, True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(x)).relu()
+        y = self.norm2(self.conv2(y)).relu()
+        return (self.norm3(self.conv3(y)) + self.shortcut(x)).relu()
+
+
+class ResNet50(ConvNet):
+    """ResNet-50: a 7 x 7 convolution of 64 by 2, 3 x 3 max pooling by 2, and 3, 4, 6, 3 bottlenecks.
+
+    In eval mode norm is by running statistics. A stage's stride is in the 3 x 3 convolution of its first block, as in SupSup's code.
+    base: width of the first stage's 3 x 3 convolutions, doubled from stage to stage; between blocks 256 to 2048 channels whatever it is.
+    """
+
+    def __init__(self, outputs: int, channels: int = 3, base: int = 64):
+        super().__init__()
+        layers = [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), _norm(nn.BatchNorm2d, 64, True), nn.ReLU()]
+        layers.append(nn.MaxPool2d(3, 2, 1))
+        before = 64
+        for stage, blocks in enumerate((3, 4, 6, 3)):
+            out = 256 << stage
+            for block in range(blocks):
+                layers.append(Bottleneck(before, base << stage, out, 2 if stage and not block else 1))
+                before = out
+        self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.head = nn.Linear(before, outputs, bias=False)
+
+
 class ResNet18(ConvNet):
     """ResNet-18 for 32 x 32 images as GPM, WSN, SupSup have it: 3 x 3 in front, eight blocks 1, 1, 2, 2, 4, 4, 8, 8 `width` wide.
 
@@ -217,6 +259,14 @@ def use_running_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
+def use_batch_statistics(net: nn.Module) -> nn.Module:
+    """Let every batch norm of a network norm by the batch's own statistics in eval mode too; returns the network."""
+    for norm in batch_norms(net):
+        norm.track_running_stats = False
+        norm.running_mean = norm.running_var = norm.num_batches_tracked = None
+    return net
+
+
 @torch.no_grad()
 def gather_statistics(net: nn.Module, forward: Callable[[Tensor], Any], inputs: Iterable[Tensor]) -> None:
     """Make the running statistics of every batch norm the means over these batches of inputs, of which forward calls the network.
@@ -245,19 +295,30 @@ def _channels(name: str, shape: tuple[int, ...], side: int = 32) -> int:
     return shape[0] if shape else 3
 
 
+def _scaled(name: str, width: float, *sizes: int) -> list[int]:
+    """A network's layer sizes times `width`, rounded down. Raises Refusal where one is then 0."""
+    scaled = [int(width * size) for size in sizes]
+    if min(scaled) < 1:
+        raise Refusal(f"width must leave every layer of model {name} a unit, got {width}")
+    return scaled
+
+
 def mlp(outputs: int = 10, *shape: int) -> MLP:
     """784-100-100 with a head: WSN's network on Permuted MNIST (88,400 weights without the head). shape: of an input, default 784."""
     return MLP([math.prod(shape or (784,)), 100, 100], outputs)
 
 
-def lenet_300_100(outputs: int = 10, *shape: int) -> MLP:
-    """LeNet-300-100: SupSup's and ImpressLearn's network on MNIST; outputs may exceed the classes (superfluous neurons)."""
-    return MLP([math.prod(shape or (784,)), 300, 100], outputs)
+def lenet_300_100(outputs: int = 10, *shape: int, width: float = 1.0) -> MLP:
+    """LeNet-300-100: SupSup's and ImpressLearn's network on MNIST; outputs may exceed the classes (superfluous neurons).
+
+    width multiplies the hidden layers. Raises Refusal where one would have no unit.
+    """
+    return MLP([math.prod(shape or (784,)), *_scaled("lenet-300-100", width, 300, 100)], outputs)
 
 
-def fc_1024(outputs: int = 10, *shape: int) -> MLP:
-    """784-1024-1024 with a head: SupSup's network on Rotated MNIST."""
-    return MLP([math.prod(shape or (784,)), 1024, 1024], outputs)
+def fc_1024(outputs: int = 10, *shape: int, width: float = 1.0) -> MLP:
+    """784-1024-1024 with a head: SupSup's network on Rotated MNIST; width as `lenet_300_100`."""
+    return MLP([math.prod(shape or (784,)), *_scaled("fc-1024", width, 1024, 1024)], outputs)
 
 
 def alexnet(outputs: int = 100, *shape: int) -> AlexNet:
@@ -294,12 +355,23 @@ def resnet_18(outputs: int = 10, *shape: int) -> ResNet18:
     return ResNet18(outputs, _channels("resnet-18", shape))
 
 
-def gem_resnet_18(outputs: int = 5, *shape: int) -> ResNet18:
+def gem_resnet_18(outputs: int = 5, *shape: int, width: float = 1.0) -> ResNet18:
     """GEMResNet18 nf=20 with 4 x 4 pooling to 160: SupSup's network on Split CIFAR-100 (1,090,940 weights with the head of 5).
 
-    The head is linear for their 1 x 1 convolution, and masked too; a task has norm statistics of its own. shape as `alexnet`.
+    The head is linear for their 1 x 1 convolution, and masked too; a task has norm statistics of its own. shape as `alexnet`; width
+    multiplies every layer's channels, as in their code rounded down. Raises Refusal where none would be left.
     """
-    return ResNet18(outputs, _channels("gem-resnet-18", shape), pool=4, running=True)
+    (channels,) = _scaled("gem-resnet-18", width, 20)
+    return ResNet18(outputs, _channels("gem-resnet-18", shape), channels, pool=4, running=True)
+
+
+def resnet_50(outputs: int = 10, *shape: int, width: float = 1.0) -> ResNet50:
+    """ResNet-50: SupSup's network on Split ImageNet (23,475,392 weights with the head of 10, which is masked too).
+
+    shape: channels, 224, 224; default 3 channels. width multiplies the 3 x 3 convolutions' channels, as in their code. Raises Refusal.
+    """
+    (base,) = _scaled("resnet-50", width, 64)
+    return ResNet50(outputs, _channels("resnet-50", shape, 224), base)
 
 
 MODELS = {
@@ -312,4 +384,5 @@ MODELS = {
     "tinynet": tinynet,
     "resnet-18": resnet_18,
     "gem-resnet-18": gem_resnet_18,
+    "resnet-50": resnet_50,
 }

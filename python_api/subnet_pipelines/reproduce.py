@@ -22,7 +22,7 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.interrupt import Stop
 from subnet_pipelines.progress import count_bar
 from subnet_pipelines.report import Result, finished, number, read_result, write_seeds
-from subnet_pipelines.tables import Cell, Table, entry, write_table
+from subnet_pipelines.tables import Cell, Table, entry, epoch_means, write_table
 
 ROOTS = [Path(__file__).resolve().parents[1], Path(__file__).resolve().parents[2]]  # of the two packages, for child processes
 LOOK = 60.0  # seconds between two looks at what the runs say
@@ -314,5 +314,6 @@ def entries_of(cell: Cell, jobs: list[Job], asked_for: bool) -> list[dict[str, A
         status = "done" if states == {"done"} else bad if asked_for else "not asked for"
         why = next((job.why for job in group if job.state == status), None)
         words = shlex.join(["subnet-kernels", *words_of(group[0], [job.seed for job in group])])
-        found.append(entry(cell, mode, results, status, why, words))
+        log = next((group[0].out / f"seed-{job.seed}" / "metrics.jsonl" for job in group if job.result is not None), None)
+        found.append(entry(cell, mode, results, status, why, words, epoch_means(log) if log is not None else None))
     return found

@@ -1,8 +1,9 @@
 """A paper's table: its cells, what is printed in them, and ours beside that as text, CSV, JSON and a page.
 
-A table is a folder of configs/tables: table.yaml (title, source, benchmarks and rows in the paper's order) and BENCHMARK/ROW.yaml (method,
-the paper's numbers, settings over the recipe of that method and benchmark, fidelity). A cell without a method is one that this package
-does not have; it is listed with the paper's number.
+A table is a folder of configs/tables: table.yaml (title, source, benchmarks and rows in the paper's order, and `figures` over its cells)
+and BENCHMARK/ROW.yaml (method, the paper's numbers where it prints any, settings over the recipe of that method and benchmark, fidelity,
+and the `point` of a figure that the cell is: its line and its place on the x axis). A cell without a method is one that this package does
+not have; it is listed with the paper's number.
 """
 
 from __future__ import annotations
@@ -12,18 +13,35 @@ import html
 import io
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import CONFIGS, FIDELITIES, nearest, read_yaml
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.report import STYLE, Result, common, figures, number, plot, summarise
+from subnet_pipelines.report import STYLE, Result, common, figures, number, plot, spread, summarise
 
 TABLES = CONFIGS / "tables"
-PAPER = {"acc", "bwt", "cap", "used"}  # percent (mean, deviation), percent points, percent, 0-1 (derived from CAP)
-SHOWN = ("acc", "bwt", "used_fraction", "paper_cap", "measured_cap", "huffman_cap", "seconds")  # of ours, by the names of COLUMNS
+PAPER = {
+    "acc",
+    "bwt",
+    "cap",
+    "used",
+    "told",
+}  # percent (mean, deviation), percent points, percent, 0-1 (from CAP), percent inferred
+SHOWN = (
+    "acc",
+    "bwt",
+    "task_inference",
+    "used_fraction",
+    "paper_cap",
+    "measured_cap",
+    "huffman_cap",
+    "seconds",
+)  # of ours, as in COLUMNS
+FIGURE = {"x": "point", "y": "acc", "xlabel": "", "ylabel": "ACC (%)", "log": False}  # what a figure may say, and what holds else
+AXES = {"point": set(SHOWN), "task": {"final"}, "epoch": {"loss", "val_loss"}}  # x of a figure -> its y
 
 
 @dataclass(frozen=True)
@@ -32,11 +50,12 @@ class Cell:
 
     name: str
     label: str
-    paper: dict[str, Any]
+    paper: dict[str, Any] = field(default_factory=dict)
     method: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     fidelity: str = "code"
     note: str | None = None
+    point: tuple[str, float] | None = None
 
     @property
     def benchmark(self) -> str:
@@ -51,6 +70,7 @@ class Table:
     title: str
     source: str
     cells: list[Cell]
+    figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # title -> FIGURE's words
 
 
 def table_names() -> list[str]:
@@ -67,20 +87,34 @@ def read_table(name: str) -> Table:
     names = [f"{b}/{row}" for b in head["benchmarks"] for row in head["rows"]]
     if stray := sorted(set(files) - set(names)):
         raise Refusal(f"{files[stray[0]]}: is no benchmark and row of {TABLES / name / 'table.yaml'}")
-    return Table(name, head["title"], head["source"], [read_cell(n, head["rows"], files[n]) for n in names if n in files])
+    shown = head.get("figures", {})
+    for title, words in shown.items():
+        if unknown := set(words) - set(FIGURE):
+            raise Refusal(f"{TABLES / name / 'table.yaml'}: {unknown.pop()} is no key of a figure; known are {', '.join(FIGURE)}")
+        shown[title] = words = {**FIGURE, **words}
+        if words["y"] not in AXES.get(words["x"], ()):
+            raise Refusal(f"{TABLES / name / 'table.yaml'}: figure {title!r} has no {words['y']} over {words['x']}")
+    cells = [read_cell(n, head["rows"], files[n]) for n in names if n in files]
+    return Table(name, head["title"], head["source"], cells, shown)
 
 
 def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
     """One cell's file. Raises Refusal."""
     found = read_yaml(path)
-    if unknown := set(found) - {"method", "paper", "settings", "fidelity", "note"}:
-        raise Refusal(f"{path}: {unknown.pop()} is no key of a cell; known are method, paper, settings, fidelity, note")
-    paper = found.get("paper")
-    acc = paper.get("acc") if isinstance(paper, dict) and set(paper) <= PAPER else None
+    known = {f.name for f in fields(Cell)} - {"name", "label"}
+    if unknown := set(found) - known:
+        raise Refusal(f"{path}: {unknown.pop()} is no key of a cell; known are {', '.join(sorted(known))}")
+    paper = found.get("paper", {})
+    acc = paper.get("acc", [None, None]) if isinstance(paper, dict) and set(paper) <= PAPER else None
     if not isinstance(acc, list) or len(acc) != 2:
         raise Refusal(
             f"{path}: paper should hold acc: [mean, deviation], and of {', '.join(sorted(PAPER - {'acc'}))} what is printed"
         )
+    if not found.get("method") and not paper:
+        raise Refusal(f"{path}: a cell should have a method, or what the paper prints")
+    point = found.get("point")
+    if point is not None and not (isinstance(point, list) and len(point) == 2 and isinstance(point[1], (int, float))):
+        raise Refusal(f"{path}: point should be [line, number], is {point!r}")
     if not isinstance(found.get("settings", {}), dict):
         raise Refusal(f"{path}: settings should be a mapping, is a {type(found['settings']).__name__}")
     if found.get("fidelity", "code") not in FIDELITIES:
@@ -89,19 +123,40 @@ def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
 
 
 def entry(
-    cell: Cell, fidelity: str | None, results: list[Result], status: str, why: str | None, command: str | None
+    cell: Cell,
+    fidelity: str | None,
+    results: list[Result],
+    status: str,
+    why: str | None,
+    command: str | None,
+    epochs: dict[str, list[float]] | None = None,
 ) -> dict[str, Any]:
-    """A cell in one mode, as table.json has it. status: done, left, failed, not run, not asked for, or paper only."""
+    """A cell in one mode, as table.json has it. status: done, left, failed, not run, not asked for, or paper only; epochs: of
+    `epoch_means`."""
     found = {"cell": cell.name, "row": cell.label, "method": cell.method, "fidelity": fidelity, "status": status, "why": why}
     found |= {"seeds": [r.seed for r in results], "paper": cell.paper, "ours": {}, "difference": None, "note": cell.note}
-    found |= {"used_fraction_per_task": None, "command": command, "environment": {}}
+    found |= {"used_fraction_per_task": None, "point": cell.point, "final": [], "epochs": epochs or {}}
+    found |= {"command": command, "environment": {}}
     if results:
         summary = summarise(results)
         found["ours"], found["environment"] = {name: summary[name] for name in SHOWN}, summary["environment"]
-        if (mean := summary["acc"]["mean"]) is not None:
-            found["difference"] = mean - cell.paper["acc"][0]
+        mean, printed = summary["acc"]["mean"], cell.paper.get("acc", [None])[0]
+        if None not in (mean, printed):
+            found["difference"] = mean - printed
         found["used_fraction_per_task"] = (results[0].capacity or {}).get("used_fraction_per_task")
+        found["final"] = [spread(list(values))["mean"] for values in zip(*(r.final for r in results))]
     return found
+
+
+def epoch_means(log: Path) -> dict[str, list[float]]:
+    """What a run's metrics.jsonl says of its epochs: mean loss and val_loss over the tasks that had the epoch, by epoch."""
+    found: dict[str, list[list[float]]] = {name: [] for name in AXES["epoch"]}
+    for line in map(json.loads, log.read_text().splitlines()):
+        for name in found if line["kind"] == "epoch" else ():
+            if line.get(name) is not None:
+                found[name] += [[] for _ in range(line["epoch"] + 1 - len(found[name]))]
+                found[name][line["epoch"]].append(line[name])
+    return {name: [sum(each) / len(each) for each in epochs] for name, epochs in found.items() if epochs and all(epochs)}
 
 
 def spelt(value: Any, digits: int = 2) -> str:
@@ -114,38 +169,50 @@ def spelt(value: Any, digits: int = 2) -> str:
     return number(value, digits)
 
 
+COLUMNS = [  # after the row's name: heading, whose number, its name, digits
+    ("ACC (%)", "ours", "acc", 2),
+    ("paper", "paper", "acc", 2),
+    ("difference", "", "difference", 2),
+    ("BWT (pp)", "ours", "bwt", 2),
+    ("paper", "paper", "bwt", 2),
+    ("inferred (%)", "ours", "task_inference", 2),
+    ("paper", "paper", "told", 2),
+    ("used", "ours", "used_fraction", 3),
+    ("from CAP", "paper", "used", 3),
+    ("CAP (%)", "ours", "paper_cap", 2),
+    ("paper", "paper", "cap", 2),
+    ("CAP, stored bits", "ours", "measured_cap", 2),
+    ("CAP, joint Huffman", "ours", "huffman_cap", 2),
+    ("seeds", "", "seeds", 0),
+    ("time (s)", "ours", "seconds", 0),
+]
+ALSO = [
+    ("ACC (%)", "acc", 2),
+    ("inferred (%)", "task_inference", 2),
+    ("used", "used_fraction", 3),
+]  # of another mode than the table's
+
+
 def lines_of(entries: list[dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
-    """One benchmark's entries for people: headings and rows. Another mode than the table's is columns of its row."""
+    """One benchmark's entries for people: headings and rows. Another mode than the table's is columns of its row; a column in which no row
+    has a number is left out."""
     rows = {}
     for e in entries:
         rows.setdefault(e["cell"], []).append(e)
     other = next((e[1]["fidelity"] for e in rows.values() if len(e) > 1), None)
-    headings = ["row", "ACC (%)", "paper", "difference", "BWT (pp)", "paper", "used", "from CAP", "CAP (%)", "paper"]
-    headings += ["CAP, stored bits", "CAP, joint Huffman", "seeds", "time (s)"]
-    headings += [f"{other}: ACC (%)", f"{other}: used"] if other else []
+    headings = ["row", *(c[0] for c in COLUMNS), *(f"{other}: {c[0]}" for c in ALSO if other)]
     found = []
     for first, *more in rows.values():
-        mine, also, paper = first["ours"], more[0]["ours"] if more else {}, first["paper"]
-        difference = "–" if first["difference"] is None else f"{first['difference']:+.2f}"
-        row = [
-            first["row"],
-            spelt(mine.get("acc")),
-            spelt(paper["acc"]),
-            difference,
-            spelt(mine.get("bwt")),
-            spelt(paper.get("bwt")),
-        ]
-        row += [
-            spelt(mine.get("used_fraction"), 3),
-            spelt(paper.get("used"), 3),
-            spelt(mine.get("paper_cap")),
-            spelt(paper.get("cap")),
-        ]
-        row += [spelt(mine.get(name)) for name in ("measured_cap", "huffman_cap")]
-        row += [str(len(first["seeds"])), spelt(mine.get("seconds"), 0)]
-        row += [spelt(also.get("acc")), spelt(also.get("used_fraction"), 3)] if other else []
+        also = more[0]["ours"] if more else {}
+        row = [first["row"]]
+        for _, whose, name, digits in COLUMNS:
+            row.append(spelt((first[whose] if whose else first).get(name), digits) if name not in ("difference", "seeds") else "")
+        row[headings.index("difference")] = "–" if first["difference"] is None else f"{first['difference']:+.2f}"
+        row[headings.index("seeds")] = str(len(first["seeds"]))
+        row += [spelt(also.get(name), digits) for _, name, digits in ALSO if other]
         found.append(row)
-    return headings, found
+    kept = [i for i in range(len(headings)) if i < 2 or any(row[i] != "–" for row in found)]
+    return [headings[i] for i in kept], [[row[i] for i in kept] for row in found]
 
 
 def remarks(entries: list[dict[str, Any]]) -> list[str]:
@@ -165,52 +232,64 @@ def write_table(table: Table, entries: list[dict[str, Any]], folder: Path, scale
     scaled: what keeps the numbers from being comparable with the paper's; facts: what else table.json says.
     """
     environment = common([e["environment"] for e in entries if e["environment"]])
-    parts = {}
-    for e in entries:
-        parts.setdefault(e["cell"].split("/")[0], []).append(e)
-    lead = [
-        f"{table.source}. Ours: mean ± sample standard deviation over the seeds, as the authors' code has it unless a column says "
-        "otherwise. The difference is ours less the paper's, in percent points."
-    ]
-    if scaled:
-        lead.append(f"Scaled down ({scaled}): these numbers cannot be compared with the paper's.")
-    print_parts(table, parts, lead)
-    record = {"schema": 1, "table": table.name, "title": table.title, "scaled": scaled, **facts, "environment": environment}
-    write_atomic(folder / "table.json", json.dumps({**record, "cells": entries}, indent=1))
+    record = {"schema": 1, "table": table.name, "title": table.title, "source": table.source, "scaled": scaled, **facts}
+    record |= {"environment": environment, "cells": entries}
+    print_parts(record)
+    write_atomic(folder / "table.json", json.dumps(record, indent=1))
     write_atomic(folder / "table.csv", as_csv(entries))
-    write_atomic(folder / "table.md", as_markdown(table, parts, lead, environment))
-    plots = [(name, path) for name, part in parts.items() for path in draw(name, part, folder)]
-    write_atomic(folder / "report.html", as_page(table, parts, lead, environment, plots))
+    write_atomic(folder / "table.md", "# " + as_markdown(record))
+    plots = [(name, path) for name, part in parts_of(record).items() for path in draw(name, part, table.figures, folder)]
+    write_atomic(folder / "report.html", as_page(record, plots))
     print(f"{folder / 'report.html'}, table.md, table.csv, table.json")
 
 
-def print_parts(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str]) -> None:
+def parts_of(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The cells of what table.json holds, by benchmark."""
+    parts = {}
+    for e in record["cells"]:
+        parts.setdefault(e["cell"].split("/")[0], []).append(e)
+    return parts
+
+
+def lead_of(record: dict[str, Any]) -> list[str]:
+    """What stands above a table: whose it is, and what keeps its numbers from being comparable with the paper's."""
+    lead = [
+        f"{record['source']}. Ours: mean ± sample standard deviation over the seeds, as the authors' code has it unless a column says "
+        "otherwise. The difference is ours less the paper's, in percent points."
+    ]
+    if all(e["fidelity"] in (None, "sound") for e in record["cells"]):
+        lead = [f"{record['source']}. Mean ± sample standard deviation over the seeds, sound where the authors' code is not."]
+    if record["scaled"]:
+        lead.append(f"Scaled down ({record['scaled']}): these numbers cannot be compared with the paper's.")
+    return lead
+
+
+def print_parts(record: dict[str, Any]) -> None:
     """The table on stdout."""
-    for name, part in parts.items():
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
-        left_out = [headings.index(word) for word in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
-        kept = [i for i in range(len(headings)) if i < 4 or (i not in left_out and any(row[i] != "–" for row in rows))]
+        kept = [i for i, word in enumerate(headings) if word not in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
         widths = [max(len(row[i]) for row in [headings, *rows]) for i in kept]
-        print(f"{table.title}: {name}")
+        print(f"{record['title']}: {name}")
         for row in [headings, *rows]:
             first, *others = [row[i] for i in kept]
             print("  ".join([first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]))
         for line in remarks(part):
             print(f"  {line}")
         print()
-    for line in lead[1:]:
+    for line in lead_of(record)[1:]:
         print(line)
 
 
 def as_csv(entries: list[dict[str, Any]]) -> str:
     """A line a cell and mode."""
     file = io.StringIO()
-    paper = ("acc", "acc_std", "bwt", "cap", "used")
+    paper = ("acc", "acc_std", "bwt", "told", "cap", "used")
     names = ["cell", "row", "method", "fidelity", "status", "seeds", *(f"paper_{n}" for n in paper), "difference"]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow([*names, *(f"ours_{n}{part}" for n in SHOWN for part in ("", "_std"))])
     for e in entries:
-        acc, std = e["paper"]["acc"]
+        acc, std = e["paper"].get("acc", [None, None])
         printed = {**e["paper"], "acc": acc, "acc_std": std}
         ours = [v for n in SHOWN for v in (e["ours"].get(n) or {"mean": None, "std": None}).values()]
         row = [*(e[name] for name in names[:5]), " ".join(map(str, e["seeds"])), *map(printed.get, paper), e["difference"], *ours]
@@ -218,23 +297,24 @@ def as_csv(entries: list[dict[str, Any]]) -> str:
     return file.getvalue()
 
 
-def as_markdown(table: Table, parts: dict[str, list[dict[str, Any]]], lead: list[str], environment: dict[str, Any]) -> str:
-    """The table as Markdown."""
-    out = [f"# {table.title}", "", *(f"{line}\n" for line in lead)]
-    for name, part in parts.items():
+def as_markdown(record: dict[str, Any], level: str = "#") -> str:
+    """What table.json holds as Markdown, from the title's words on; level: of the title, whose benchmarks are one below."""
+    out = [record["title"], "", *(f"{line}\n" for line in lead_of(record))]
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
-        out += [f"## {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
+        out += [f"{level}# {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
         out += [f"| {' | '.join(row)} |" for row in rows]
         out += ["", *(f"- {line}" for line in remarks(part)), ""]
-    out += [f"{name}: {value}  " for name, value in environment.items() if value is not None]
+    out += [f"{name}: {value}  " for name, value in record["environment"].items() if value is not None]
     return "\n".join(out) + "\n"
 
 
-def as_page(table: Table, parts: dict, lead: list[str], environment: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
+def as_page(record: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
     """The table as one self-contained HTML page."""
-    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{html.escape(table.title)}</title><style>{STYLE}</style>"]
-    out += [f"<h1>{html.escape(table.title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lead)]
-    for name, part in parts.items():
+    title = html.escape(record["title"])
+    out = [f"<!doctype html><html lang=en><meta charset=utf-8><title>{title}</title><style>{STYLE}</style>"]
+    out += [f"<h1>{title}</h1>", *(f"<p>{html.escape(line)}</p>" for line in lead_of(record))]
+    for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
         head = "".join(f"<th>{html.escape(word)}</th>" for word in headings)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(word)}</td>" for word in row) + "</tr>" for row in rows)
@@ -243,20 +323,26 @@ def as_page(table: Table, parts: dict, lead: list[str], environment: dict[str, A
         out += [figures([(path.stem.replace(".", ": "), path) for owner, path in plots if owner == name])]
         commands = "\n".join(e["command"] for e in part if e["command"])
         out += [f"<details><summary>commands</summary><pre>{html.escape(commands)}</pre></details>"]
-    out += [
-        f"<details><summary>environment</summary><pre>{html.escape(json.dumps(environment, indent=1))}</pre></details></html>"
-    ]
+    environment = html.escape(json.dumps(record["environment"], indent=1))
+    out += [f"<details><summary>environment</summary><pre>{environment}</pre></details></html>"]
     return "\n".join(out) + "\n"
 
 
-def draw(name: str, entries: list[dict[str, Any]], folder: Path) -> list[Path]:
-    """PNGs of one benchmark: accuracies beside the paper's, accuracy over capacity, and the share of weights in use task by task."""
+def draw(name: str, entries: list[dict[str, Any]], figures: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
+    """PNGs of one benchmark: the table's own figures; accuracies beside the paper's, accuracy over capacity, and the share of weights in
+    use task by task."""
     mine = [e for e in entries if e["ours"].get("acc", {}).get("mean") is not None]
     if not mine:
         return []
-    made = [
+    made = []
+    for title, words in figures.items():
+        if curves := curves_of(words["x"], words["y"], mine):
+            path = folder / f"{name}.{title.replace(' ', '-')}.png"
+            labels = {"xlabel": words["xlabel"] or words["x"], "ylabel": words["ylabel"], "title": title}
+            made.append(plot(path, lambda axes, curves=curves, words=words: _lines(axes, curves, words["log"]), **labels))
+    made.append(
         plot(folder / f"{name}.accuracy.png", lambda axes: _accuracies(axes, entries), xlabel="ACC (%)", title=f"{name}: ACC")
-    ]
+    )
     if any(e["ours"]["paper_cap"]["mean"] is not None for e in mine):
         made.append(
             plot(
@@ -276,19 +362,38 @@ def draw(name: str, entries: list[dict[str, Any]], folder: Path) -> list[Path]:
     return made
 
 
+def curves_of(x: str, y: str, entries: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """What a figure shows: label -> points. Over `point` a number of every cell that has one, else a curve of every cell."""
+    found: dict[str, list[tuple[float, float]]] = {}
+    several = len({e["fidelity"] for e in entries}) > 1
+    for e in entries:
+        mode = f" ({e['fidelity']})" if several else ""
+        if x == "point":
+            if e["point"] and (value := e["ours"][y]["mean"]) is not None:
+                found.setdefault(e["point"][0] + mode, []).append((e["point"][1], value))
+        else:
+            values = e["final"] if x == "task" else e["epochs"].get(y, [])
+            if any(v is not None for v in values):
+                found[e["row"] + mode] = [(i + 1, v) for i, v in enumerate(values) if v is not None]
+    return {label: sorted(points) for label, points in found.items()}
+
+
+def _lines(axes: Any, curves: dict[str, list[tuple[float, float]]], log: bool) -> None:
+    for label, points in curves.items():
+        axes.plot(*zip(*points), marker="." if len(points) <= 50 else None, label=label)
+    if log:
+        axes.set_xscale("log")
+    axes.legend(fontsize=6)
+
+
 def _accuracies(axes: Any, entries: list[dict[str, Any]]) -> None:
     labels = list(dict.fromkeys(e["row"] for e in entries))
     axes.set_position((0.26, 0.13, 0.71, 0.78))
-    papers = {e["row"]: e["paper"]["acc"] for e in entries}
-    axes.errorbar(
-        [papers[row][0] for row in labels],
-        range(len(labels)),
-        xerr=[papers[row][1] or 0 for row in labels],
-        fmt="o",
-        mfc="none",
-        color="gray",
-        label="paper",
-    )
+    papers = {e["row"]: e["paper"]["acc"] for e in entries if e["paper"].get("acc", [None])[0] is not None}
+    if papers:
+        means, places = [mean for mean, _ in papers.values()], [labels.index(row) for row in papers]
+        deviations = [std or 0 for _, std in papers.values()]
+        axes.errorbar(means, places, xerr=deviations, fmt="o", mfc="none", color="gray", label="paper")
     for mode in dict.fromkeys(e["fidelity"] for e in entries if e["ours"]):
         found = [e for e in entries if e["fidelity"] == mode and e["ours"] and e["ours"]["acc"]["mean"] is not None]
         axes.errorbar(
@@ -304,7 +409,7 @@ def _accuracies(axes: Any, entries: list[dict[str, Any]]) -> None:
 
 
 def _capacities(axes: Any, entries: list[dict[str, Any]]) -> None:
-    printed = {e["row"]: (e["paper"]["cap"], e["paper"]["acc"][0]) for e in entries if e["paper"].get("cap") is not None}
+    printed = {e["row"]: (e["paper"]["cap"], e["paper"]["acc"][0]) for e in entries if {"cap", "acc"} <= set(e["paper"])}
     axes.plot(*zip(*printed.values()), "o", mfc="none", color="gray", label="paper") if printed else None
     for mode in dict.fromkeys(e["fidelity"] for e in entries if e["ours"]):
         found = [e["ours"] for e in entries if e["fidelity"] == mode and e["ours"]]

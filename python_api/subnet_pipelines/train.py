@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnet_pipelines.benchmarks.base import Benchmark, Task, batches
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
 from subnet_pipelines.chance import generators, seed_of, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import Matrix, RunConfig, accuracy, validate
@@ -184,7 +184,12 @@ class Run:
         if watched and task.val is None:
             who = self.method.name if self.config.curves is None else "curves"
             raise Refusal(f"{who} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
-        train, val = task.train.marked(index), None
+        if watched and phase.together is not None:
+            raise Refusal(f"{self.method.name}: tasks that are trained together have no validation loss: leave curves out")
+        sets = [(t, t.train.marked(index)) for t in phase.together or [task]]
+        train, val = sets[0][1], None
+        if any(len(rows[1]) != len(train[1]) for _, rows in sets):
+            raise Refusal(f"{self.method.name}: tasks that are trained together must have equally many training rows")
         if watched:
             mixed = torch.randperm(len(task.val), generator=stream(self.method.seed, "validation order", task.index))
             val = (*task.val.marked(index), mixed.to(train[1].device))
@@ -196,17 +201,24 @@ class Run:
         more = c.epoch * a_round < steps
         while more:
             clock.epoch = c.epoch
-            order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
-            order = order[: (steps - c.epoch * a_round) * phase.batch_size].to(train[1].device)
-            augment, draws = task.train.augment, None
-            if augment is not None:
-                draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", task.index, c.phase, c.epoch))
-                draws = draws.to(order.device)
-            feed = batches(*train, order, phase.batch_size, c.batch, augment, draws)
-            self.steps(feed, phase.schedule if self.plateau is None else None, rates)
+            feeds = [self.feed(t, rows, phase, (steps - c.epoch * a_round) * phase.batch_size) for t, rows in sets]
+            self.steps(
+                feeds[0] if phase.together is None else zip(*feeds), phase.schedule if self.plateau is None else None, rates
+            )
             goes_on = self.epoch_end(phase, val)
             c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
             more = c.epoch * a_round < steps
+
+    def feed(self, task: Task, rows: tuple, phase: Phase, most: int) -> Iterator[Batch]:
+        """(The rest of) an epoch's batches of a task, of at most so many of its rows."""
+        c, n = self.cursor, len(rows[1])
+        order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
+        order = order[:most].to(rows[1].device)
+        augment, draws = task.train.augment, None
+        if augment is not None:
+            draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", task.index, c.phase, c.epoch))
+            draws = draws.to(order.device)
+        return batches(*rows, order, phase.batch_size, c.batch, augment, draws)
 
     def steps(self, feed: Iterable, schedule: Any, rates: list[float]) -> None:
         """The batches of (the rest of) an epoch."""

@@ -14,22 +14,26 @@ TIES = ("last", "first", "all")
 
 
 def choice(op: str, name: str, value: str, choices: Sequence[str]) -> None:
+    """value is one of the choices."""
     if value not in choices:
         raise ValueError(f"{op}: {name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 def tensor(op: str, name: str, value: object) -> None:
+    """value is a tensor."""
     if not isinstance(value, Tensor):
         raise ValueError(f"{op}: {name} must be a tensor, got {type(value).__name__}")
 
 
 def floating(op: str, name: str, value: Tensor) -> None:
+    """value is a tensor of floating numbers."""
     tensor(op, name, value)
     if not value.dtype.is_floating_point:
         raise ValueError(f"{op}: {name} must be of a floating dtype, got {value.dtype}")
 
 
 def device(op: str, name: str, value: Tensor, like: Tensor) -> None:
+    """value is where `like` is."""
     if value.device != like.device:
         raise ValueError(f"{op}: {name} must be on {like.device}, got {value.device}")
 
@@ -44,6 +48,7 @@ def tensors(op: str, name: str, value: object) -> list[Tensor]:
 
 
 def same_dtype(op: str, name: str, value: Tensor, other: str, like: Tensor) -> None:
+    """value has the dtype of `like`, the argument named `other`."""
     if value.dtype != like.dtype:
         raise ValueError(f"{op}: {name} must have the dtype of {other}, {like.dtype}, got {value.dtype}")
 
@@ -84,5 +89,6 @@ def bank(op: str, value: Sequence[Tensor], n: int, like: Tensor) -> int:
 
 
 def same_shape(op: str, name: str, value: Tensor, other: str, like: Tensor) -> None:
+    """value has the shape of `like`, the argument named `other`."""
     if value.shape != like.shape:
         raise ValueError(f"{op}: {name} must have the shape of {other}, {tuple(like.shape)}, got {tuple(value.shape)}")

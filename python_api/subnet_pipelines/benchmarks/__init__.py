@@ -13,8 +13,9 @@ from subnet_pipelines.benchmarks.base import (
     Split,
     Task,
 )
-from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Superclass
+from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Split20, CIFAR100Superclass
 from subnet_pipelines.benchmarks.five import FiveDatasets
+from subnet_pipelines.benchmarks.imagenet import ImageNetSplit
 from subnet_pipelines.benchmarks.mnist import (
     PermutedMNIST,
     PermutedMNISTMini,
@@ -36,8 +37,10 @@ _ALL = (
     FiveDatasets,
     OmniglotRotation,
     CIFAR100Split,
+    CIFAR100Split20,
     CIFAR100Superclass,
     TinyImageNet,
+    ImageNetSplit,
 )
 BENCHMARKS: dict[str, type[Benchmark]] = {b.name: b for b in _ALL}
 

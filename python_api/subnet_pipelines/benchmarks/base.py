@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ SCENARIOS = {"GG": GG, "GNs": GNs, "GNu": GNu, "NNs": NNs}
 
 
 class Rows(NamedTuple):
-    """Rows of base tensors: x uint8 (n, ...); y int64 (n,), labels; index int64 (m,) picks rows, None is all."""
+    """Rows of base tensors: x uint8 (n, ...), or what is indexed alike; y int64 (n,), labels; index int64 (m,) picks rows, None is all."""
 
     x: Tensor
     y: Tensor
@@ -60,11 +60,35 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Late:
+    """What a view makes of rows that are too many to be floats at once: to be read by index as a float tensor `shape`, made when read.
+
+    rows[places] are rows for the view, and for the augmentation in its place; shape (m, ...) and device: of what the view makes.
+    """
+
+    rows: Any
+    view: Callable[[Any], Tensor]
+    shape: tuple[int, ...]
+    device: torch.device
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, places: slice | Tensor) -> Tensor:
+        return self.view(self.rows[places])
+
+    def index_select(self, dim: int, places: Tensor) -> Tensor:
+        """The rows at these places int64 (b,) as float (b, ...); dim is 0."""
+        return self[places]
+
+
+@dataclass(frozen=True)
 class Split:
     """Rows of base tensors that tasks share, and the view that makes them this task's.
 
-    x uint8 (n, ...); y int64 (n,); index int64 (m,) picks rows, None is all; view: uint8 (m, ...) -> float (m, ...); augment, if there:
-    float (b, ...) as the view made it and int64 (b,) drawn from [0, 2^62) -> float (b, ...), anew for every batch of training.
+    x uint8 (n, ...); y int64 (n,); index int64 (m,) picks rows, None is all; view: uint8 (m, ...) -> float (m, ...), or Late; augment, if
+    there: float (b, ...) as the view made it, or the rows of a Late one, and int64 (b,) drawn from [0, 2^62) -> float (b, ...), anew for
+    every batch of training.
     """
 
     x: Tensor
@@ -76,13 +100,13 @@ class Split:
     def __len__(self) -> int:
         return len(self.y) if self.index is None else len(self.index)
 
-    def tensors(self) -> tuple[Tensor, Tensor]:
+    def tensors(self) -> tuple[Tensor | Late, Tensor]:
         """The whole split as the model sees it: x float (m, ...), y int64 (m,)."""
         if self.index is None:
             return self.view(self.x), self.y
         return self.view(self.x[self.index]), self.y[self.index]
 
-    def marked(self, task: int | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    def marked(self, task: int | None) -> tuple[Tensor | Late, Tensor, Tensor | None]:
         """`tensors()` and the task of each row, int64 (m,), or None where it is hidden."""
         x, y = self.tensors()
         return x, y, None if task is None else torch.full((1,), task, device=y.device).expand(len(y))
@@ -127,7 +151,7 @@ class Task:
 
 
 def batches(
-    x: Tensor,
+    x: Tensor | Late,
     y: Tensor,
     t: Tensor | None,
     order: Tensor | None,
@@ -144,6 +168,8 @@ def batches(
     limit = CHUNK if x.device.type == "cpu" else CHUNK * WIDE
     rows = max(1, limit // max(1, math.prod(x.shape[1:]) * size)) * size
     n = len(x) if order is None else len(order)
+    if augment is not None and isinstance(x, Late):
+        x = replace(x, view=lambda rows: rows)
     for start in range(skip * size, n, rows):
         stop = min(start + rows, n)
         chunk = [v if v is None else v[start:stop] if order is None else v.index_select(0, order[start:stop]) for v in (x, y, t)]

@@ -26,6 +26,7 @@ LIMIT = 50_000  # records of a file; the largest has so many
 ARCHIVE = 1 << 28  # bytes of an unpacked archive; the larger has 184 million
 MEAN, STD = [v / 255 for v in (125.3, 123.0, 113.9)], [v / 255 for v in (63.0, 62.1, 66.7)]  # GPM's and WSN's code, on both sets
 HOME = "https://www.cs.toronto.edu/~kriz/"  # its page prints these sums
+ROUNDED = [0.491, 0.482, 0.447], [0.247, 0.243, 0.262]  # CIFAR-10's own mean and deviation, in SupSup's code of CIFAR-100 too
 CIFAR10 = ("cifar-10-batches-bin", "cifar-10-binary.tar.gz", "md5:c32a1d4ab5d03f1284b67883e8d87530")
 CIFAR100 = ("cifar-100-binary", "cifar-100-binary.tar.gz", "md5:03b5dce01913d631647c71ecec9e9cb8")
 
@@ -141,6 +142,7 @@ class CIFAR100Split(ClassTasks):
     name = "cifar100-split"
     Config = SplitConfig
     FIDELITY = {"sound": {}, "code": {"labels": "global", "val_split": "shuffle"}, "paper": {}}
+    normal_of = MEAN, STD
 
     def __init__(self, config: SplitConfig, seed: int, data_dir: Path | str | None = None, device: torch.device | str = "cpu"):
         config.check()
@@ -151,7 +153,26 @@ class CIFAR100Split(ClassTasks):
         if config.order == "numpy":
             order = torch.from_numpy(np.random.RandomState(seed).permutation(100))
         groups = order.view(-1, config.classes_per_task).tolist()
-        super().__init__(config, seed, torch.device(device), train, test, 100, groups, Normal(MEAN, STD))
+        super().__init__(config, seed, torch.device(device), train, test, 100, groups, Normal(*self.normal_of))
+
+
+@dataclass(frozen=True)
+class Split20Config(SplitConfig):
+    """Split CIFAR-100 as BatchE and SupSup have it: twenty tasks of five classes, crops and flips."""
+
+    tasks: int = 20
+    classes_per_task: int = 5
+    order: Literal["numeric", "stream", "numpy"] = "stream"
+    augment: Literal["none", "crop-flip"] = "crop-flip"
+
+
+class CIFAR100Split20(CIFAR100Split):
+    """Task i is the next five of CIFAR-100's classes in an order drawn from the seed; mean and deviation are those of SupSup's code."""
+
+    name = "cifar100-split-20"
+    Config = Split20Config
+    FIDELITY = {"sound": {}, "code": {"order": "numpy"}, "paper": {}}
+    normal_of = ROUNDED
 
 
 ORDERS = {  # of the coarse classes: Yoon et al. (APD), as in WSN's code, t_order 0 to 4

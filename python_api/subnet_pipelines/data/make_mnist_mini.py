@@ -14,6 +14,7 @@ SEED = 20241
 
 
 def main(source: Path, target: Path) -> None:
+    """Write the four files of the subset of the idx.gz files in `source` into `target`."""
     target.mkdir(exist_ok=True)
     for number, (half, each) in enumerate((("train", 400), ("t10k", 100))):
         names = f"{half}-images-idx3-ubyte.gz", f"{half}-labels-idx1-ubyte.gz"

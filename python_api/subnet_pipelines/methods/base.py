@@ -49,7 +49,8 @@ class Phase:
 
     epochs or steps (at most; steps wins) say how long; optimizer builds the optimizer once `first` has run; schedule is None (constant), a
     function of progress in [0, 1) that gives the factor on each group's first learning rate, or a Plateau. select="best" ends with the
-    copy of least validation loss. first and then are called once, before the first step and after the last.
+    copy of least validation loss. first and then are called once, before the first step and after the last. together: the task and others
+    that are trained with it, with equally many training rows; a step is then given a tuple, a batch of each.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Phase:
     select: Literal["last", "best"] = "last"
     first: Callable[[], None] | None = None
     then: Callable[[], None] | None = None
+    together: Sequence[Task] | None = None
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,7 @@ class Method(nn.Module):
     Config = MethodConfig
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
-    static_step = (
-        False  # within a phase every step does the same work on the same tensors, whatever the data, the clock and the host say
-    )
+    static_step = False  # every step of a phase does the same work on the same tensors, whatever data, clock and host say
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end

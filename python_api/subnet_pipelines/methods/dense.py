@@ -13,10 +13,12 @@ from subnet_pipelines.benchmarks.base import Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase
-from subnet_pipelines.models import MODELS, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import Plateau
 
-Network = Literal["mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet"]
+Network = Literal[
+    "mlp", "lenet-300-100", "fc-1024", "alexnet", "resnet-18", "lenet", "lenet-large", "tinynet", "gem-resnet-18", "resnet-50"
+]
 OPTIMIZERS = {"adam": optim.Adam, "sgd": optim.SGD, "rmsprop": optim.RMSprop}
 CODE_NORM = {"sound": {}, "code": {"norm": "batch"}, "paper": {}}  # fidelity: what the networks of WSN's code do
 
@@ -53,7 +55,12 @@ def make_network(config: DenseConfig, outputs: int, benchmark: Benchmark, seed: 
     """The config's network with a head of so many outputs, on the benchmark's device, initialised from the stream of that purpose."""
     with seeded(seed, *purpose):
         made = MODELS[config.model](outputs, *benchmark.input_shape)
-    return (made if config.norm == "batch" else use_running_statistics(made)).to(benchmark.device)
+    return (use_batch_statistics if config.norm == "batch" else use_running_statistics)(made).to(benchmark.device)
+
+
+def norms_of(config: DenseConfig, network: nn.Module) -> list[nn.Module]:
+    """The batch norms that gather statistics over a task's rows; none where they use those of the test batch."""
+    return [] if config.norm == "batch" else batch_norms(network)
 
 
 def training(

@@ -15,8 +15,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
-from subnet_pipelines.models import batch_norms
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, norms_of, training
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ class Finetune(Method):
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
         self.width, self.model.head = self.model.head.in_features, nn.Identity()
         self.heads = nn.ModuleList()
-        self.norms = batch_norms(self.model) if config.norm != "batch" else []
+        self.norms = norms_of(config, self.model)
         if self.norms and config.norm == "task" and not benchmark.scenario.test_id:
             raise Refusal(f"norm must not be 'task' in scenario {benchmark.config.scenario}, where no task id is given at test")
         self.statistics: list[dict[str, Tensor]] = []  # of the norms, by task, where each keeps its own

@@ -69,10 +69,8 @@ class MaskedMethod(Method):
         return {"capacity": {**capacity, "paper_cap": paper}}
 
     def final_report(self) -> dict[str, Any]:
-        report, sizes = (
-            self.report(),
-            {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())},
-        )
+        report = self.report()
+        sizes = {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())}
         huffman = joint_huffman(map(self.bank.bits, self.bank.masks), sizes)
         report["capacity"] = with_huffman(report["capacity"], huffman, sum(sizes.values()))
         return {**report, "reuse": reuse_report(self.bank)}

@@ -18,8 +18,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import DenseConfig, make_network, training
-from subnet_pipelines.models import batch_norms
+from subnet_pipelines.methods.dense import DenseConfig, make_network, norms_of, training
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class MTL(Method):
         super().__init__(config, benchmark, seed)
         self.benchmark, self.classes, self.learnt = benchmark, benchmark.classes, False
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init")
-        self.norms = batch_norms(self.model) if config.norm != "batch" else []
+        self.norms = norms_of(config, self.model)
         width, self.model.head = self.model.head.in_features, nn.Identity()
         with seeded(seed, "heads"):  # one below another: (tasks * classes, width)
             self.heads = nn.Linear(width, len(benchmark) * benchmark.classes, bias=False).to(self.device)

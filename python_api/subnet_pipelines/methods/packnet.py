@@ -17,9 +17,8 @@ from subnet_pipelines.capacity import packnet_cap
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
-from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, norms_of, training
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import batch_norms
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class PackNet(MaskedMethod):
                 make_network(config, benchmark.classes, benchmark, seed, "init"),
                 sk.SubnetConfig(select="threshold", train_weights=True, per_task=["head"]),
             )
-        self.norms = batch_norms(self.model) if config.norm != "batch" else []
+        self.norms = norms_of(config, self.model)
         for layer in self.bank.layers():
             layer.scores.requires_grad_(False).fill_(1)
         self.free = [layer.weight.numel() for layer in self.bank.layers()]  # weights of each layer that no task owns

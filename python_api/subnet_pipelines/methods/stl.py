@@ -17,8 +17,7 @@ from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.capacity import capacity
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, training
-from subnet_pipelines.models import batch_norms
+from subnet_pipelines.methods.dense import CODE_NORM, DenseConfig, make_network, norms_of, training
 
 
 @dataclass(frozen=True)
@@ -39,7 +38,7 @@ class STL(Method):
         super().__init__(config, benchmark, seed)
         self.benchmark = benchmark
         self.model = make_network(config, benchmark.classes, benchmark, seed, "init", 0)
-        self.norms = batch_norms(self.model) if config.norm != "batch" else []
+        self.norms = norms_of(config, self.model)
         self.learnt: list[dict[str, Tensor]] = []  # by task; not part of the module, so that model selection copies one network
 
     def plan(self, task: Task) -> list[Phase]:

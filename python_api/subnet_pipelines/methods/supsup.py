@@ -5,23 +5,24 @@ Without a task id all masks run at once, and the gradient to their coefficients 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import subnet_kernels as sk
 from subnet_pipelines import inference
-from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
-from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
+from subnet_pipelines.methods.base import Clock, MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
+from subnet_pipelines.together import Together
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,8 @@ class SupSupConfig(MethodConfig):
     """Rows of a unit under inference_unit n."""
     deciding_rows: int | None = None
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
+    parallel_tasks: int = 1
+    """Tasks that are trained at once, to the same masks as one by one: their products are their own, selection and update one call."""
 
     def check(self) -> None:
         super().check()
@@ -84,6 +87,8 @@ class SupSupConfig(MethodConfig):
             raise Refusal(f"unit_rows must be at least 1, got {self.unit_rows}")
         if self.deciding_rows is not None and self.deciding_rows < 1:
             raise Refusal(f"deciding_rows must be at least 1, got {self.deciding_rows}")
+        if self.parallel_tasks < 1:
+            raise Refusal(f"parallel_tasks must be at least 1, got {self.parallel_tasks}")
 
 
 class SupSup(MaskedMethod):
@@ -108,35 +113,45 @@ class SupSup(MaskedMethod):
         select = {"select": "threshold"} if config.mask == "threshold" else {"density": config.density}
         with seeded(seed, "init"):
             network = MODELS[config.model](outputs, *benchmark.input_shape)
-            if config.norm == "task":
-                use_running_statistics(network)
+            (use_running_statistics if config.norm == "task" else use_batch_statistics)(network)
             own = ["head"] if config.head == "dense" else []
             self.norms = batch_norms(network) if config.norm == "task" else []
             self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
+        self.benchmark = benchmark
+        if config.parallel_tasks > 1:
+            self.together = Together(self.model, self.run_live)
+            self.static_step = False  # a step has a batch of each task
 
     def plan(self, task: Task) -> list[Phase]:
         c = self.config
-        return [
-            Phase(
-                "mask",
-                epochs=c.epochs,
-                steps=c.iterations,
-                batch_size=c.batch_size,
-                optimizer=self.optimizer,
-                schedule=cosine() if c.schedule == "cosine" else None,
-                first=lambda: self.begin(task.index),
-                then=lambda: self.commit(task),
-            )
-        ]
+        phase = Phase(
+            "mask",
+            epochs=c.epochs,
+            steps=c.iterations,
+            batch_size=c.batch_size,
+            optimizer=lambda: self.optimizer([self.model]),
+            schedule=cosine() if c.schedule == "cosine" else None,
+            first=lambda: self.begin(task.index),
+            then=lambda: self.commit(task),
+        )
+        if c.parallel_tasks == 1:
+            return [phase]
+        last = min(task.index + c.parallel_tasks, len(self.benchmark))
+        others = [self.benchmark.task(i) for i in range(task.index + 1, last)]
+        return [self.together.phase(phase, task, others, self.begin, self.optimizer)]
+
+    def step(self, batch: Batch | tuple[Batch, ...], opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
+        return super().step(batch, opt, clock) if self.config.parallel_tasks == 1 else self.together.step(batch, opt)
 
     def begin(self, task: int) -> None:
         with seeded(self.seed, "scores", task):
             self.bank.begin(scores="init")
 
-    def optimizer(self) -> torch.optim.Optimizer:
-        c, learning = self.config, [layer.scores for layer in self.bank.layers()]
+    def optimizer(self, networks: Sequence[nn.Module]) -> torch.optim.Optimizer:
+        c, modules = self.config, [module for network in networks for module in network.modules()]
+        learning = [module.scores for module in modules if isinstance(module, sk.SubnetLayer)]
         if c.head == "dense":
-            learning += self.model.head.parameters()
+            learning += [parameter for network in networks for parameter in network.head.parameters()]
         return OPTIMIZERS[c.optimizer](learning, c.lr, weight_decay=c.weight_decay, fuse_ste=True)
 
     def commit(self, task: Task) -> None:

@@ -1,0 +1,99 @@
+"""Packed masks of many tasks in memory: blocks of tasks, so that adding one costs the same however many there are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from subnet_kernels import ops, reference
+
+
+class Masks:
+    """The masks of K tasks over named layers, in the order in which they came.
+
+    weights: {layer name: weight}, whose shapes and devices the masks have. blocks: {layer name: blocks of at most 64 tasks, as
+    `pack_bank` makes them}; owned: {layer name: packed bits that any mask opens}. Earlier blocks never move: a task that is added
+    copies at most the last one. Tensors that were handed out are never written again.
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor]):
+        self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+        self.blocks: dict[str, list[Tensor]] = {name: [] for name in weights}
+        self.owned = {
+            name: torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
+            for name, weight in weights.items()
+        }
+        self._tasks = 0
+        self._counts: dict[str, Tensor] | None = None  # kept up to date once somebody has asked for them
+
+    def __len__(self) -> int:
+        return self._tasks
+
+    def append(self, bits: Mapping[str, Tensor]) -> None:
+        """Add a mask, {layer name: packed bits}."""
+        for name, blocks in self.blocks.items():
+            row = bits[name].view(-1, 1, reference.TILE // 8)
+            if blocks and blocks[-1].shape[1] < reference.BLOCK:
+                blocks[-1] = torch.cat([blocks[-1], row], 1)
+            else:
+                blocks.append(row.clone())
+            self.owned[name] = self.owned[name] | bits[name]
+        self._tasks += 1
+        if self._counts is not None:
+            self._counts = {name: total + ops.unpack(bits[name], self.shapes[name]) for name, total in self._counts.items()}
+
+    def remove(self, index: int) -> None:
+        """Take a mask out; later ones move up by one."""
+        kept = index // reference.BLOCK  # blocks before the mask's
+        later = [self.bits(i) for i in range(kept * reference.BLOCK, len(self)) if i != index]
+        self._tasks, self._counts = kept * reference.BLOCK, None
+        for name, blocks in self.blocks.items():
+            self.blocks[name], self.owned[name] = blocks[:kept], torch.zeros_like(self.owned[name])
+        for i in range(len(self)):
+            for name, bits in self.bits(i).items():
+                ops.union_(self.owned[name], bits)
+        for bits in later:
+            self.append(bits)
+
+    def bits(self, index: int) -> dict[str, Tensor]:
+        """A copy of a mask: {layer name: packed bits}."""
+        block, place = divmod(index, reference.BLOCK)
+        return {
+            name: blocks[block][:, place].clone(memory_format=torch.contiguous_format).view(-1)
+            for name, blocks in self.blocks.items()
+        }
+
+    def counts(self) -> dict[str, Tensor]:
+        """How many of all masks open each weight, {layer name: int32 of the weight's shape}: counted once, then added to."""
+        if self._counts is None:
+            self._counts = {name: count_masks(blocks, self.shapes[name]) for name, blocks in self.blocks.items()}
+        return self._counts
+
+    def some(self, indices: Iterable[int]) -> dict[str, list[Tensor]]:
+        """Blocks of some of the masks, copied."""
+        rows = [self.bits(index) for index in indices]
+        return {name: _blocks_of([row[name] for row in rows]) for name in self.blocks}
+
+    def to(self, weights: Mapping[str, Tensor]) -> bool:
+        """Follow the weights to their devices; returns whether anything had to move."""
+        moved = False
+        for name, weight in weights.items():
+            if weight.device != self.owned[name].device:
+                self.owned[name], self._counts = self.owned[name].to(weight.device), None
+                self.blocks[name] = [block.to(weight.device) for block in self.blocks[name]]
+                moved = True
+        return moved
+
+
+def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
+    stacked = torch.stack(list(rows))
+    return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in stacked.split(reference.BLOCK)]
+
+
+def count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """How many of the masks, at least one, open each weight: int32 of the weight's shape."""
+    ones = torch.ones(tuple(shape), dtype=torch.float32, device=blocks[0].device)
+    once = ones.new_ones(sum(block.shape[1] for block in blocks))
+    return ops.superpose(ones, blocks, once).to(torch.int32)  # sums of ones, which float32 has exactly up to 2^24
