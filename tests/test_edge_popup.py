@@ -1,29 +1,31 @@
 """Edge-popup on one task: the sweep of the kept share as a table that is run, drawn and written; and the learning curves under it."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
 import pytest
 import torch
 from streams import Contrary
 from test_cli import _here  # noqa: F401 - an empty working folder, one thread, no network
-from test_report import RESULT
 
 from subnet_pipelines import METHODS, Refusal, RunConfig, run, tables
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.cli import main
 from subnet_pipelines.config import Settings
-from subnet_pipelines.tables import entry, lines_of, read_table, write_table
+from subnet_pipelines.tables import read_table
 
 HEAD = """title: A small sweep
 source: Nobody, 2026, a figure
-sweep: {density: [.1, .5], weight_init: [signed_constant, kaiming_normal]}
+sweep: {density: [.5, .1], weight_init: [signed_constant, kaiming_normal]}
+figures:
+  over density: {x: point, y: acc}
+  learning: {x: epoch, y: val_accuracy}
 cells:
   rotated-mnist-mini:
     method: supsup
     fidelity: sound
     settings: {tasks: 1, scenario: GG, model: mlp, outputs: null, mask: topk, optimizer: adam, lr: .001, epochs: 2, val_fraction: .1,
-      iterations: null, curves: validation}
+      curves: validation}
 """
 
 
@@ -39,106 +41,61 @@ def small(tmp_path, monkeypatch):
 
 def test_a_sweep_is_every_combination(small):
     cells = read_table("small").cells
-    assert [cell.name.split("/")[1] for cell in cells] == [
-        "signed-constant-0.1",
-        "signed-constant-0.5",
-        "kaiming-normal-0.1",
-        "kaiming-normal-0.5",
+    assert [cell.name for cell in cells] == [
+        "rotated-mnist-mini/signed-constant-0.5",
+        "rotated-mnist-mini/signed-constant-0.1",
+        "rotated-mnist-mini/kaiming-normal-0.5",
+        "rotated-mnist-mini/kaiming-normal-0.1",
     ]
-    assert cells[1].label == "weight init signed constant, density 0.5"
-    assert cells[1].swept == {"weight_init": "signed_constant", "density": 0.5}
-    assert cells[1].swept.items() <= cells[1].settings.items()
-    assert (cells[1].paper, cells[1].fidelity, cells[1].benchmark) == ({}, "sound", "rotated-mnist-mini")
+    assert cells[1].label == "signed constant, density 0.1"
+    assert cells[1].point == ["signed constant", 0.1]
+    assert {"weight_init": "signed_constant", "density": 0.1}.items() <= cells[1].settings.items()
+    assert (cells[1].paper, cells[1].fidelity, cells[1].method) == ({}, "sound", "supsup")
     (small / "table.yaml").write_text(HEAD.replace("fidelity: sound", "fidelty: sound"))
     with pytest.raises(Refusal, match=r"table\.yaml: fidelty is no key of a cell"):
         read_table("small")
+    (small / "table.yaml").write_text(HEAD.replace(", weight_init: [signed_constant, kaiming_normal]", ""))
+    assert [(cell.name.split("/")[1], cell.point) for cell in read_table("small").cells] == [
+        ("0.5", ["rotated-mnist-mini", 0.5]),
+        ("0.1", ["rotated-mnist-mini", 0.1]),
+    ]
 
 
 def test_a_sweep_from_start_to_finish(small, capsys, tmp_path):
     out = tmp_path / "out"
     argv = ["reproduce", "small", "--seeds", "1", "--device", "cpu", "--jobs", "1", "--cells", "*signed*", "--out", str(out)]
     assert main(argv) == 0
-    text, _ = capsys.readouterr()
+    assert "signed constant, density 0.5" in capsys.readouterr().out
     record = {cell["cell"].split("/")[1]: cell for cell in json.loads((out / "table.json").read_text())["cells"]}
     for density in (0.1, 0.5):
         cell = record[f"signed-constant-{density}"]
-        assert cell["status"] == "done"
+        assert (cell["status"], cell["why"]) == ("done", None)
         assert cell["difference"] is None
         folder = out / "rotated-mnist-mini" / f"signed-constant-{density}" / "sound" / "seed-1"
         result = json.loads((folder / "result.json").read_text())
         assert result["config"]["density"] == density
-        assert cell["ours"]["acc"]["mean"] == result["acc"] > 50
-        epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        assert cell["curve"] == [line["val_accuracy"] for line in epochs if line["kind"] == "epoch"]
-        assert len(cell["curve"]) == 2
+        assert result["capacity"]["used_fraction"] == pytest.approx(density, abs=1e-3)
+        assert cell["ours"]["acc"]["mean"] == result["acc"] > 20
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        assert cell["epochs"]["val_accuracy"] == [line["val_accuracy"] for line in lines if line["kind"] == "epoch"]
+        assert len(cell["epochs"]["val_accuracy"]) == 2
     assert record["kaiming-normal-0.1"]["status"] == "not asked for"
-    assert "paper" not in text.split("\n")[1]  # no column for what nobody printed
-    assert "weight init signed constant, density 0.5" in text
-    names = {"rotated-mnist-mini.density.png", "rotated-mnist-mini.learning.png"}
-    assert names == {path.name for path in out.glob("*.png")}
-    assert (out / "report.html").read_text().count("data:image/png") == 2
-
-
-class Axes:
-    """Takes down what is drawn."""
-
-    def __init__(self):
-        self.lines = {}
-
-    def errorbar(self, x, y, label, **_):
-        self.lines[label] = x, y
-
-    def plot(self, x, y, style, label, **_):
-        self.lines[label] = list(x), y, style
-
-    def legend(self, **_):
-        pass
-
-
-def test_what_is_drawn(small, tmp_path):
-    table = read_table("small")
-    accuracy = dict(zip((cell.name for cell in table.cells), (60.0, 90.0, 50.0, 80.0)))
-    found = [
-        entry(c, "sound", [replace(RESULT, acc=accuracy[c.name])], "done", None, None, [[1.0, 3.0], [3.0, 5.0]])
-        for c in table.cells
-    ]
-    assert found[0]["curve"] == [2.0, 4.0]  # the mean over seeds
-    lines = {"signed constant": found[:2], "kaiming normal": found[2:]}
-    axes = Axes()
-    tables._swept(axes, lines, "density")
-    assert axes.lines == {"signed constant": ([0.1, 0.5], [60.0, 90.0]), "kaiming normal": ([0.1, 0.5], [50.0, 80.0])}
-    axes = Axes()
-    tables._learning(axes, lines, "density")
-    assert axes.lines["kaiming normal, 0.5"] == ([1, 2], [2.0, 4.0], "--")
-    assert len(axes.lines) == 4
-    headings, rows = lines_of(found)
-    assert dict(zip(headings[:4], rows[1])) == {
-        "row": "weight init signed constant, density 0.5",
-        "ACC (%)": "90.00",
-        "paper": "–",
-        "difference": "–",
-    }
-    write_table(table, found, tmp_path, None, {})
-    assert (tmp_path / "table.csv").read_text().count("\n") == 5
-    lead = (tmp_path / "table.md").read_text().split("\n")[2]
-    assert lead == "Nobody, 2026, a figure. Ours: mean ± sample standard deviation over the seeds."
-
-
-SHIPPED = read_table("edge-popup").cells
+    assert {"rotated-mnist-mini.over-density.png", "rotated-mnist-mini.learning.png"} <= {path.name for path in out.glob("*.png")}
 
 
 def test_the_shipped_sweep():
-    for benchmark in ("rotated-mnist", "rotated-mnist-mini", "five-datasets"):
-        swept = [cell.swept for cell in SHIPPED if cell.benchmark == benchmark]
-        for init in ("signed_constant", "kaiming_normal"):
-            shares = [s["density"] for s in swept if s["weight_init"] == init]
+    cells = read_table("edge-popup").cells
+    for benchmark in ("rotated-mnist", "permuted-mnist-mini", "five-datasets"):
+        for line in ("signed constant", "kaiming normal"):
+            shares = [cell.point[1] for cell in cells if (cell.benchmark, cell.point[0]) == (benchmark, line)]
             assert shares == sorted(shares)
             assert shares[0] <= 0.02 < 0.5 < 0.9 < shares[-1] < 1
-            assert 0.5 in shares
-    for cell in SHIPPED:
+    for cell in cells:
         values = Settings(cell.method, cell.benchmark).resolve(None, dict(cell.settings), cell.fidelity).values
         assert (values["tasks"], values["scenario"], values["mask"], values["curves"]) == (1, "GG", "topk", "validation")
-        assert (values["head"], values["outputs"], values["epochs"] > 0) == ("masked", None, True)
+        assert (values["head"], values["outputs"], values["iterations"]) == ("masked", None, None)
+        assert values["density"] == cell.point[1]
+        assert values["weight_init"].replace("_", " ") == cell.point[0]
 
 
 # ---- learning curves ------------------------------------------------------------------------------------------------
