@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from subnet_kernels import ops
 from subnet_kernels.convert import matches
 from subnet_kernels.heads import fixed_copy, fresh, like, tensors_of
-from subnet_kernels.layers import SubnetLayer, init_scores_, refresh
-from subnet_kernels.masks import Masks, count_masks
+from subnet_kernels.layers import SubnetLayer, init_scores_, of_planes, refresh
+from subnet_kernels.masks import Masks, count_masks, opened
 from subnet_kernels.rows import HeadOfRows, differing_biases, distinct, join
-from subnet_kernels.storage import BankFiles, Entry, Written, is_padded, raw
+from subnet_kernels.storage import BankFiles, Entry, Written, is_one_sign, is_padded, raw
 from subnet_kernels.superposition import check_traceable, traced_alpha_grad
 from subnet_kernels.views import TaskView, baked
 
@@ -44,7 +44,11 @@ class MaskBank(BankFiles):
         config = getattr(model, "subnet_config", None)
         self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
-        self._masks = Masks(self._weights())
+        planes = {layer.rule.planes for layer in self.layers()}
+        if len(planes) > 1:
+            raise ValueError("MaskBank: either all layers' masks must be signed or none, got both")
+        self._planes = planes.pop()
+        self._masks = Masks(self._weights(), self._planes)
         self._mask_order: list[str] = []  # names of the masks, by their place
         self._mixed = 0  # alphas of all combinations
         self._some: tuple[tuple[str, ...], dict, dict] = (
@@ -58,7 +62,7 @@ class MaskBank(BankFiles):
         self._state_names = self._trainable()  # decided once: freezing a parameter for serving must not change what a task is
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
         self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
-        self._held: str | None = None  # whose they are
+        self._held: tuple[str | None, dict | None] = (None, None)  # whose they are, and the state in place of that one's
         self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
         self._heads: dict[str, nn.Module] = {}  # and its per-task modules
         self.active: str | None = None
@@ -99,10 +103,17 @@ class MaskBank(BankFiles):
         return self._entries[name]
 
     def bits(self, name: str) -> dict[str, Tensor]:
-        """Packed bits of a mask: {layer name: uint8}. Raises ValueError for a combination."""
+        """Packed bits of a mask: {layer name: uint8 (bytes,)}, of a signed one (2, bytes), where it is 1 and where it is -1.
+
+        Raises ValueError for a combination.
+        """
         if self[name].index is None:
             raise ValueError(f"bank: {name!r} must be a mask, it is a combination of masks")
         return self._masks.bits(self[name].index)
+
+    def opened(self, name: str) -> dict[str, Tensor]:
+        """Packed bits of the weights that a mask opens, with whatever sign: {layer name: uint8 (bytes,)}. Raises as `bits`."""
+        return {key: opened(bits) for key, bits in self.bits(name).items()}
 
     def _weights(self) -> dict[str, Tensor]:
         return {name: layer.weight.detach() for name, layer in self._layers.items()}
@@ -112,9 +123,12 @@ class MaskBank(BankFiles):
         return {key: bits.clone() for key, bits in self._masks.owned.items()}
 
     def live_bits(self) -> dict[str, Tensor]:
-        """Copies of the packed bits in training now: {layer name: uint8}."""
+        """Copies of the packed bits in training now, as `bits` has them."""
         refresh([layer for layer in self.layers() if layer._seen != layer._now()])
-        return {name: layer.bits.clone() for name, layer in self._layers.items()}
+        if self._planes == 1:
+            return {name: layer.bits.clone() for name, layer in self._layers.items()}
+        signs = {name: (layer.scores.detach() > 0, layer.scores.detach() < 0) for name, layer in self._layers.items()}
+        return {name: torch.stack([ops.pack(sign) & self._layers[name].bits for sign in both]) for name, both in signs.items()}
 
     # --------------------------------------------------------------------------------------------------------- learning
 
@@ -145,7 +159,7 @@ class MaskBank(BankFiles):
         if over is not None and alphas is None:
             raise ValueError("commit: over must come with alphas, got masks and nothing to weigh them with")
         if self._live is not None and alphas is None:
-            raise ValueError(f"commit: the live task must be active, got {self._held!r}; call activate(None) first")
+            raise ValueError(f"commit: the live task must be active, got {self._held[0]!r}; call activate(None) first")
         self._follow()
         try:
             json.dumps(facts)
@@ -177,14 +191,16 @@ class MaskBank(BankFiles):
         if set(bits) != set(self._layers):
             raise ValueError(f"{where}: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
         for key, layer in self._layers.items():
-            given, n = bits[key], layer.weight.numel()
-            if given.dtype != torch.uint8 or given.shape != layer.bits.shape or given.device != layer.bits.device:
+            given, n, shape = bits[key], layer.weight.numel(), self._shape_of_bits(layer)
+            if given.dtype != torch.uint8 or given.shape != shape or given.device != layer.bits.device:
                 raise ValueError(
-                    f"{where}: bits of layer {key!r} must be uint8 of {tuple(layer.bits.shape)} on {layer.bits.device}, "
+                    f"{where}: bits of layer {key!r} must be uint8 of {shape} on {layer.bits.device}, "
                     f"got {given.dtype} of {tuple(given.shape)} on {given.device}"
                 )
             if not is_padded(given, n):
                 raise ValueError(f"{where}: bits of layer {key!r} must have zero padding after its {n} weights")
+            if not is_one_sign(given):
+                raise ValueError(f"{where}: a signed mask must open a weight with one sign, that of layer {key!r} has both")
 
     def _keep(self, name: str, entry: Entry) -> None:
         self._entries[name] = entry
@@ -297,7 +313,7 @@ class MaskBank(BankFiles):
             yield
         finally:
             with torch.no_grad():
-                self._hold(held)
+                self._hold(held[0], state=held[1])
             self.active = active
             for layer, (weight, mix, rows) in zip(self.layers(), modes):
                 layer._active, layer._mix, layer._rows = weight, mix, rows
@@ -309,15 +325,16 @@ class MaskBank(BankFiles):
         task_ids: (B,) int64, places in `masks` (commit order), or B names of entries, combinations included. Every forward in the block
         takes B rows first, in eval mode, and gives B rows; rows must not influence each other. Linear layers run all rows at once
         (`mixed_linear`), convolutions and ``per_task`` modules those of a task at a time. Where other task state than the biases of
-        masked layers differs between the tasks, or an entry is a combination, the whole model runs once for each task. Where heads
-        have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for
-        compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
+        masked layers differs between the tasks, an entry is a combination or masks are signed, the whole model runs once for each task.
+        Where heads have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none.
+        Not for compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
         """
         names, ids = distinct(self, task_ids)
         self._follow()
         ids = ids.to(self.layers()[0].weight.device)
         with self.as_task(names[0]):
-            biases = differing_biases([self[name] for name in names], self._layers)
+            entries = [self[name] for name in names]
+            biases = differing_biases(entries, self._layers) if self._planes == 1 else None
             if len(names) == 1:
                 yield
             elif biases is None:
@@ -355,17 +372,23 @@ class MaskBank(BankFiles):
         if entry is not None and entry.index is None:
             blocks, _ = self._of(entry.over, False)
             rows = entry.alphas.expand(len(weights), -1) if entry.alphas.dim() == 1 else entry.alphas
+            rows = rows if self._planes == 1 else of_planes(rows)
             return {key: ops.superpose(w, blocks[key], row.to(w)) for (key, w), row in zip(weights.items(), rows)}
         bits = self._masks.bits(entry.index) if bits is None else bits
-        return {key: ops.apply(w, bits[key]) for key, w in weights.items()}
+        if self._planes == 2:
+            weights = {key: torch.where(ops.unpack(bits[key][1], w.shape), -w, w) for key, w in weights.items()}
+        return {key: ops.apply(w, opened(bits[key])) for key, w in weights.items()}
 
-    def _hold(self, name: str | None, in_place: bool = False) -> None:
-        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is."""
+    def _hold(self, name: str | None, in_place: bool = False, state: dict[str, Tensor] | None = None) -> None:
+        """Put an entry's task state and ``per_task`` modules into the model; None: the live ones. What is stored stays as it is.
+
+        state: the task state in place of that one's own.
+        """
         entry = self[name] if name is not None else None
-        if entry is None and self._live is None:
+        if entry is None and self._live is None and state is None:
             return
         modules = {}
-        for key, module in (entry.modules if entry is not None else self._live[1]).items():
+        for key, module in (entry.modules if entry is not None else self._live[1] if self._live is not None else {}).items():
             if entry is not None and in_place:
                 slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(like(self.model.get_submodule(key)))
                 pairs = list(zip(tensors_of(slot), tensors_of(module)))
@@ -382,13 +405,13 @@ class MaskBank(BankFiles):
         if self._live is None:
             live = {key: value.detach().clone() for key, value in self._state().items()}
             self._live = (live, {key: self.model.get_submodule(key) for key in self._per_task})
-        self._write(entry.state if entry is not None else self._live[0])
+        self._write(state if state is not None else entry.state if entry is not None else self._live[0])
         for key, module in modules.items():
             current = self.model.get_submodule(key)
             if module is not current:
                 self.model.set_submodule(key, module.train(current.training))
-        self._live = None if entry is None else self._live
-        self._held = name
+        self._live = None if entry is None and state is None else self._live
+        self._held = (name, state)
 
     def _follow(self) -> None:
         """Move the masks to where the model has moved."""
@@ -399,12 +422,21 @@ class MaskBank(BankFiles):
         for key, value in self._state().items():
             value.detach().copy_(state[key])
 
-    def superpose(self, alphas: Tensor | None = None, *, over: Sequence[str] | None = None, head: str | None = None) -> Tensor:
+    def superpose(
+        self,
+        alphas: Tensor | None = None,
+        *,
+        over: Sequence[str] | None = None,
+        head: str | None = None,
+        mean_state: bool = False,
+    ) -> Tensor:
         """Run the model as many masks at once: every layer's weight is W * sum_k alpha_k M_k.
 
         alphas: (K,), or (layers, K) with a row for each masked layer, differentiable; None is 1/K each. over: names of the K masks,
-        default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones) -> the alphas, a leaf that
-        requires a gradient where None was given. Ends with `activate`. Raises ValueError on a bad argument.
+        default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones); mean_state: the mean of
+        the K masks' task states in place of that one's, so that norms in eval mode take the candidates' mean statistics and not those
+        of whoever was last -> the alphas, a leaf that requires a gradient where None was given. Ends with `activate`. Raises ValueError on
+        a bad argument.
         """
         tasks = len(self._masks) if over is None else len(self._check_masks("superpose", over))
         if not tasks:
@@ -416,14 +448,15 @@ class MaskBank(BankFiles):
         self._check_alphas("superpose", alphas, tasks)
         self._follow()
         with torch.no_grad():
-            blocks, counts = self._of(over, equal)
+            # counts of two planes would not be of one sign: equal alphas read signed masks like any others
+            blocks, counts = self._of(over, equal and self._planes == 1)
         with torch.no_grad():
-            self._hold(head)
+            self._hold(head, state=self._mean_state(over) if mean_state else None)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = layer._rows = None
             row = None if alphas.dim() == 1 else i
-            layer._mix = (list(blocks[key]), alphas, row, counts[key] if equal else None, alphas._version)
+            layer._mix = (list(blocks[key]), alphas, row, counts.get(key), alphas._version)
         return alphas
 
     def row_alpha_grad(
@@ -432,12 +465,22 @@ class MaskBank(BankFiles):
         """Gradient to the alphas, at equal alphas, of every row's own objective: SupSup's one-shot inference row by row.
 
         x: (B, ...); objective: logits (B, C) -> (B,), row b depending on row b alone -> (B, K). One forward and backward of the summed
-        objective, then `alpha_grad` of every layer. Linear layers and ungrouped Conv2d; others raise ValueError.
+        objective, then `alpha_grad` of every layer. over: names of the K masks, default all; head: the entry whose task state and
+        ``per_task`` modules are used (default the mean of the K masks' states, and the live modules). Linear layers and ungrouped
+        Conv2d; others raise ValueError.
         """
         check_traceable(self._layers)
         with self.as_task(None):
-            alphas = self.superpose(None, over=over, head=head)
+            alphas = self.superpose(None, over=over, head=head, mean_state=head is None)
             return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
+
+    def _mean_state(self, over: Sequence[str] | None) -> dict[str, Tensor]:
+        """The mean of some masks' task states, default all's; of tensors of whole numbers the first one's."""
+        states = [self._entries[name].state for name in (self._mask_order if over is None else over)]
+        return {
+            key: torch.stack([state[key] for state in states]).mean(0) if first.is_floating_point() else first
+            for key, first in states[0].items()
+        }
 
     def _of(self, over: Sequence[str] | None, equal: bool) -> tuple[dict, dict]:
         """Blocks and, for equal alphas, counts of all masks, or of some: of those the last ones asked for are kept."""
@@ -497,7 +540,7 @@ class MaskBank(BankFiles):
         """
         total = sum(layer.weight.numel() for layer in self.layers())
         used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
-        mask_bytes = sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
+        mask_bytes = self._planes * sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
         alphas = 4 * self._mixed
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
@@ -512,7 +555,9 @@ class MaskBank(BankFiles):
     def overlap(self) -> dict[str, Tensor]:
         """Open weights that every pair of masks has in common: {layer name: int64 (K, K)}, in the order of `masks`."""
         none = torch.zeros((0, 0), dtype=torch.int64)
-        return {key: ops.overlap(blocks) if blocks else none for key, blocks in self._masks.blocks.items()}
+        found = {key: ops.overlap(blocks) if blocks else none for key, blocks in self._masks.blocks.items()}
+        each = (len(self._masks), self._planes)
+        return {key: pairs.view(*each, *each).sum((1, 3)) for key, pairs in found.items()}
 
     def verify(self) -> None:
         """Prove that nothing moved that a committed task uses. Raises RuntimeError naming the layer and how many weights did.

@@ -61,6 +61,10 @@ class SubnetConfig:
         if isinstance(self.density, (int, float)):
             check_density("SubnetConfig", self.density)
         self.rule(0.5)
+        if self.select == "signed" and self.train_weights:
+            raise ValueError(
+                "SubnetConfig: train_weights must be False where select is 'signed', a learning weight has its own sign"
+            )
 
     def rule(self, density: float) -> Rule:
         """The `Rule` of a layer of that density."""
@@ -143,8 +147,8 @@ def convert(model: nn.Module, config: SubnetConfig) -> nn.Module:
             mine, other = _join(name, key), weights.get(id(parameter))
             if other not in (None, mine):
                 raise ValueError(f"convert: weights must not be tied, {mine!r} is {other!r}")
-    topk = config.select == "topk"
-    densities = {name: config.layer_density(name, m.weight.shape) if topk else 0.5 for name, m in chosen.items()}
+    shared = config.select != "threshold"
+    densities = {name: config.layer_density(name, m.weight.shape) if shared else 0.5 for name, m in chosen.items()}
     for name, module in chosen.items():
         scale = densities[name] if config.scale_fan else 1.0
         if config.weight_init == "signed_constant":

@@ -34,8 +34,9 @@ from subnet_kernels.ops.superpose import superpose_weight
 class Rule:
     """How a layer's mask follows from its scores.
 
-    density: kept share in (0, 1], for ``select="topk"``; k_rule: ``"sort"`` (SupSup's count) or ``"kth"`` (WSN's); by, ties: as
-    `subnet_kernels.select`; select: ``"topk"``, or ``"threshold"`` for score >= value (> value if not inclusive).
+    density: kept share in (0, 1], for ``select="topk"`` and ``"signed"``; k_rule: ``"sort"`` (SupSup's count) or ``"kth"`` (WSN's);
+    by, ties: as `subnet_kernels.select`; select: ``"topk"``, ``"threshold"`` for score >= value (> value if not inclusive), or
+    ``"signed"``, the sign of the score on the top-k of its size: entries 1, -1 and 0, for weights that do not learn.
     Raises ValueError on a bad field.
     """
 
@@ -52,7 +53,9 @@ class Rule:
         choice("Rule", "k_rule", self.k_rule, ("sort", "kth"))
         choice("Rule", "by", self.by, BY)
         choice("Rule", "ties", self.ties, TIES)
-        choice("Rule", "select", self.select, ("topk", "threshold"))
+        choice("Rule", "select", self.select, ("topk", "threshold", "signed"))
+        if self.select == "signed" and self.by != "magnitude":
+            raise ValueError(f"Rule: by must be 'magnitude' where select is 'signed', got {self.by!r}")
 
     def k(self, n: int) -> int:
         """Kept weights of a layer of n."""
@@ -60,8 +63,18 @@ class Rule:
 
     @property
     def key(self) -> str:
-        """What the scores are compared by: their sign enters the straight-through rule only where it is the magnitude."""
+        """What the scores are compared by: their sign enters the straight-through rule only where it is the magnitude alone."""
         return self.by if self.select == "topk" else "value"
+
+    @property
+    def planes(self) -> int:
+        """Packed masks that one of these takes: where it is 1 and where it is -1, if it can be."""
+        return 2 if self.select == "signed" else 1
+
+
+def of_planes(alphas: Tensor) -> Tensor:
+    """The coefficients of signed masks' planes: a mask's own for where it is 1, its negative for where it is -1; (..., K) -> (..., 2K)."""
+    return torch.stack([alphas, -alphas], -1).flatten(-2)
 
 
 class LiveWeight(torch.autograd.Function):
@@ -274,6 +287,8 @@ class SubnetLayer:
             # equal alphas are not read; once an optimizer has moved them, and where nobody can look (compiled), they are
             equal = counts is not None and not torch.compiler.is_compiling() and alphas._version == version
             alphas = alphas if row is None else alphas[row]
+            if self.rule.planes == 2:
+                alphas = of_planes(alphas)
             return superpose_weight(self.weight.detach(), bank, alphas, equal, counts if equal else None)
         weight, scores = self.weight, self.scores
         compiling = torch.compiler.is_compiling()
@@ -298,6 +313,10 @@ class SubnetLayer:
             raise RuntimeError("a weight or scores computed from parameters cannot learn under an optimizer with fuse_ste")
         if rule.select == "topk":
             return SubnetWeight.apply(weight, scores, self.frozen, self.k, rule.by, rule.ties)[0]
+        if rule.select == "signed":
+            (bits,) = torch.ops.subnet_kernels.select.default([scores.detach()], [self.k], rule.by, rule.ties)
+            effective = ops.apply(with_signs(weight.detach(), scores.detach()), bits)
+            return LiveWeight.apply(weight, scores, effective, bits, None, "value")
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
         return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
 
@@ -332,8 +351,12 @@ class SubnetLayer:
 
     def extra_repr(self) -> str:
         rule = self.rule
-        how = f"density={rule.density:g}" if rule.select == "topk" else f"score {'>=' if rule.inclusive else '>'} {rule.value:g}"
-        return f"{super().extra_repr()}, {how}"
+        how = (
+            f"score {'>=' if rule.inclusive else '>'} {rule.value:g}"
+            if rule.select == "threshold"
+            else f"density={rule.density:g}"
+        )
+        return f"{super().extra_repr()}, {how}{', signed' if rule.planes == 2 else ''}"
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -544,19 +567,30 @@ def _plan(layers: Sequence[SubnetLayer]) -> list[tuple]:
     for layer in layers:
         rule, (weight, scores) = layer.rule, layer._own
         if layer.scores is scores and layer.weight is weight and not weight.is_meta:  # not lent to functional_call, not sharded
-            kind = (rule.by, rule.ties) if rule.select == "topk" else (rule.value, rule.inclusive)
+            kind = (rule.value, rule.inclusive) if rule.select == "threshold" else (rule.by, rule.ties)
             groups.setdefault((rule.select, *kind, weight.device), []).append(layer)
     calls = []
     for (how, first, second, _), group in groups.items():
         weights, scores = [g._own[0] for g in group], [g._own[1] for g in group]
         bits, w_eff = [g.bits for g in group], [g.w_eff for g in group]
-        if how == "topk":
+        if how != "threshold":
             hints = [g.hints for g in group]
             arguments = (scores, weights, [g.k for g in group], bits, w_eff, hints, first, second)
-            calls.append((ops.refresh_, arguments, bits + w_eff + hints, group))
+            op = ops.refresh_ if how == "topk" else _refresh_signed_
+            calls.append((op, arguments, bits + w_eff + hints, group))
         else:
             calls.append((ops.refresh_threshold_, (scores, weights, first, second, bits, w_eff), bits + w_eff, group))
     return calls
+
+
+def with_signs(weight: Tensor, scores: Tensor) -> Tensor:
+    """The weight with its score's sign, 0 where the score is 0: what a signed mask opens."""
+    return (weight * scores.sign()).masked_fill_(scores == 0, 0)
+
+
+def _refresh_signed_(scores: Sequence[Tensor], weights: Sequence[Tensor], *rest) -> None:
+    """`refresh_` of signed masks."""
+    ops.refresh_(scores, [with_signs(w.detach(), s.detach()) for w, s in zip(weights, scores)], *rest)
 
 
 def _run(calls: Iterable[tuple]) -> None:

@@ -13,12 +13,14 @@ from subnet_kernels import ops, reference
 class Masks:
     """The masks of K tasks over named layers, in the order in which they came.
 
-    weights: {layer name: weight}, whose shapes and devices the masks have. blocks: {layer name: blocks of at most 64 tasks, as
+    weights: {layer name: weight}, whose shapes and devices the masks have; planes: 1, or 2 for signed masks, which are two masks in
+    turn, where they are 1 and where they are -1. blocks: {layer name: blocks of at most 64 tasks, as
     `pack_bank` makes them}; owned: {layer name: packed bits that any mask opens}. Earlier blocks never move: a task that is added
     copies at most the last one. Tensors that were handed out are never written again.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor]):
+    def __init__(self, weights: Mapping[str, Tensor], planes: int = 1):
+        self.planes = planes
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
         self.blocks: dict[str, list[Tensor]] = {name: [] for name in weights}
         self.owned = {
@@ -32,38 +34,38 @@ class Masks:
         return self._tasks
 
     def append(self, bits: Mapping[str, Tensor]) -> None:
-        """Add a mask, {layer name: packed bits}."""
+        """Add a mask, {layer name: packed bits (bytes,), of a signed one (2, bytes)}."""
         for name, blocks in self.blocks.items():
-            row = bits[name].view(-1, 1, reference.TILE // 8)
+            (rows,) = _blocks_of(bits[name].view(self.planes, -1))
             if blocks and blocks[-1].shape[1] < reference.BLOCK:
-                blocks[-1] = torch.cat([blocks[-1], row], 1)
+                blocks[-1] = torch.cat([blocks[-1], rows], 1)
             else:
-                blocks.append(row.clone())
-            self.owned[name] = self.owned[name] | bits[name]
+                blocks.append(rows.clone())
+            self.owned[name] = self.owned[name] | opened(bits[name])
         self._tasks += 1
         if self._counts is not None:
             self._counts = {name: total + ops.unpack(bits[name], self.shapes[name]) for name, total in self._counts.items()}
 
     def remove(self, index: int) -> None:
         """Take a mask out; later ones move up by one."""
-        kept = index // reference.BLOCK  # blocks before the mask's
-        later = [self.bits(i) for i in range(kept * reference.BLOCK, len(self)) if i != index]
-        self._tasks, self._counts = kept * reference.BLOCK, None
+        each = reference.BLOCK // self.planes
+        kept = index // each  # blocks before the mask's
+        later = [self.bits(i) for i in range(kept * each, len(self)) if i != index]
+        self._tasks, self._counts = kept * each, None
         for name, blocks in self.blocks.items():
             self.blocks[name], self.owned[name] = blocks[:kept], torch.zeros_like(self.owned[name])
         for i in range(len(self)):
             for name, bits in self.bits(i).items():
-                ops.union_(self.owned[name], bits)
+                ops.union_(self.owned[name], opened(bits))
         for bits in later:
             self.append(bits)
 
     def bits(self, index: int) -> dict[str, Tensor]:
         """A copy of a mask: {layer name: packed bits}."""
-        block, place = divmod(index, reference.BLOCK)
-        return {
-            name: blocks[block][:, place].clone(memory_format=torch.contiguous_format).view(-1)
-            for name, blocks in self.blocks.items()
-        }
+        block, place = divmod(index * self.planes, reference.BLOCK)
+        rows = {name: blocks[block][:, place : place + self.planes].transpose(0, 1) for name, blocks in self.blocks.items()}
+        copies = {name: row.clone(memory_format=torch.contiguous_format).flatten(1) for name, row in rows.items()}
+        return {name: copy[0] if self.planes == 1 else copy for name, copy in copies.items()}
 
     def counts(self) -> dict[str, Tensor]:
         """How many of all masks open each weight, {layer name: int32 of the weight's shape}: counted once, then added to."""
@@ -74,7 +76,7 @@ class Masks:
     def some(self, indices: Iterable[int]) -> dict[str, list[Tensor]]:
         """Blocks of some of the masks, copied."""
         rows = [self.bits(index) for index in indices]
-        return {name: _blocks_of([row[name] for row in rows]) for name in self.blocks}
+        return {name: _blocks_of(torch.stack([row[name] for row in rows]).flatten(0, -2)) for name in self.blocks}
 
     def to(self, weights: Mapping[str, Tensor]) -> bool:
         """Follow the weights to their devices; returns whether anything had to move."""
@@ -87,9 +89,14 @@ class Masks:
         return moved
 
 
-def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
-    stacked = torch.stack(list(rows))
-    return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in stacked.split(reference.BLOCK)]
+def opened(bits: Tensor) -> Tensor:
+    """Packed bits of what a mask opens: uint8 (bytes,), or of a signed one (2, bytes) -> (bytes,)."""
+    return bits if bits.dim() == 1 else bits[0] | bits[1]
+
+
+def _blocks_of(rows: Tensor) -> list[Tensor]:
+    """Packed masks uint8 (K, bytes) as blocks of at most 64."""
+    return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in rows.split(reference.BLOCK)]
 
 
 def count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

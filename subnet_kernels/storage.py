@@ -25,7 +25,7 @@ from subnet_kernels import ops
 from subnet_kernels.files import write_atomic
 from subnet_kernels.heads import from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
-from subnet_kernels.masks import Masks
+from subnet_kernels.masks import Masks, opened
 
 FORMAT = "subnet-kernels bank"
 VERSION = 2  # version 1 had no segments
@@ -129,7 +129,7 @@ class BankFiles:
             start, owned = 0, {key: torch.zeros_like(bits) for key, bits in self._masks.owned.items()}
         for i in range(start, index):
             for key, bits in self._masks.bits(i).items():
-                ops.union_(owned[key], bits)
+                ops.union_(owned[key], opened(bits))
         self._prefix = (index, owned)
         return owned
 
@@ -158,7 +158,7 @@ class BankFiles:
         self.activate(None)
         self._fit(folder / "manifest.json", manifest)
         found, writes = {}, []
-        masks = Masks({key: layer.weight for key, layer in self._layers.items()})
+        masks = Masks({key: layer.weight for key, layer in self._layers.items()}, self._planes)
         for row in rows:
             path = folder / row["file"]
             tensors = _read_tensors(path)
@@ -237,13 +237,20 @@ class BankFiles:
     def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         masks = {}
         for key, layer in self._layers.items():
-            bits, n = tensors.get(f"bits/{key}"), layer.weight.numel()
-            if bits is None or bits.dtype != torch.uint8 or bits.shape != layer.bits.shape:
-                raise ValueError(f"load: {path} must hold {layer.bits.numel()} bytes of bits for layer {key!r}")
+            bits, n, shape = tensors.get(f"bits/{key}"), layer.weight.numel(), self._shape_of_bits(layer)
+            if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
+                count = " x ".join(map(str, shape))
+                raise ValueError(f"load: {path} must hold {count} bytes of bits for layer {key!r}")
             if not is_padded(bits, n):
                 raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
+            if not is_one_sign(bits):
+                raise ValueError(f"load: {path} must open a weight with one sign, its mask of layer {key!r} has both")
             masks[key] = bits.to(layer.weight.device)
         return masks
+
+    def _shape_of_bits(self, layer: SubnetLayer) -> tuple[int, ...]:
+        """Of a mask of that layer: (bytes,), or (2, bytes) where masks are signed."""
+        return tuple(layer.bits.shape) if self._planes == 1 else (self._planes, *layer.bits.shape)
 
     def _values(
         self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
@@ -251,9 +258,9 @@ class BankFiles:
         """Check the values of weights that a mask is the first to own; returns what is to be written."""
         writes = []
         for key, layer in self._layers.items():
-            new = bits[key] & ~owned[key]
             if not layer.train_weight:
                 continue
+            new = bits[key] & ~owned[key]
             values, expected = tensors.get(f"values/{key}"), int(ops.count(new))
             if values is None or values.dtype != layer.weight.dtype or values.shape != (expected,):
                 raise ValueError(
@@ -289,11 +296,16 @@ def _digest(data: bytes) -> str:
 
 
 def is_padded(bits: Tensor, n: int) -> bool:
-    """Whether packed bits are zero after those of n weights."""
-    tail = bits[n // 8 :].clone()
+    """Whether packed bits (..., bytes) are zero after those of n weights."""
+    tail = bits[..., n // 8 :].clone()
     if n % 8:
-        tail[0] >>= n % 8
+        tail[..., 0] >>= n % 8
     return not bool(tail.any())
+
+
+def is_one_sign(bits: Tensor) -> bool:
+    """Whether no weight of a mask has both signs: true of masks without signs."""
+    return bits.dim() == 1 or not bool((bits[0] & bits[1]).any())
 
 
 def raw(tensor: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from subnet_kernels import ops
 from subnet_kernels.layers import SubnetConv2d, SubnetLayer, SubnetLinear
+
+CHUNK = 1 << 24  # floats of patches, or of gradients, that a convolution's rows have in memory at once
 
 
 def check_traceable(layers: Mapping[str, SubnetLayer]) -> None:
@@ -43,14 +45,28 @@ def traced_alpha_grad(
     for (layer, bank, inp, _), grad in zip(calls, grads):
         if grad is None:  # what this call computed does not reach the objective
             continue
-        weight = layer.weight.detach().flatten(1)
-        if isinstance(layer, SubnetConv2d):
-            inp, grad = _columns(layer, inp), grad.flatten(2).transpose(1, 2)
-        rows = ops.alpha_grad(inp.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0]), weight, bank)
         if inp.shape[0] % x.shape[0]:
             raise ValueError(f"row_alpha_grad: a layer's input must have {x.shape[0]} rows first, got {tuple(inp.shape)}")
-        total += rows.view(x.shape[0], -1, rows.shape[1]).sum(1)
+        rows = _conv_rows(layer, bank, inp, grad) if isinstance(layer, SubnetConv2d) else _linear_rows(layer, bank, inp, grad)
+        if layer.rule.planes == 2:
+            rows = rows[:, ::2] - rows[:, 1::2]
+        total += rows.reshape(x.shape[0], -1, rows.shape[1]).sum(1)
     return total
+
+
+def _linear_rows(layer: SubnetLinear, bank: Sequence[Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    weight = layer.weight.detach()
+    return ops.alpha_grad(x.reshape(-1, weight.shape[1]), grad.reshape(-1, weight.shape[0]), weight, bank)
+
+
+def _conv_rows(layer: SubnetConv2d, bank: Sequence[Tensor], x: Tensor, grad: Tensor) -> Tensor:
+    """A row has many positions: their sum, the row's own gradient to the weight, meets every mask once, and not every position does."""
+    weight, positions, parts = layer.weight.detach(), grad[0, 0].numel(), []
+    each = max(1, CHUNK // max(1, max(positions, len(weight)) * weight[0].numel()))
+    for some, of in zip(x.split(each), grad.flatten(2).split(each)):
+        own = torch.bmm(of, _columns(layer, some))
+        parts.append(torch.ops.subnet_kernels.superpose_grad(own.view(-1, *weight.shape), weight, bank))
+    return torch.cat(parts)
 
 
 def _columns(layer: SubnetConv2d, x: Tensor) -> Tensor:

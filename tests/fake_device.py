@@ -32,6 +32,9 @@ FIELDS = {
     "finetune": {},
     "ewc": {"clip_norm": 1.0},
     "packnet": {},
+    "batche": {"model": "mlp"},
+    "psp": {"model": "mlp", "momentum": 0.5},
+    "separate-heads": {"model": "mlp"},
 }
 
 
@@ -117,6 +120,8 @@ def main(name: str) -> int:
             if name == "supsup":
                 assert method.infer(x).device == on
                 assert method.one_shot(x).device == on
+            if name == "batche":
+                assert method.infer(x).device == on
         tensors = [*method.parameters(), *method.buffers()]
         for layer in method.bank.layers() if hasattr(method, "bank") else ():
             tensors += [layer.bits, layer.w_eff, layer.hints]

@@ -115,6 +115,7 @@ CASES = {
     "wsn, lenet": functools.partial(pictured, "lenet"),
     "supsup": functools.partial(made, "supsup", **SUPSUP),
     "supsup, top-k": functools.partial(made, "supsup", **SUPSUP, mask="topk", density=0.3, optimizer="adam"),
+    "supsup, signed": functools.partial(made, "supsup", **SUPSUP, mask="signed", density=0.3, transfer="scores"),
     "hopsupsup": functools.partial(made, "hopsupsup", iterations=21, batch_size=20, width=24),
     "impresslearn": functools.partial(
         made, "impresslearn", tasks=3, basis=2, model="mlp", epochs=3, basis_epochs=3, batch_size=20, penalty=0.01
@@ -124,6 +125,13 @@ CASES = {
     "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),
     "ewc": functools.partial(made, "ewc", epochs=3, optimizer="sgd", lr=0.05, clip_norm=1.0),
     "packnet": functools.partial(made, "packnet", epochs=3, lr=0.01),
+    "batche": functools.partial(made, "batche", iterations=21, batch_size=20, model="mlp"),
+    "batche, random": functools.partial(
+        made, "batche", trunk="random", iterations=21, batch_size=20, model="mlp", schedule="cosine", weight_decay=0.01
+    ),
+    "psp": functools.partial(made, "psp", iterations=21, batch_size=20, model="mlp", momentum=0.5),
+    "separate-heads": functools.partial(made, "separate-heads", iterations=21, batch_size=20, model="mlp"),
+    "stl, warm": functools.partial(made, "stl", epochs=3, lr=0.01, start="previous", weight_decay=0.01),
     "swinging": swinging,
     "swinging, one stream": functools.partial(swinging, scenario="NNs"),
 }

@@ -1,7 +1,7 @@
 """SupSup's own layers, counts and networks (RAIVNLab/supsup): masks and counts exactly, reals to 1e-5.
 
-Not read here: `supsup_infer_*` is in test_golden_inference.py, `supsup_bn_*` in test_models.py; `supsup_batche_*`, `supsup_psp_*`,
-`supsup_nns_*` and `supsup_hop_*` are networks and methods that come with the training pipelines.
+Not read here: `supsup_infer_*` is in test_golden_inference.py, `supsup_bn_*` in test_models.py, `supsup_batche_*` and `supsup_psp_*` in
+test_supsup_baselines.py, `supsup_nns_*` in test_golden_nns.py, `supsup_hop_*` in test_golden_hop.py.
 """
 
 import pytest

@@ -14,6 +14,7 @@ from subnet_pipelines.models import MODELS, use_batch_statistics, use_running_st
 NETWORKS = {
     "mlp": ((784,), 88_400, 100),
     "lenet-300-100": ((784,), 265_200, 100),
+    "fc-300-300": ((784,), 325_200, 300),
     "fc-1024": ((784,), 784 * 1024 + 1024**2, 1024),
     "alexnet": ((3, 32, 32), 6_499_328, 2048),
     "lenet": ((3, 32, 32), 2_986_500, 500),

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from streams import Contrary, Shuffled, assert_same_run, broken_run
+from streams import Contrary, Pictures, Shuffled, assert_same_run, broken_run
 from torch import nn
 
 import subnet_kernels as sk
@@ -22,6 +22,13 @@ def supsup(stream=Shuffled, scenario="GNu", tasks=3, seed=1, **fields):
     benchmark = stream(BenchmarkConfig(tasks=tasks, val_fraction=0.0, scenario=scenario), seed)
     fields = {"iterations": 150, "batch_size": 32, "lr": 3e-3, "outputs": 40, "model": "mlp", **fields}
     return cls(cls.Config(**fields), benchmark, seed), benchmark
+
+
+class Images(Pictures):
+    """Pictures of three colours."""
+
+    def __init__(self, config, seed):
+        super().__init__((3, 32, 32), config, seed)
 
 
 @pytest.fixture(scope="module")

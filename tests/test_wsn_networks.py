@@ -133,6 +133,7 @@ GATHERERS = {
     "wsn, last step": {"stored_mask": "last_step"},
     "supsup": {"iterations": None, "outputs": None, "head": "dense", "mask": "topk"},
     **{name: {} for name in ("packnet", "stl", "mtl", "finetune", "ewc")},
+    **{name: {"iterations": None} for name in ("batche", "separate-heads")},
 }
 
 

@@ -48,6 +48,15 @@ def capacity(
     }
 
 
+def with_own_numbers(weights: int, own: int, tasks: int, seed_only: bool = False) -> dict[str, float | int | None]:
+    """The capacity where every task uses all the weights, and keeps `own` float32 numbers of its own (contexts, a head, statistics)."""
+    cost, share = capacity(weights, weights, tasks, 0, None, seed_only), 100 * own * tasks / weights
+    for name in ("measured_cap", "seed_only_cap"):
+        if cost[name] is not None:
+            cost[name] += share
+    return cost
+
+
 # ---- the joint Huffman code of WSN ----------------------------------------------------------------------------------
 
 GROUP = 7  # consecutive tasks whose masks make one symbol a weight

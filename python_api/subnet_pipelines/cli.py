@@ -1,4 +1,4 @@
-"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | reproduce TABLE | bench | info."""
+"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | evaluate RUN | reproduce TABLE | bench | info."""
 
 from __future__ import annotations
 
@@ -39,13 +39,14 @@ def command(argv: list[str]) -> int:
     """Run the command that the words name; returns the exit code. Raises Refusal."""
     parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
     parser.add_argument(
-        "command", choices=("demo", "train", "reproduce", "bench", "info"), help="what to do; each has its own --help"
+        "command", choices=("demo", "train", "evaluate", "reproduce", "bench", "info"), help="what to do; each has its own --help"
     )
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0
     name = parser.parse_args(argv[:1]).command
-    return {"demo": demo, "train": train, "reproduce": reproduce, "bench": bench, "info": info}[name](argv[1:])
+    commands = {"demo": demo, "train": train, "evaluate": evaluate, "reproduce": reproduce, "bench": bench, "info": info}
+    return commands[name](argv[1:])
 
 
 def info(argv: list[str]) -> int:
@@ -173,6 +174,45 @@ def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     summary = write_seeds(results, out)
     spread = f" +- {number(summary['acc']['std'])}" if len(seeds) > 1 else ""
     print(f"{settings.title}: ACC {number(summary['acc']['mean'])}{spread} %; {out / 'report.html'}")
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure a finished run again under other settings of evaluation, beside its result, without training."""
+    first = Parser("subnet-kernels evaluate", add_help=False, allow_abbrev=False)
+    first.add_argument("run", nargs="?")
+    known, _ = first.parse_known_args(argv)
+    parser = Parser(
+        "subnet-kernels evaluate", description=f"{evaluate.__doc__} With RUN, --help lists its settings too.", allow_abbrev=False
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a finished run, OUT/seed-N, or OUT for all of its seeds")
+    parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets ($SUBNET_DATA_DIR, else the user's cache)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    if known.run is None or known.run.startswith("-"):
+        parser.parse_args(argv)
+    from subnet_pipelines.config import nearest
+    from subnet_pipelines.evaluations import STREAM, evaluate_run, folders_of, settings_of
+    from subnet_pipelines.report import number
+
+    folders = folders_of(Path(known.run))
+    settings = settings_of(folders[0], {})
+    group = parser.add_argument_group(f"settings of evaluation of {settings.title}")
+    for field in settings.types:
+        shown = field in (*settings.method.evaluation, *STREAM)
+        words = f"{settings.help[field]} (there {settings.values[field]})".replace("%", "%%")
+        group.add_argument(flag(field), metavar="X", default=argparse.SUPPRESS, help=words if shown else argparse.SUPPRESS)
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        word = rest[0].split("=")[0]
+        raise Refusal(f"{word} is no flag of {settings.title}" + nearest(word, map(flag, settings.types)))
+    changes = {k: v for k, v in vars(given).items() if k in settings.types}
+    for folder in folders:
+        settings_of(folder, changes).build()  # refuse before anything is measured
+    for folder in folders:
+        found = evaluate_run(folder, changes, given.data_dir, device_of(given.device))
+        told = found["task_inference"]
+        inferred = f", task inferred {number(told['accuracy'])} %" if told else ""
+        print(f"{folder}: ACC {number(found['acc'])} %{inferred}")
     return 0
 
 

@@ -5,8 +5,9 @@ No biases and no affine norms: what tasks share is weights. WSN's networks follo
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -267,6 +268,19 @@ def use_batch_statistics(net: nn.Module) -> nn.Module:
     return net
 
 
+@contextlib.contextmanager
+def batch_statistics(norms: Iterable[nn.BatchNorm1d | nn.BatchNorm2d]) -> Iterator[None]:
+    """Within the block these norms, in eval mode, norm by the batch's own statistics, and leave their running ones as they are."""
+    changed = [norm for norm in norms if norm.track_running_stats and not norm.training]
+    for norm in changed:
+        norm.training, norm.track_running_stats = True, False
+    try:
+        yield
+    finally:
+        for norm in changed:
+            norm.training, norm.track_running_stats = False, True
+
+
 @torch.no_grad()
 def gather_statistics(net: nn.Module, forward: Callable[[Tensor], Any], inputs: Iterable[Tensor]) -> None:
     """Make the running statistics of every batch norm the means over these batches of inputs, of which forward calls the network.
@@ -314,6 +328,11 @@ def lenet_300_100(outputs: int = 10, *shape: int, width: float = 1.0) -> MLP:
     width multiplies the hidden layers. Raises Refusal where one would have no unit.
     """
     return MLP([math.prod(shape or (784,)), *_scaled("lenet-300-100", width, 300, 100)], outputs)
+
+
+def fc_300_300(outputs: int = 10, *shape: int, width: float = 1.0) -> MLP:
+    """784-300-300 with a head: the network of SupSup's notebook, with a head of 100; width as `lenet_300_100`."""
+    return MLP([math.prod(shape or (784,)), *_scaled("fc-300-300", width, 300, 300)], outputs)
 
 
 def fc_1024(outputs: int = 10, *shape: int, width: float = 1.0) -> MLP:
@@ -377,6 +396,7 @@ def resnet_50(outputs: int = 10, *shape: int, width: float = 1.0) -> ResNet50:
 MODELS = {
     "mlp": mlp,
     "lenet-300-100": lenet_300_100,
+    "fc-300-300": fc_300_300,
     "fc-1024": fc_1024,
     "alexnet": alexnet,
     "lenet": lenet,

@@ -60,7 +60,7 @@ def reuse_report(bank: sk.MaskBank) -> dict[str, Any] | None:
     names = bank.masks
     if not names:
         return None
-    found = {"masks": names, **reuse(bank.bits(name) for name in names), "overlap": None, "correlation": None}
+    found = {"masks": names, **reuse(map(bank.opened, names)), "overlap": None, "correlation": None}
     if len(names) <= MOST:
         overlap = sum(bank.overlap().values())
         found["overlap"] = overlap.tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -249,6 +250,7 @@ class Benchmark:
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     classes: int  # width of a head
     input_shape: tuple[int, ...]
+    data_dir: Path | str | None = None  # folder of the data sets that was asked for
 
     def __init__(
         self, config: BenchmarkConfig, seed: int, device: torch.device, train: tuple | None = None, test: tuple | None = None

@@ -76,6 +76,7 @@ class MNIST(Benchmark):
     input_shape = (784,)
 
     def __init__(self, config, seed: int, data_dir: Path | None = None, device: torch.device | str = "cpu"):
+        self.data_dir = data_dir
         parts = load(None if self.mini else data_folder(data_dir))
         super().__init__(config, seed, torch.device(device), *((images.flatten(1), labels) for images, labels in parts))
 

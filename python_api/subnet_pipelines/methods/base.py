@@ -98,6 +98,7 @@ class Method(nn.Module):
     FIDELITY: dict[str, dict] = {"sound": {}, "code": {}, "paper": {}}
     forget_free = False  # given the id, earlier tasks' logits stay bit-identical for ever
     static_step = False  # every step of a phase does the same work on the same tensors, whatever data, clock and host say
+    evaluation: Sequence[str] = ()  # fields of its config that make and train nothing: a finished run can be measured by others
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
     norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,18 @@ from subnet_pipelines.reuse import reuse_report
 def entry_name(task: int) -> str:
     """The bank's name of the benchmark's task of that number."""
     return f"task {task}"
+
+
+SIGNS = (" +", " -")
+
+
+def by_plane(bits: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The packed bits of a mask, {layer: uint8 (bytes,)}; a signed mask's two, (2, bytes), each by itself."""
+    return {
+        name + sign: plane
+        for name, planes in bits.items()
+        for sign, plane in (zip(SIGNS, planes) if planes.dim() == 2 else [("", planes)])
+    }
 
 
 class MaskedMethod(Method):
@@ -71,7 +84,9 @@ class MaskedMethod(Method):
     def final_report(self) -> dict[str, Any]:
         report = self.report()
         sizes = {name: layer.weight.numel() for name, layer in zip(self.bank.layer_names, self.bank.layers())}
-        huffman = joint_huffman(map(self.bank.bits, self.bank.masks), sizes)
+        planes = (by_plane(self.bank.bits(name)) for name in self.bank.masks)
+        signs = ("",) if all(layer.rule.planes == 1 for layer in self.bank.layers()) else SIGNS
+        huffman = joint_huffman(planes, {name + sign: n for name, n in sizes.items() for sign in signs})
         report["capacity"] = with_huffman(report["capacity"], huffman, sum(sizes.values()))
         return {**report, "reuse": reuse_report(self.bank)}
 

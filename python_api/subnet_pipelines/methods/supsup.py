@@ -5,6 +5,7 @@ Without a task id all masks run at once, and the gradient to their coefficients 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import subnet_kernels as sk
-from subnet_pipelines import inference
+from subnet_pipelines import calibration, inference
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
+from subnet_pipelines.models import MODELS, batch_norms, batch_statistics, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
 from subnet_pipelines.together import Together
 
@@ -37,6 +38,8 @@ class SupSupConfig(MethodConfig):
     """Rows of a training batch, and of a unit under inference_unit batch."""
     model: Network = "lenet-300-100"
     """The network."""
+    width: float = 1.0
+    """Times the network's own width, where it can be had in others (gem-resnet-18)."""
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
@@ -44,12 +47,22 @@ class SupSupConfig(MethodConfig):
     authors' code averages over the last steps of training), or those of the test batch."""
     outputs: int | None = 100
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone."""
-    mask: Literal["threshold", "topk"] = "threshold"
-    """A weight is open where its score is >= 0 (the authors' code on MNIST), or where it is among the top-k of its layer (the paper)."""
+    mask: Literal["threshold", "topk", "signed"] = "threshold"
+    """A weight is open where its score is >= 0 (the authors' code on MNIST), or where its size is among the top-k of its layer (the paper);
+    signed: the same, and open weights of negative score change their sign."""
     density: float = 0.5
-    """Kept share of every layer under mask topk."""
+    """Kept share of every layer under mask topk and signed."""
+    erdos_renyi: float | None = None
+    """s of the Erdos-Renyi rule in place of density: a layer keeps min(.5, s (out + in) / (out in kernel)) of its weights."""
     weight_init: Literal["signed_constant", "kaiming_normal"] = "signed_constant"
-    """The fixed weights: +-sqrt(2 / fan_in), or normal of that deviation."""
+    """The fixed weights: +-sqrt(2 / fan), or normal of that deviation."""
+    fan: Literal["fan_in", "fan_out"] = "fan_in"
+    """The fan of weight_init: weights that an output reads, or that read an input."""
+    scale_fan: bool = False
+    """Count the kept share of the fan alone, so that outputs keep their size at every density (hidden-networks)."""
+    transfer: Literal["none", "scores", "masks"] = "none"
+    """From the second task on scores start fresh, from the mean of earlier tasks' scores (the authors' code), or from the mean of their
+    masks (the paper)."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """Of the scores; made afresh for each task."""
     lr: float = 1e-4
@@ -59,9 +72,9 @@ class SupSupConfig(MethodConfig):
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate over a task: as it is, or down to 0 (the authors' code in scenario GG)."""
     objective: Literal["G", "H"] = "G"
-    """What inference differentiates: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
-    inference: Literal["one-shot", "binary"] = "one-shot"
-    """The task of least gradient at equal coefficients, or halving the candidates."""
+    """What one-shot and binary inference differentiate: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
+    inference: Literal["one-shot", "binary", "exhaustive"] = "one-shot"
+    """The task of least gradient at equal coefficients; halving the candidates; or every mask tried, that of least entropy winning."""
     log_base: int = 2
     """Binary inference keeps one in log_base of the candidates each round."""
     inference_unit: Literal["row", "n", "batch"] = "row"
@@ -72,11 +85,20 @@ class SupSupConfig(MethodConfig):
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
     parallel_tasks: int = 1
     """Tasks that are trained at once, to the same masks as one by one: their products are their own, selection and update one call."""
+    outsiders: Literal["none", "noise", "fashion-mnist"] = "none"
+    """At the end of a run compare the confidence on test rows with that on inputs of no task: even noise, or Fashion-MNIST."""
 
     def check(self) -> None:
         super().check()
         if not 0 < self.density <= 1:
             raise Refusal(f"density must be in (0, 1], got {self.density}")
+        if self.erdos_renyi is not None and self.erdos_renyi <= 0:
+            raise Refusal(f"erdos_renyi must be positive, got {self.erdos_renyi}")
+        if self.mask == "threshold" and (self.erdos_renyi is not None or self.scale_fan):
+            word = "scale_fan" if self.scale_fan else "erdos_renyi"
+            raise Refusal(f"{word} needs a kept share, which mask topk or signed has and mask threshold has not")
+        if self.width <= 0:
+            raise Refusal(f"width must be positive, got {self.width}")
         if self.lr <= 0:
             raise Refusal(f"lr must be positive, got {self.lr}")
         if self.weight_decay < 0:
@@ -98,6 +120,7 @@ class SupSup(MaskedMethod):
     Config = SupSupConfig
     static_step = True
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
+    evaluation = ("objective", "inference", "log_base", "inference_unit", "unit_rows", "deciding_rows", "outsiders")
     scenarios = ("GG", "GNs", "GNu")
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
@@ -110,14 +133,25 @@ class SupSup(MaskedMethod):
             raise Refusal(f"outputs must exceed the {self.classes} classes for objective G, which reads the superfluous neurons")
         if not benchmark.scenario.test_id and config.head == "dense":
             raise Refusal(f"head must be 'masked' in scenario {benchmark.config.scenario}, where no task id is given at test")
-        select = {"select": "threshold"} if config.mask == "threshold" else {"density": config.density}
+        if config.outsiders != "none":
+            if benchmark.scenario.test_id:
+                raise Refusal(
+                    f"outsiders asks how sure a task is inferred, scenario {benchmark.config.scenario} gives it at test"
+                )
+            calibration.outside_rows(benchmark, config.outsiders)  # what is missing is said before the run and not at its end
+        self.benchmark = benchmark
+        share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
+        select = {"select": config.mask} if config.mask == "threshold" else {"select": config.mask, "density": share}
+        weights = {"weight_init": config.weight_init, "fan": config.fan, "scale_fan": config.scale_fan}
         with seeded(seed, "init"):
-            network = MODELS[config.model](outputs, *benchmark.input_shape)
+            network = MODELS[config.model](outputs, *benchmark.input_shape, **wide(config))
             (use_running_statistics if config.norm == "task" else use_batch_statistics)(network)
             own = ["head"] if config.head == "dense" else []
             self.norms = batch_norms(network) if config.norm == "task" else []
-            self.adopt(network, sk.SubnetConfig(weight_init=config.weight_init, per_task=own, **select))
-        self.benchmark = benchmark
+            self.adopt(network, sk.SubnetConfig(per_task=own, **weights, **select))
+        if config.transfer != "none":
+            for i, layer in enumerate(self.bank.layers()):
+                self.register_buffer(f"total_{i}", torch.zeros_like(layer.scores, requires_grad=False))
         if config.parallel_tasks > 1:
             self.together = Together(self.model, self.run_live)
             self.static_step = False  # a step has a batch of each task
@@ -146,6 +180,8 @@ class SupSup(MaskedMethod):
     def begin(self, task: int) -> None:
         with seeded(self.seed, "scores", task):
             self.bank.begin(scores="init")
+        if self.config.transfer != "none" and self.bank.masks:
+            self.take_over()
 
     def optimizer(self, networks: Sequence[nn.Module]) -> torch.optim.Optimizer:
         c, modules = self.config, [module for network in networks for module in network.modules()]
@@ -158,6 +194,32 @@ class SupSup(MaskedMethod):
         self.run_live()
         self.gather_norms(task, self.model, self.model)
         self.bank.commit(entry_name(task.index))
+        if self.config.transfer != "none":
+            self.remember()
+
+    # ---- what a task takes over from earlier ones -------------------------------------------------------------------
+
+    @property
+    def totals(self) -> list[Tensor]:
+        """For each layer the sum of the earlier tasks' scores or masks: one tensor, however many tasks there were."""
+        return [self.get_buffer(f"total_{i}") for i in range(len(self.bank.layers()))]
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        for layer, total in zip(self.bank.layers(), self.totals):
+            mask = sk.unpack(layer.bits, layer.scores.shape)
+            kept = {"threshold": mask, "topk": mask, "signed": layer.scores.sign() * mask}[self.config.mask]
+            total += layer.scores if self.config.transfer == "scores" else kept
+
+    @torch.no_grad()
+    def take_over(self) -> None:
+        """Let the fresh scores start from the mean of earlier ones, or of earlier masks."""
+        earlier = len(self.bank.masks)
+        for layer, total in zip(self.bank.layers(), self.totals):
+            mean, fresh = total / earlier, layer.scores
+            if self.config.transfer == "masks":
+                mean = scores_of(mean, fresh, earlier, self.config.mask)
+            fresh.copy_(mean)
 
     # ---- whose task is it? ------------------------------------------------------------------------------------------
 
@@ -178,20 +240,27 @@ class SupSup(MaskedMethod):
     def infer(self, x: Tensor) -> Tensor:
         """The task of every row, int64 (B,): x (B, ...)."""
         c = self.config
-        if c.inference_unit == "row" and c.inference == "one-shot":
-            return inference.one_shot(self.bank.row_alpha_grad(x, self.objective))
-        size = {"row": 1, "n": c.unit_rows, "batch": c.batch_size}[c.inference_unit]
+        if c.inference_unit == "row":
+            return self.infer_rows(x)
+        size = c.unit_rows if c.inference_unit == "n" else c.batch_size
+        if c.inference == "exhaustive":
+            entropies = self.entropies(x).split(size)
+            return torch.cat([inference.one_shot(unit[: c.deciding_rows].mean(0)).expand(len(unit)) for unit in entropies])
         find = self.one_shot if c.inference == "one-shot" else self.binary
         return torch.cat([find(unit[: c.deciding_rows]).expand(len(unit)) for unit in x.split(size)])
 
     def objective(self, logits: Tensor) -> Tensor:
         return inference.g_objective(logits, self.classes) if self.config.objective == "G" else inference.entropy(logits)
 
+    # rows together: batch norms take the statistics of the rows that decide
+
     @torch.enable_grad()
     def gradient(self, x: Tensor, alphas: Tensor | None) -> Tensor:
         """Of the mean objective to the coefficients (K,), at these or at equal ones."""
-        alphas = self.bank.superpose(None if alphas is None else alphas.requires_grad_())
-        return torch.autograd.grad(self.objective(self.model(x)).mean(), alphas)[0]
+        alone = len(x) == 1  # and has no statistics
+        alphas = self.bank.superpose(None if alphas is None else alphas.requires_grad_(), mean_state=alone)
+        with batch_statistics([] if alone else self.norms):
+            return torch.autograd.grad(self.objective(self.model(x)).mean(), alphas)[0]
 
     def one_shot(self, x: Tensor) -> Tensor:
         return inference.one_shot(self.gradient(x, None))
@@ -201,5 +270,88 @@ class SupSup(MaskedMethod):
         alive = torch.ones(len(self.bank), dtype=torch.bool, device=x.device)
         return inference.infer_binary(ask, alive, self.config.log_base).task
 
+    # every row for itself: batch norms take the candidates' mean statistics
+
+    def infer_rows(self, x: Tensor) -> Tensor:
+        """The task of every row (B,), by what the row says alone."""
+        if self.config.inference == "exhaustive":
+            return inference.one_shot(self.entropies(x))
+        if self.config.inference == "one-shot":
+            return inference.one_shot(self.bank.row_alpha_grad(x, self.objective))
+        alive = torch.ones((len(x), len(self.bank)), dtype=torch.bool, device=x.device)
+        return inference.infer_binary(lambda alphas: self.row_gradients(x, alphas > 0), alive, self.config.log_base).task
+
+    def row_gradients(self, x: Tensor, alive: Tensor) -> Tensor:
+        """Of every row's objective to equal coefficients of its own candidates, bool (B, K); rows of the same ones run together.
+
+        A row with one candidate is decided and gets 0, as all get for what is no candidate.
+        """
+        grads, names = x.new_zeros(alive.shape), self.bank.masks
+        sets, which = alive.unique(dim=0, return_inverse=True)
+        for i, members in enumerate(sets):
+            columns, rows = members.nonzero().flatten(), (which == i).nonzero().flatten()
+            if len(columns) > 1:
+                over = [names[k] for k in columns.tolist()]
+                grads[rows[:, None], columns] = self.bank.row_alpha_grad(x[rows], self.objective, over=over)
+        return grads
+
+    def entropies(self, x: Tensor) -> Tensor:
+        """Of every row through every learnt mask, each with its own statistics: (B, K)."""
+        return torch.stack([inference.entropy(super(SupSup, self).predict(x, k).logits) for k in range(len(self.bank))], 1)
+
+    # ---- what is reported and kept ----------------------------------------------------------------------------------
+
     def report(self) -> dict[str, Any]:
         return {**super().report(), "outputs": self.config.outputs or self.classes}
+
+    def final_report(self) -> dict[str, Any]:
+        report = super().final_report()
+        return report if self.config.outsiders == "none" else {**report, "outsiders": self.compare_outsiders()}
+
+    @torch.no_grad()
+    def compare_outsiders(self) -> dict[str, Any]:
+        """How sure the method is on rows of its tasks and on inputs of none (calibration.py)."""
+        self.eval()
+        sides = calibration.own_rows(self.benchmark), calibration.outside_rows(self.benchmark, self.config.outsiders)
+        sure, ahead = [], []
+        for x in sides:
+            logits = torch.cat([self.predict(part, None).logits for part in x.split(self.config.batch_size)])
+            sure.append(logits.softmax(1).amax(1))
+            ahead.append(calibration.gap(self.bank.row_alpha_grad(x, self.objective)))
+        found = {"kind": self.config.outsiders, "rows": len(sides[0]), "outside_rows": len(sides[1])}
+        return {**found, "confidence": calibration.summary(*sure), "gap": calibration.summary(*ahead)}
+
+    def fixed(self) -> list[str]:
+        """Names of the weights, which the seed says: neither the bank nor a checkpoint holds them."""
+        return [f"model.{name}.weight" for name in self.bank.layer_names]
+
+    def state(self) -> dict[str, Any]:
+        state = super().state()
+        for name in self.fixed():
+            del state["tensors"][name]
+        return state
+
+    def load(self, state: dict[str, Any]) -> None:
+        mine = self.state_dict()  # as made of the seed; the bank's hash of them is compared when it is read
+        super().load({**state, "tensors": {**state["tensors"], **{name: mine[name] for name in self.fixed()}}})
+
+
+def wide(config: SupSupConfig) -> dict[str, float]:
+    """What a network's maker is told of the width. Raises Refusal where it has one alone."""
+    if config.width == 1:
+        return {}
+    if "width" not in inspect.signature(MODELS[config.model]).parameters:
+        raise Refusal(f"width must be 1 for model {config.model}, which has one width, got {config.width}")
+    return {"width": config.width}
+
+
+def scores_of(mean: Tensor, fresh: Tensor, earlier: int, mask: str) -> Tensor:
+    """Scores that select by the mean of so many earlier masks, of the size of the fresh ones, which decide where the mean does not.
+
+    mean: (*shape), 0 to 1, or -1 to 1 of signed masks; fresh: the same shape, at most 1/sqrt(fan_in) large. The mean itself would be no
+    start: a score of 0 has no sign, and through |score| no gradient.
+    """
+    bound = fresh[0].numel() ** -0.5
+    if mask == "threshold":
+        return bound * (2 * mean - 1) + fresh / earlier
+    return torch.where(mean != 0, mean, fresh).sign() * (bound * mean.abs() + fresh.abs() / earlier)
