@@ -25,6 +25,7 @@ from subnet_pipelines.methods.base import Clock
 FIELDS = {
     "wsn": {"stored_mask": "last_step"},
     "supsup": {"model": "mlp"},
+    "hopsupsup": {"width": 64},
     "impresslearn": {"model": "mlp", "basis": 2, "penalty": 0.1, "controls": False},
     "stl": {},
     "mtl": {},

@@ -185,6 +185,28 @@ def test_rotated_angles():
         make("rotated-mnist-mini", tasks=3, angles=[0, 90])
 
 
+@pytest.mark.parametrize("labels", ["local", "global"])
+def test_pairs_of_digits(labels):
+    benchmark = make("split-mnist-mini", tasks=5, labels=labels)
+    assert (benchmark.classes, benchmark.input_shape) == ({"local": 2, "global": 10}[labels], (784,))
+    (_, y), (test_x, test_y) = mnist.load(None)
+    for i in range(5):
+        task, test = benchmark.task(i), benchmark.test(i)
+        assert (task.name, task.train.augment) == (f"digits {2 * i} and {2 * i + 1}", None)
+        assert (len(task.train), len(task.val), len(test)) == (720, 80, 200)
+        digits = torch.tensor([2 * i, 2 * i + 1] if labels == "global" else [0, 1])
+        for split in (task.train, task.val, test):
+            assert torch.equal(split.tensors()[1].unique(), digits)
+        rows = (test_y // 2 == i).nonzero().flatten()
+        shown, told = test.tensors()
+        assert torch.equal(shown, mnist.gather_view(None)(test_x[rows].flatten(1)))
+        assert torch.equal(told, test_y[rows] if labels == "global" else test_y[rows] % 2)
+        kept = torch.cat([task.train.index, task.val.index]).sort().values
+        assert torch.equal(kept, (y // 2 == i).nonzero().flatten())
+    with pytest.raises(Refusal, match="tasks must be at most the 5 of split-mnist-mini, got 6"):
+        make("split-mnist-mini", tasks=6)
+
+
 # ---- splits and batches ---------------------------------------------------------------------------------------------
 
 

@@ -329,6 +329,8 @@ def test_epochs_and_iterations_replace_each_other(tmp_path):
     assert settings.values["iterations"] is not None
     assert settings.resolve(None, {"epochs": "2"}).values["iterations"] is None
     assert Settings("supsup", "permuted-mnist-mini").resolve(None, {"iterations": "5"}).values["iterations"] == 5
+    values = Settings("supsup", "permuted-mnist-mini").resolve(None, {"epochs": "2", "iterations": "null"}).values
+    assert (values["epochs"], values["iterations"]) == (2, None)
 
 
 def test_a_list_of_angles_is_the_stream():

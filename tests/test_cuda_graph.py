@@ -116,6 +116,7 @@ CASES = {
     "supsup": functools.partial(made, "supsup", **SUPSUP),
     "supsup, top-k": functools.partial(made, "supsup", **SUPSUP, mask="topk", density=0.3, optimizer="adam"),
     "supsup, signed": functools.partial(made, "supsup", **SUPSUP, mask="signed", density=0.3, transfer="scores"),
+    "hopsupsup": functools.partial(made, "hopsupsup", iterations=21, batch_size=20, width=24),
     "impresslearn": functools.partial(
         made, "impresslearn", tasks=3, basis=2, model="mlp", epochs=3, basis_epochs=3, batch_size=20, penalty=0.01
     ),

@@ -28,7 +28,7 @@ def test_a_demo_and_another(tmp_path, capsys):
     assert torch.get_num_threads() == threads
 
 
-def test_the_demo_shows_every_method_but_the_baselines_of_wsns_tables_and_of_supsup():
+def test_the_demo_shows_every_method_but_the_baselines_of_wsns_tables_and_of_supsup_and_hopsupsup():
     assert {name for name, _, _ in RUNS} == set(METHODS) - {
         "stl",
         "mtl",
@@ -37,6 +37,7 @@ def test_the_demo_shows_every_method_but_the_baselines_of_wsns_tables_and_of_sup
         "batche",
         "psp",
         "separate-heads",
+        "hopsupsup",
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 import pytest
 from PIL import Image
 
-from subnet_pipelines import Refusal, Result
+from subnet_pipelines import Refusal, Result, report
 from subnet_pipelines.report import (
     captioned,
     draw,
@@ -92,6 +92,35 @@ def test_reuse_is_drawn_and_not_listed(tmp_path):
     one = {name: values[:1] for name, values in layer.items()}
     only = replace(RESULT, method_report={"reuse": {**found, "tasks": one, "layers": {"one": one}}})
     assert "reuse_layers.png" not in {p.name for p in draw(only, tmp_path)}
+
+
+def test_recoveries_are_drawn(tmp_path):
+    recovery = {
+        "nearest": [0, 2, 2],
+        "distance": {"a": [[5, 1, 0], [5, 4, 4], [6, 0, 0]], "b": [[7, 2, 1], [7, 7, 7], [3, 1, 0]]},
+        "gains": 16,
+    }
+    found, seen = replace(RESULT, method_report={"recovery": recovery}), {}
+
+    class Axes:
+        def plot(self, way, style, label, **_):
+            seen[label] = way, style
+
+        def legend(self, **_):
+            pass
+
+    report._recoveries(Axes(), recovery)
+    assert seen == {
+        "task 0": ([12, 3, 1], "-"),
+        "task 1, ends nearest to task 2": ([12, 11, 11], "--"),
+        "task 2": ([9, 1, 0], "-"),
+    }
+    for seed in (1, 2):
+        (tmp_path / f"seed-{seed}").mkdir()
+        write_run(replace(found, seed=seed), tmp_path / f"seed-{seed}")
+        assert (tmp_path / f"seed-{seed}" / "recovery.png").is_file()
+    write_seeds([found, replace(found, seed=2)], tmp_path)
+    assert (tmp_path / "report.html").read_text().count("data:image/png") == 5  # final accuracies; a matrix and recoveries a seed
 
 
 def test_plots_are_quick(tmp_path):

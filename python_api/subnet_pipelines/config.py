@@ -90,9 +90,10 @@ class Settings:
         for key in layer:
             if key not in self.types:
                 raise Refusal(prefix + self.unknown(key))
-        if layer.get("epochs") is not None and layer.get("iterations") is not None:
+        lengths = [key for key in ("epochs", "iterations") if layer.get(key) not in (None, "null", "none")]  # as flags spell it
+        if len(lengths) == 2:
             raise Refusal(f"{prefix}epochs and iterations both say how long the main phase is; give one")
-        if layer.get("epochs") is not None and "iterations" in self.types:
+        if "epochs" in lengths and "iterations" in self.types:
             self.values["iterations"] = None
         for key, value in layer.items():
             try:

@@ -28,6 +28,8 @@ class RunConfig:
     """Measure tasks not learnt yet too, for forward transfer."""
     cuda_graph: bool = False
     """On a GPU, record a training step as one CUDA graph in each phase and replay it: the same bits, without the host's work."""
+    curves: Literal["validation"] | None = None
+    """After every epoch, write loss and accuracy over the task's validation rows to metrics.jsonl."""
 
     def check(self) -> None:
         """Raise Refusal where a field is out of range."""
@@ -50,6 +52,8 @@ def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop
     inferred = False
     method.eval()
     with torch.no_grad():
+        if given is None:
+            method.prepare(x, order)
         for batch in batches(x, y, None, order, batch_size):
             if stop is not None:
                 stop.obey("while measuring")
@@ -73,6 +77,16 @@ def validate(method: Method, clock: Clock, x: Tensor, y: Tensor, t: Tensor | Non
     with torch.no_grad():
         losses: list[Any] = [method.validate(b, clock) * len(b.y) for b in batches(x, y, t, order, batch_size)]
     return torch.stack(losses).sum().item() / len(x)
+
+
+def accuracy(method: Method, clock: Clock, x: Tensor, y: Tensor, t: Tensor | None, order: Tensor, batch_size: int) -> float:
+    """Percent of the rows, given as to `validate`, that the network in training gets right."""
+    method.eval()
+    for norm in method.norms:
+        norm.train()  # as in `Method.validate`
+    with torch.no_grad():
+        right = sum((method.logits(b, clock).argmax(1) == b.y).sum() for b in batches(x, y, t, order, batch_size))
+    return 100 * right.item() / len(x)
 
 
 class Matrix:

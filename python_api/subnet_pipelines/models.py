@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from subnet_pipelines.errors import Refusal
@@ -190,6 +191,49 @@ class ResNet18(ConvNet):
             before = out
         self.body = nn.Sequential(*layers, nn.AvgPool2d(pool), nn.Flatten())
         self.head = nn.Linear(before * (4 // pool) ** 2, outputs, bias=False)
+
+
+class Gain(nn.Module):
+    """Batch norm by the batch's own statistics, in eval mode too, times a gain for each feature: x (B, width) -> (B, width)."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.normed(x, self.weight)
+
+    def normed(self, x: Tensor, gain: Tensor) -> Tensor:
+        """x (B, width) with mean 0 and deviation 1 over the batch in each feature, times gain (width,)."""
+        return F.batch_norm(x, None, None, gain, training=True)
+
+    def extra_repr(self) -> str:
+        return str(len(self.weight))
+
+
+class GainNet(nn.Module):
+    """HopSupSup's network: linear layers without biases, after each but the last a `Gain` and swish.
+
+    widths: input, then hidden widths; outputs: width of the head. x (B, ...) float, flattened -> logits (B, outputs). Raises Refusal for
+    a batch of one row, which has no statistics of its own.
+    """
+
+    def __init__(self, widths: Sequence[int], outputs: int):
+        super().__init__()
+        layers: list[nn.Module] = [nn.Flatten()]
+        for i, o in pairwise(widths):
+            layers += [nn.Linear(i, o, bias=False), Gain(o), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.head = nn.Linear(widths[-1], outputs, bias=False)
+
+    def features(self, x: Tensor) -> Tensor:
+        """x (B, ...) -> what the head reads (B, widths[-1])."""
+        if len(x) < 2:
+            raise Refusal("gains norm by the statistics of the batch, of which one row has none: choose another batch size")
+        return self.body(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.features(x))
 
 
 def _norm(kind: type[nn.Module], width: int, running: bool = False) -> nn.Module:

@@ -188,7 +188,8 @@ def write_seeds(results: list[Result], folder: Path) -> dict[str, Any]:
     if path.exists() and path.read_text() == text:
         return summary
     plots = [(f"final accuracies, {len(results)} seeds", draw_final(results, folder))]
-    plots += [(name_of(r), p) for r in results for p in sorted((folder / f"seed-{r.seed}").glob("accuracy_matrix.png"))]
+    for name in ("accuracy_matrix.png", "recovery.png"):
+        plots += [(name_of(r), p) for r in results for p in (folder / f"seed-{r.seed}").glob(name)]
     write_atomic(folder / "report.html", page(f"{results[0].method} on {results[0].benchmark}", results, plots))
     write_atomic(path, text)
     return summary
@@ -256,8 +257,8 @@ def plot(path: Path, paint: Callable[[Any], None], **labels: Any) -> Path:
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, how masks share weights, where there are such; and
-    the final accuracies."""
+    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, recoveries of masks, how masks share weights, where
+    there are such; and the final accuracies."""
     made = []
 
     def save(name: str, paint: Callable[[Any], None], title: str, **labels: Any) -> None:
@@ -275,6 +276,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
             xlabel="after task",
             ylim=(0, 1),
         )
+    if recovery := result.method_report.get("recovery"):
+        labels = {"xlabel": "step of the recovery", "ylabel": f"of {recovery['gains']} gains, differ"}
+        save("recovery.png", lambda axes: _recoveries(axes, recovery), "distance to the task's own mask", **labels)
     if reused := result.method_report.get("reuse"):
         shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
         save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
@@ -291,6 +295,14 @@ def draw(result: Result, folder: Path) -> list[Path]:
                 ylabel="task",
             )
     return [*made, draw_final([result], folder)]
+
+
+def _recoveries(axes: Any, recovery: dict[str, Any]) -> None:
+    """A line a task; one that ends nearer to another task's mask is dashed and says so."""
+    for task, (nearest, *ways) in enumerate(zip(recovery["nearest"], *recovery["distance"].values())):
+        label = f"task {task}" + ("" if nearest == task else f", ends nearest to task {nearest}")
+        axes.plot([sum(parts) for parts in zip(*ways)], "-" if nearest == task else "--", marker=".", label=label)
+    axes.legend(fontsize=7)
 
 
 def draw_final(results: list[Result], folder: Path) -> Path:

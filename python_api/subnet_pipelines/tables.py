@@ -3,7 +3,9 @@
 A table is a folder of configs/tables: table.yaml (title, source, benchmarks and rows in the paper's order, and `figures` over its cells)
 and BENCHMARK/ROW.yaml (method, the paper's numbers where it prints any, settings over the recipe of that method and benchmark, fidelity,
 and the `point` of a figure that the cell is: its line and its place on the x axis). A cell without a method is one that this package does
-not have; it is listed with the paper's number.
+not have; it is listed with the paper's number. Where cells differ by the values of settings alone, table.yaml says all of it: `sweep`, the
+values of each swept setting, and `cells`, one for each benchmark, which is run at every combination of the values; the first setting is the
+x axis of `point`, the others make its line.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import csv
 import html
 import io
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -41,7 +44,7 @@ SHOWN = (
     "seconds",
 )  # of ours, as in COLUMNS
 FIGURE = {"x": "point", "y": "acc", "xlabel": "", "ylabel": "ACC (%)", "log": False}  # what a figure may say, and what holds else
-AXES = {"point": set(SHOWN), "task": {"final"}, "epoch": {"loss", "val_loss"}}  # x of a figure -> its y
+AXES = {"point": set(SHOWN), "task": {"final"}, "epoch": {"loss", "val_loss", "val_accuracy"}}  # x of a figure -> its y
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ def read_table(name: str) -> Table:
         raise Refusal(f"table {name!r} is unknown{nearest(name, table_names())}")
     head = read_yaml(TABLES / name / "table.yaml")
     files = {str(path.relative_to(TABLES / name).with_suffix("")): path for path in (TABLES / name).glob("*/*.yaml")}
-    names = [f"{b}/{row}" for b in head["benchmarks"] for row in head["rows"]]
+    names = [f"{b}/{row}" for b in head.get("benchmarks", []) for row in head.get("rows", [])]
     if stray := sorted(set(files) - set(names)):
         raise Refusal(f"{files[stray[0]]}: is no benchmark and row of {TABLES / name / 'table.yaml'}")
     shown = head.get("figures", {})
@@ -95,12 +98,31 @@ def read_table(name: str) -> Table:
         if words["y"] not in AXES.get(words["x"], ()):
             raise Refusal(f"{TABLES / name / 'table.yaml'}: figure {title!r} has no {words['y']} over {words['x']}")
     cells = [read_cell(n, head["rows"], files[n]) for n in names if n in files]
+    cells += sweep(head["cells"], head["sweep"], TABLES / name / "table.yaml") if "sweep" in head else []
     return Table(name, head["title"], head["source"], cells, shown)
+
+
+def sweep(cells: dict[str, dict[str, Any]], values: dict[str, list[Any]], path: Path) -> list[Cell]:
+    """Each benchmark's cell at every combination of the swept settings' values, the first setting's fastest. Raises Refusal."""
+    found, (x, *others) = [], values
+    for benchmark, cell in cells.items():
+        for *line, place in itertools.product(*(values[name] for name in (*others, x))):
+            words = [str(value).replace("_", " ") for value in line]
+            name = f"{benchmark}/{'-'.join([*words, str(place)]).replace(' ', '-')}"
+            point = [", ".join(words) or benchmark, place]
+            settings = {**cell.get("settings", {}), **dict(zip(others, line)), x: place}
+            label = ", ".join([*words, f"{x.replace('_', ' ')} {place}"])
+            found.append(make_cell(name, label, {**cell, "settings": settings, "point": point}, path))
+    return found
 
 
 def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
     """One cell's file. Raises Refusal."""
-    found = read_yaml(path)
+    return make_cell(name, rows[name.split("/")[1]], read_yaml(path), path)
+
+
+def make_cell(name: str, label: str, found: dict[str, Any], path: Path) -> Cell:
+    """A cell of what its file, or the table's, says. Raises Refusal."""
     known = {f.name for f in fields(Cell)} - {"name", "label"}
     if unknown := set(found) - known:
         raise Refusal(f"{path}: {unknown.pop()} is no key of a cell; known are {', '.join(sorted(known))}")
@@ -119,7 +141,7 @@ def read_cell(name: str, rows: dict[str, str], path: Path) -> Cell:
         raise Refusal(f"{path}: settings should be a mapping, is a {type(found['settings']).__name__}")
     if found.get("fidelity", "code") not in FIDELITIES:
         raise Refusal(f"{path}: fidelity must be one of {', '.join(FIDELITIES)}, got {found['fidelity']!r}")
-    return Cell(name, rows[name.split("/")[1]], **found)
+    return Cell(name, label, **found)
 
 
 def entry(
@@ -149,7 +171,7 @@ def entry(
 
 
 def epoch_means(log: Path) -> dict[str, list[float]]:
-    """What a run's metrics.jsonl says of its epochs: mean loss and val_loss over the tasks that had the epoch, by epoch."""
+    """What a run's metrics.jsonl says of its epochs: means over the tasks that had the epoch, by epoch."""
     found: dict[str, list[list[float]]] = {name: [] for name in AXES["epoch"]}
     for line in map(json.loads, log.read_text().splitlines()):
         for name in found if line["kind"] == "epoch" else ():

@@ -17,7 +17,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
 from subnet_pipelines.chance import generators, seed_of, stream
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.evaluate import Matrix, RunConfig, validate
+from subnet_pipelines.evaluate import Matrix, RunConfig, accuracy, validate
 from subnet_pipelines.folder import Folder
 from subnet_pipelines.graph import GraphedSteps, refuse_graph
 from subnet_pipelines.interrupt import Interrupted, Stop
@@ -180,9 +180,12 @@ class Run:
 
     def part(self, phase: Phase, task: Task, index: int | None, rates: list[float]) -> None:
         """All epochs of a phase over one task's rows."""
-        watched = phase.select == "best" or self.plateau is not None
+        watched = phase.select == "best" or self.plateau is not None or self.config.curves is not None
         if watched and task.val is None:
-            raise Refusal(f"{self.method.name} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
+            who = self.method.name if self.config.curves is None else "curves"
+            raise Refusal(f"{who} watches the validation loss, but val_fraction of {self.benchmark.name} is 0")
+        if watched and phase.together is not None:
+            raise Refusal(f"{self.method.name}: tasks that are trained together have no validation loss: leave curves out")
         sets = [(t, t.train.marked(index)) for t in phase.together or [task]]
         train, val = sets[0][1], None
         if any(len(rows[1]) != len(train[1]) for _, rows in sets):
@@ -253,6 +256,8 @@ class Run:
             line["val_loss"] = loss = validate(self.method, self.clock, *val, self.config.eval_batch)
             if not math.isfinite(loss):
                 raise Refusal(f"{self.method.name}: validation loss is {loss} after {self.where(c.batch)}")
+            if self.config.curves is not None:
+                line["val_accuracy"] = accuracy(self.method, self.clock, *val, self.config.eval_batch)
             line["lr"] = float(self.opt.param_groups[0]["lr"])
             improved, c.best = loss < c.best, min(loss, c.best)
             if improved and phase.select == "best":

@@ -16,7 +16,14 @@ from subnet_pipelines.benchmarks.base import (
 from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Split20, CIFAR100Superclass
 from subnet_pipelines.benchmarks.five import FiveDatasets
 from subnet_pipelines.benchmarks.imagenet import ImageNetSplit
-from subnet_pipelines.benchmarks.mnist import PermutedMNIST, PermutedMNISTMini, RotatedMNIST, RotatedMNISTMini
+from subnet_pipelines.benchmarks.mnist import (
+    PermutedMNIST,
+    PermutedMNISTMini,
+    RotatedMNIST,
+    RotatedMNISTMini,
+    SplitMNIST,
+    SplitMNISTMini,
+)
 from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
 from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
 
@@ -25,6 +32,8 @@ _ALL = (
     PermutedMNISTMini,
     RotatedMNIST,
     RotatedMNISTMini,
+    SplitMNIST,
+    SplitMNISTMini,
     FiveDatasets,
     OmniglotRotation,
     CIFAR100Split,

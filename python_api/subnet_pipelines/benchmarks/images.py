@@ -37,9 +37,10 @@ class ClassTasks(Benchmark):
         test: tuple[Tensor, Tensor],
         total: int,
         groups: Sequence[Sequence[int]],
-        normal: Normal,
+        normal: Normal | None,
     ):
-        """train, test: pictures uint8 (n, channels, height, width), classes int64 (n,) < total; groups: each task's classes, in order.
+        """train, test: pictures uint8 (n, channels, height, width), classes int64 (n,) < total; groups: each task's classes, in order;
+        normal: None for pictures of another shape, of which a subclass has the view.
 
         Raises Refusal where there are fewer groups than tasks, or a class of a task has no pictures.
         """
@@ -47,7 +48,7 @@ class ClassTasks(Benchmark):
         at_most(config, len(groups), self.name)
         self.groups = [list(group) for group in groups[: config.tasks]]
         self.input_shape = tuple(train[0].shape[1:])
-        self.normal = normal.to(device)
+        self.normal = None if normal is None else normal.to(device)
         self.parts = []
         self.classes = total if config.labels == "global" else len(groups[0])
         label, task = torch.arange(total), torch.full((total,), -1)

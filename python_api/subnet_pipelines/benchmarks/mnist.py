@@ -1,4 +1,4 @@
-"""MNIST task streams: permutations of the pixels, rotations of the picture."""
+"""MNIST task streams: permutations of the pixels, rotations of the picture, pairs of digits."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig
 from subnet_pipelines.benchmarks.files import Source, data_folder, find
 from subnet_pipelines.benchmarks.idx import IDX_NAMES, read_labelled
+from subnet_pipelines.benchmarks.images import ClassTasks
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
@@ -160,4 +161,45 @@ class RotatedMNISTMini(RotatedMNIST):
     """The same over the shipped 4,000 + 1,000 images."""
 
     name = "rotated-mnist-mini"
+    mini = True
+
+
+@dataclass(frozen=True)
+class SplitMNISTConfig(BenchmarkConfig):
+    """Split MNIST."""
+
+    tasks: int = 5
+    """Length of the stream: its first N tasks."""
+    labels: Literal["local", "global"] = "local"
+    """A task's labels: 0 and 1, or the digits themselves with heads as wide as all ten (SupSup's code)."""
+
+
+class SplitMNIST(ClassTasks):
+    """Task i is MNIST's digits 2 i and 2 i + 1."""
+
+    name = "split-mnist"
+    Config = SplitMNISTConfig
+    FIDELITY = {"sound": {}, "code": {"labels": "global"}, "paper": {}}
+    mini = False
+
+    def __init__(self, config: SplitMNISTConfig, seed: int, data_dir: Path | None = None, device: torch.device | str = "cpu"):
+        config.check()
+        train, test = ((x.flatten(1), y) for x, y in load(None if self.mini else data_folder(data_dir)))
+        pairs = [(c, c + 1) for c in range(0, 10, 2)]
+        super().__init__(config, seed, torch.device(device), train, test, 10, pairs, None)
+
+    def title(self, i: int) -> str:
+        return f"digits {2 * i} and {2 * i + 1}"
+
+    def view(self, i: int) -> Callable[[Tensor], Tensor]:
+        return gather_view(None)
+
+    def augment(self, i: int) -> None:
+        return None
+
+
+class SplitMNISTMini(SplitMNIST):
+    """The same over the shipped 4,000 + 1,000 images."""
+
+    name = "split-mnist-mini"
     mini = True

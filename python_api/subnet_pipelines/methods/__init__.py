@@ -4,6 +4,7 @@ from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Pr
 from subnet_pipelines.methods.batche import BatchE
 from subnet_pipelines.methods.ewc import EWC
 from subnet_pipelines.methods.finetune import Finetune
+from subnet_pipelines.methods.hopsupsup import HopSupSup
 from subnet_pipelines.methods.impresslearn import ImpressLearn
 from subnet_pipelines.methods.mtl import MTL
 from subnet_pipelines.methods.packnet import PackNet
@@ -14,7 +15,7 @@ from subnet_pipelines.methods.supsup import SupSup
 from subnet_pipelines.methods.wsn import WSN
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, ImpressLearn, BatchE, PSP, SeparateHeads)
+    m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, HopSupSup, ImpressLearn, BatchE, PSP, SeparateHeads)
 }
 
 __all__ = ["METHODS", "Clock", "Method", "MethodConfig", "Phase", "Prediction"]

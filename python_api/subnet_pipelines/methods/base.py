@@ -160,6 +160,12 @@ class Method(nn.Module):
         order = order[: max(1, len(y) // size) * size].to(self.device)
         gather_statistics(net, forward, (batch.x for batch in batches(x, y, None, order, size)))
 
+    def prepare(self, x: Tensor, order: Tensor) -> None:
+        """Look at a task's test rows x (n, ...), without labels and in the order int64 (n,), before `predict` gets them in batches.
+
+        Called where the id must be inferred, in eval mode without gradients; for methods that infer from all rows of a task together.
+        """
+
     def predict(self, x: Tensor, task: int | None) -> Prediction:
         """Logits of x (B, ...) as the given task, which is None where it must be inferred.
 
