@@ -41,6 +41,14 @@ class Masks:
             ops.union_(self.owned[name], bits[name])
         self._tasks += 1
 
+    def replace(self, index: int, bits: Mapping[str, Tensor]) -> None:
+        """Put another mask in the place of one; its block is copied, so that what reads the old one goes on doing so."""
+        block, place = divmod(index, reference.BLOCK)
+        for name, blocks in self.blocks.items():
+            blocks[block] = blocks[block].clone()
+            blocks[block][:, place] = bits[name].view(-1, reference.TILE // 8)
+            self.owned[name] = _union_of(blocks)
+
     def bits(self, index: int) -> dict[str, Tensor]:
         """A copy of a mask: {layer name: packed bits}."""
         block, place = divmod(index, reference.BLOCK)
@@ -68,6 +76,16 @@ class Masks:
 def _blocks_of(rows: Sequence[Tensor]) -> list[Tensor]:
     stacked = torch.stack(list(rows))
     return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in stacked.split(reference.BLOCK)]
+
+
+def _union_of(blocks: Sequence[Tensor]) -> Tensor:
+    union = torch.zeros_like(blocks[0][:, 0])
+    for block in blocks:
+        while (tasks := block.shape[1]) > 1:
+            half = (tasks + 1) // 2
+            block = block[:, :half] | block[:, -half:]
+        union |= block[:, 0]
+    return union.reshape(-1)
 
 
 def count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

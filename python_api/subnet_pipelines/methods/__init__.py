@@ -5,11 +5,12 @@ from subnet_pipelines.methods.ewc import EWC
 from subnet_pipelines.methods.finetune import Finetune
 from subnet_pipelines.methods.impresslearn import ImpressLearn
 from subnet_pipelines.methods.mtl import MTL
+from subnet_pipelines.methods.nns import NNs
 from subnet_pipelines.methods.packnet import PackNet
 from subnet_pipelines.methods.stl import STL
 from subnet_pipelines.methods.supsup import SupSup
 from subnet_pipelines.methods.wsn import WSN
 
-METHODS: dict[str, type[Method]] = {m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, ImpressLearn)}
+METHODS: dict[str, type[Method]] = {m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, NNs, ImpressLearn)}
 
 __all__ = ["METHODS", "Clock", "Method", "MethodConfig", "Phase", "Prediction"]

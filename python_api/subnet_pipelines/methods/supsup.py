@@ -94,6 +94,7 @@ class SupSup(MaskedMethod):
     static_step = True
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
     scenarios = ("GG", "GNs", "GNu")
+    elsewhere = {"NNs": "nns"}
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
