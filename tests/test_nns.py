@@ -1,5 +1,6 @@
 """SupSup without any task id: masks are allocated, left, taken up again and merged; and a run that is killed ends with the same bits."""
 
+import math
 import os
 import signal
 
@@ -163,8 +164,8 @@ def test_a_new_mask_begins_as_the_candidate_that_it_was(tmp_path):
     assert not same(bits(method)["mask 1"], candidates["mask 2"])
 
 
-def looking(grad, masks=3, **fields):
-    """A method with some masks, at a look that finds this gradient; (method, rows of the batch)."""
+def looking(grad, margin=None, learning=2, masks=3, **fields):
+    """A method with some masks, one of them learning, after a look that found this gradient; margin: that of the look before."""
     method, benchmark = nns(**fields)
     opt = torch.optim.SGD([layer.scores for layer in method.bank.layers()], 0.1)
     method.leave = lambda: None  # without a folder
@@ -174,6 +175,7 @@ def looking(grad, masks=3, **fields):
     x, y = benchmark.task(0).train.tensors()
     method.read, method.files = lambda number: method.scores(), dict.fromkeys(range(masks), "")
     method.candidate_gradient = lambda x: torch.tensor(grad)
+    method.current, method.margin = learning, margin
     method.look(Batch(x[:32], y[:32], None), opt)
     return method
 
@@ -181,6 +183,23 @@ def looking(grad, masks=3, **fields):
 def test_an_untrained_mask_that_stands_out_is_no_answer():
     assert looking([0.0, 0.0, 0.0, 0.0, -1.0]).masks == [0, 1, 2, 3]
     assert looking([0.0, -1.0, 0.0, 0.0, 0.0]).current == 1
+
+
+@pytest.mark.parametrize(
+    ("drop", "margin", "learning", "expected"),
+    [
+        (0.5, 0.6, 1, "new"),
+        (0.5, 0.4, 1, "known"),
+        (0.5, None, 1, "known"),
+        (None, 9.0, 1, "known"),
+        (0.5, 9.0, 0, "known"),  # another mask than the one that learns: a task that comes back
+    ],
+)
+def test_a_drop(drop, margin, learning, expected):
+    """The gradient prefers mask 1, whose n p - 1 is .27."""
+    method = looking([0.0, -0.3, 0.0, 0.0, 0.0], drop=drop, margin=margin, learning=learning)
+    assert (method.masks, method.current) == (([0, 1, 2, 3], 3) if expected == "new" else ([0, 1, 2], 1))
+    assert method.margin == (None if expected == "new" else pytest.approx(5 * math.exp(0.3) / (4 + math.exp(0.3)) - 1, rel=1e-5))
 
 
 @pytest.mark.parametrize(("fields", "current", "skipping"), [({}, 2, True), ({"when_spent": "reuse"}, 1, False)])
@@ -382,6 +401,7 @@ def test_it_promises_no_more_than_it_can():
         ({"check_every": 0}, "check_every must be at least 1, got 0"),
         ({"grace": -1}, "grace must not be negative"),
         ({"threshold": 1.0}, "threshold must exceed 1"),
+        ({"drop": 1.0}, r"drop must be in \(0, 1\)"),
         ({"candidates": 1}, "candidates must be at least 2"),
         ({"budget": 0}, "budget must be at least 1"),
         ({"merge": 0.0}, r"merge must be in \(0, 1\]"),

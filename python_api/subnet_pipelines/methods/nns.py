@@ -55,6 +55,9 @@ class NNsConfig(SupSupConfig):
     """What a look differentiates: the entropy (H, the paper and the authors' code), or G; `objective` is that of the test."""
     threshold: float = 1.125
     """A batch is of a new task where no one of n candidates has more than threshold / n of the softmax of the gradients."""
+    drop: float | None = None
+    """A batch is of a new task, too, where the gradient prefers the mask that learns but its share of the softmax exceeds 1 / n by less than
+    this part of what it did at the last look; null does not compare."""
     candidates: int = 5
     """Untrained masks fill the candidates of a look up to so many."""
     budget: int = 2500
@@ -73,6 +76,8 @@ class NNsConfig(SupSupConfig):
             raise Refusal(f"grace must not be negative, got {self.grace}")
         if self.threshold <= 1:
             raise Refusal(f"threshold must exceed 1, which n equal candidates have n times, got {self.threshold}")
+        if self.drop is not None and not 0 < self.drop < 1:
+            raise Refusal(f"drop must be in (0, 1), got {self.drop}")
         if self.candidates < 2:
             raise Refusal(f"candidates must be at least 2, got {self.candidates}")
         if self.budget < 1:
@@ -106,6 +111,7 @@ class NNs(SupSup):
         self.current: int | None = None  # the mask whose scores are live
         self.files: dict[int, str] = {}  # the scores of the others
         self.until_look = 0  # batches
+        self.margin: float | None = None  # n p - 1 of the last look, if it knew the current mask's task
         self.skipping = False
         self.tally = {"skipped_batches": 0, "changes_of_mask": 0, "merged": 0}
         self.trained: dict[int, dict[int, int]] = {}  # visit -> mask -> batches
@@ -119,7 +125,9 @@ class NNs(SupSup):
     def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
         if self.until_look == 0:
             self.until_look = self.config.check_every
+            self.eval()
             self.look(batch, opt)
+            self.train()
         self.until_look -= 1
         trained = self.trained.setdefault(clock.visit, {})
         if self.skipping:
@@ -141,28 +149,30 @@ class NNs(SupSup):
         self.keep()
         grad = self.candidate_gradient(batch.x)
         found = inference.whose_batch(grad, len(self.masks), c.threshold)
+        margin = found.confidence * len(grad) - 1
         self.skipping = False
-        if not found.new and found.mask < len(self.masks):
+        # a mask that has begun to learn another task passes for that task's, but not as well as it did for its own
+        fell = c.drop is not None and self.margin is not None and margin < c.drop * self.margin
+        if not found.new and found.mask < len(self.masks) and not (fell and self.masks[found.mask] == self.current):
             self.take(self.merged(grad, found.mask, batch), opt)
+            self.margin = margin
         elif len(self.masks) < c.budget:  # an untrained mask that stands out knows the task as little as any
             self.allocate(opt)
         elif c.when_spent == "reuse":
             self.take(self.masks[inference.one_shot(grad[: len(self.masks)])], opt)
+            self.margin = None
         else:
             self.skipping = True
 
     def candidate_gradient(self, x: Tensor) -> Tensor:
         """Of the batch's mean objective to equal coefficients of all masks and, after them, of the untrained ones that fill up: (n,)."""
-        self.eval()
         with self.filled_up():
             n = len(self.bank)
             alphas = torch.full((n,), 1 / n, device=x.device, requires_grad=True)
             self.bank.superpose(alphas)
             logits, of_g = self.model(x), self.config.check_objective == "G"
             objective = inference.g_objective(logits, self.classes) if of_g else inference.entropy(logits)
-            grad = torch.autograd.grad(objective.mean(), alphas)[0]
-        self.train()
-        return grad
+            return torch.autograd.grad(objective.mean(), alphas)[0]
 
     @contextlib.contextmanager
     def filled_up(self) -> Iterator[None]:
@@ -226,7 +236,7 @@ class NNs(SupSup):
         """Go on with a new mask."""
         self.leave()
         self.current, self.allocated, self.fresh = self.allocated, self.allocated + 1, False
-        self.until_look = max(self.config.check_every, self.config.grace)
+        self.until_look, self.margin = max(self.config.check_every, self.config.grace), None
         self.masks.append(self.current)
         self.draw(self.current)
         opt.state.clear()
@@ -345,7 +355,7 @@ class NNs(SupSup):
     # ---- to go on later ---------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        names = ("masks", "allocated", "current", "files", "until_look", "skipping", "tally", "trained")
+        names = ("masks", "allocated", "current", "files", "until_look", "margin", "skipping", "tally", "trained")
         return {name: getattr(self, name) for name in names}
 
     def build(self, facts: dict[str, Any]) -> None:
