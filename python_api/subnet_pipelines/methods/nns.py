@@ -56,8 +56,8 @@ class NNsConfig(SupSupConfig):
     threshold: float = 1.125
     """A batch is of a new task where no one of n candidates has more than threshold / n of the softmax of the gradients."""
     drop: float | None = None
-    """A batch is of a new task, too, where the gradient prefers the mask that learns but its share of the softmax exceeds 1 / n by less than
-    this part of what it did at the last look; null does not compare."""
+    """A batch is of a new task, too, where the gradient prefers the mask that learns, but by less than this part of the last look's n p - 1
+    (p: its share of the softmax); null does not compare."""
     candidates: int = 5
     """Untrained masks fill the candidates of a look up to so many."""
     budget: int = 2500
