@@ -244,12 +244,39 @@ class MaskBank(BankFiles):
         refresh(self.layers())
 
     @torch.no_grad()
+    def replace(self, name: str) -> None:
+        """Keep the live task in the place of a mask that is there: the entry's name, order, facts and named tensors stay.
+
+        Where weights learn a mask owns some, and there is no replacing it. Raises KeyError for an unknown name, ValueError where weights
+        learn, another task is active, or the entry is a combination or part of one.
+        """
+        entry = self[name]
+        if self.trains_weights:
+            raise ValueError(f"replace: weights must not learn, {name!r} owns those that its mask opens")
+        if entry.index is None:
+            raise ValueError(f"replace: {name!r} must be a mask, it is a combination of masks")
+        self._check_unused("replace", name)
+        if self._live is not None:
+            raise ValueError(f"replace: the live task must be active, got {self._held[0]!r}; call activate(None) first")
+        self._follow()
+        entry.state = {key: value.detach().clone() for key, value in self._state().items()}
+        entry.modules = {key: fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
+        entry.scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
+        entry.saved = None
+        self._masks.replace(entry.index, self.live_bits())
+        self._some, self._written = ((), {}, {}), None
+        self._prefix = (0, {})
+
+    def _check_unused(self, where: str, name: str) -> None:
+        users = [other for other, e in self._entries.items() if name in e.over]
+        if users:
+            raise ValueError(f"{where}: {name!r} must not be part of a combination, {users[0]!r} uses it")
+
+    @torch.no_grad()
     def remove(self, name: str) -> None:
         """Forget an entry; what is owned and frozen is computed anew. Raises ValueError if a combination needs it."""
         entry = self[name]
-        users = [other for other, e in self._entries.items() if name in e.over]
-        if users:
-            raise ValueError(f"remove: {name!r} must not be part of a combination, {users[0]!r} uses it")
+        self._check_unused("remove", name)
         self.activate(None)
         del self._entries[name]
         self._some, self._written = ((), {}, {}), None

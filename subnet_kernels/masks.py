@@ -60,6 +60,17 @@ class Masks:
         for bits in later:
             self.append(bits)
 
+    def replace(self, index: int, bits: Mapping[str, Tensor]) -> None:
+        """Put another mask in the place of one; its block is copied, so that what reads the old one goes on doing so."""
+        block, place = divmod(index * self.planes, reference.BLOCK)
+        for name, blocks in self.blocks.items():
+            (rows,) = _blocks_of(bits[name].view(self.planes, -1))
+            block_now = blocks[block].clone()
+            block_now[:, place : place + self.planes] = rows
+            blocks = self.blocks[name] = [*blocks[:block], block_now, *blocks[block + 1 :]]
+            self.owned[name] = _union_of(blocks)
+        self._counts = None
+
     def bits(self, index: int) -> dict[str, Tensor]:
         """A copy of a mask: {layer name: packed bits}."""
         block, place = divmod(index * self.planes, reference.BLOCK)
@@ -97,6 +108,16 @@ def opened(bits: Tensor) -> Tensor:
 def _blocks_of(rows: Tensor) -> list[Tensor]:
     """Packed masks uint8 (K, bytes) as blocks of at most 64."""
     return [part.view(len(part), -1, reference.TILE // 8).transpose(0, 1).contiguous() for part in rows.split(reference.BLOCK)]
+
+
+def _union_of(blocks: Sequence[Tensor]) -> Tensor:
+    union = torch.zeros_like(blocks[0][:, 0])
+    for block in blocks:
+        while (tasks := block.shape[1]) > 1:
+            half = (tasks + 1) // 2
+            block = block[:, :half] | block[:, -half:]
+        union |= block[:, 0]
+    return union.reshape(-1)
 
 
 def count_masks(blocks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:

@@ -351,6 +351,91 @@ def test_remove():
     assert bank.capacity()["used_fraction"] == 0
 
 
+def test_replace():
+    model, bank, logits = learnt(3, train_weights=False)
+    owned, files = bank.owned(), [entry.saved for entry in bank._entries.values()]
+    bank.begin(scores="init", per_task={"fc": 5})
+    learn(model, 9)
+    logits["task 1"] = model(images()).detach()
+    live, old = bank.live_bits(), bank.bits("task 1")
+    facts = bank["task 1"].facts
+    bank.replace("task 1")
+    assert bank.names == ["task 0", "task 1", "task 2"]
+    assert same(bank.bits("task 1"), live)
+    assert not same(live, old)
+    assert bank["task 1"].facts is facts
+    for key in bank.layer_names:
+        union = bank.bits("task 0")[key] | live[key] | bank.bits("task 2")[key]
+        assert torch.equal(bank.owned()[key], union)
+        assert not torch.equal(union, owned[key])  # what the old mask alone had opened is owned no more
+    assert same(outputs(model, bank), logits)
+    assert files == [None] * 3
+    bank.verify()
+
+
+def test_replace_in_a_full_block_and_after_it():
+    """K = 130; a superposition that is under way keeps the masks that it began with, and equal alphas are counted anew."""
+    torch.manual_seed(0)
+    model = sk.convert(nn.Sequential(nn.Linear(20, 30, bias=False)), sk.SubnetConfig(density=0.3, train_weights=False))
+    bank = sk.MaskBank(model)
+    masks = [torch.rand(30, 20) < 0.3 for _ in range(130)]
+    for i, mask in enumerate(masks):
+        bank.commit(str(i), bits={"0": reference.pack(mask)})
+    x = torch.randn(4, 20)
+    bank.superpose(None)
+    before = model(x)
+    for i in (5, 63, 64, 128):
+        bank.activate(None)
+        with torch.no_grad():
+            model[0].scores.uniform_(-1, 1)
+        bank.superpose(None)
+        bank.replace(str(i))
+        torch.testing.assert_close(model(x), before, rtol=0, atol=0)
+        masks[i] = reference.unpack(model[0].bits, (30, 20))
+        bank.superpose(None)
+        before = model(x)
+        torch.testing.assert_close(
+            before, nn.functional.linear(x, model[0].weight * torch.stack(masks).float().mean(0)), rtol=1e-5, atol=1e-5
+        )
+    assert torch.equal(reference.unpack(bank.owned()["0"], (30, 20)), torch.stack(masks).any(0))
+    assert all(torch.equal(masks_of(bank, str(i))["0"], mask) for i, mask in enumerate(masks))
+
+
+def test_a_replaced_mask_is_saved_beside_the_old_file(tmp_path):
+    model, bank, _ = learnt(2, train_weights=False)
+    bank.save(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    with torch.no_grad():
+        model.conv.scores.neg_().mul_(torch.rand_like(model.conv.scores))
+    bank.replace("task 0")
+    bank.save(tmp_path)
+    after = {path.name: path.read_bytes() for path in tmp_path.glob("*.safetensors")}
+    assert len(after) == 3
+    assert before.items() <= after.items()
+    again = sk.MaskBank.load(tmp_path, net(False))
+    assert all(same(again.bits(name), bank.bits(name)) for name in bank.names)
+
+
+def test_replace_refuses_in_a_sentence():
+    model, bank, _ = learnt(2)
+    with pytest.raises(ValueError, match="replace: weights must not learn, 'task 0' owns"):
+        bank.replace("task 0")
+    model, bank, logits = learnt(2, train_weights=False)
+    with pytest.raises(KeyError, match="'task 7' must be one of its 2 entries"):
+        bank.replace("task 7")
+    bank.commit("mix", alphas=torch.tensor([0.5]), over=["task 0"])
+    with pytest.raises(ValueError, match="replace: 'mix' must be a mask, it is a combination"):
+        bank.replace("mix")
+    with pytest.raises(ValueError, match="replace: 'task 0' must not be part of a combination, 'mix' uses it"):
+        bank.replace("task 0")
+    bank.activate("task 0")
+    with pytest.raises(ValueError, match="replace: the live task must be active, got 'task 0'"):
+        bank.replace("task 1")
+    bank.activate(None)
+    bank.remove("mix")
+    assert same(outputs(model, bank), logits)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="moves a model to a CUDA device, and there is none")
 def test_the_bank_follows_the_model_to_another_device(tmp_path):

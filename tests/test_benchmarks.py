@@ -10,7 +10,7 @@ from PIL import Image
 
 from subnet_pipelines import BENCHMARKS, Refusal
 from subnet_pipelines.benchmarks import GG, SCENARIOS, GNs, GNu, NNs, files, mnist
-from subnet_pipelines.benchmarks.base import balanced, batches
+from subnet_pipelines.benchmarks.base import Visit, balanced, batches
 from subnet_pipelines.benchmarks.idx import read_idx, write_idx
 from subnet_pipelines.chance import seed_of, seeded, stream
 
@@ -266,6 +266,50 @@ def test_scenarios():
     assert GNu == (True, False, False)
     assert list(make(scenario="GG", tasks=3).stream()) == [0, 1, 2]
     assert list(make(scenario="NNs", tasks=3).stream()) == [None]
+
+
+def test_visits():
+    plain = make(scenario="NNs", tasks=3).visits()
+    assert plain == [Visit(0, 1.0, 0), Visit(1, 1.0, 1), Visit(2, 1.0, 2)]
+    assert make(scenario="NNs", tasks=1).visits() == [Visit(0, 1.0, 0)]
+    again = make(scenario="NNs", tasks=6, returns=3).visits()
+    tasks = [visit.task for visit in again]
+    assert tasks[:6] == list(range(6))
+    assert len(set(tasks[6:])) == 3
+    assert 5 not in tasks[6:]  # the one that it would come back to without having left it
+    assert [visit.row for visit in again] == [0, 1, 2, 3, 4, None, None, None, 5]
+    assert tasks != [visit.task for visit in make(seed=2, scenario="NNs", tasks=6, returns=3).visits()]
+    assert tasks == [visit.task for visit in make(scenario="NNs", tasks=6, returns=3).visits()]
+    own = make(scenario="NNs", tasks=3, visits=[0, 0, 1, 0, 2, 1]).visits()
+    assert [(visit.task, visit.row) for visit in own] == [(0, None), (0, 0), (1, None), (0, 1), (2, None), (1, 2)]
+
+
+def test_uneven_visits():
+    lengths = [visit.length for visit in make(scenario="NNs", tasks=400, uneven=0.25).visits()]
+    assert 0.75 <= min(lengths) < 0.76
+    assert 1.24 < max(lengths) <= 1.25
+    assert sum(lengths) / 400 == pytest.approx(1, abs=0.03)
+    assert lengths[:3] != [visit.length for visit in make(seed=2, scenario="NNs", tasks=400, uneven=0.25).visits()][:3]
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scenario": "NNu"}, "scenario NNu is none .SupSup's table 1.*; use GNu or NNs"),
+        ({"scenario": "GNs", "returns": 1}, "returns is for streams whose borders are hidden, under scenario NNs, not GNs"),
+        ({"visits": [0, 1]}, "visits is for streams whose borders are hidden, under scenario NNs, not GG"),
+        ({"uneven": 0.1}, "uneven is for streams"),
+        ({"scenario": "NNs", "tasks": 2, "visits": [0]}, r"visits must show tasks 0 to 1, .* got \[0\]"),
+        ({"scenario": "NNs", "tasks": 2, "visits": [1, 0]}, "visits must show tasks 0 to 1"),
+        ({"scenario": "NNs", "tasks": 2, "visits": [0, 1, 2]}, "visits must show tasks 0 to 1"),
+        ({"scenario": "NNs", "tasks": 2, "visits": [0, 1], "returns": 1}, "visits and returns both say"),
+        ({"scenario": "NNs", "tasks": 2, "returns": 2}, "returns must be at least 0 and fewer than the 2 tasks, got 2"),
+        ({"scenario": "NNs", "uneven": 1.0}, r"uneven must be in \[0, 1\)"),
+    ],
+)
+def test_streams_that_are_none(fields, words):
+    with pytest.raises(Refusal, match=words):
+        make(**fields)
 
 
 @pytest.mark.parametrize("fields", [{"tasks": 0}, {"val_fraction": 1.0}, {"val_fraction": -0.1}, {"eval_images": 0}])

@@ -123,6 +123,11 @@ BAD = {
     ),
     "no value": ([*BASE, "--epochs"], "argument --epochs: expected one argument"),
     "scenario": ([*BASE, "--scenario", "GNu"], "finetune serves scenario GG and GNs, not GNu of permuted-mnist-mini"),
+    "no scenario": ([*BASE, "--scenario", "NNu"], "scenario NNu is none (SupSup's table 1)"),
+    "another's scenario": (
+        ["train", "supsup", "--benchmark", "permuted-mnist-mini", "--scenario", "NNs"],
+        "supsup serves scenario GG and GNs and GNu, not NNs of permuted-mnist-mini; for NNs train nns",
+    ),
     "seeds": ([*BASE, "--seeds", "1,a"], "--seeds must be whole numbers, as in 1,2,3, got '1,a'"),
     "same seeds": ([*BASE, "--seeds", "1,1"], "--seeds must be different numbers"),
     "device": ([*BASE, "--device", "tpu"], "--device must be auto, cpu or cuda, got 'tpu'"),

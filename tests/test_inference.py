@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from subnet_pipelines.inference import binary_survivors, entropy, g_objective, infer_binary, one_shot
+from subnet_pipelines.inference import binary_survivors, entropy, g_objective, infer_binary, one_shot, whose_batch
 
 NAN = math.nan
 
@@ -116,3 +116,19 @@ def test_infer_binary_gives_equal_alphas():
     infer_binary(gradient, torch.tensor([True, True, True, True]), dtype=torch.float64)
     assert [a.tolist() for a in seen] == [[0.25] * 4, [0, 0.5, 0.5, 0]]
     assert seen[0].dtype == torch.float64
+
+
+def test_whose_batch():
+    grad = torch.tensor([0.3, -0.4, 0.3, 0.3])
+    p = (-grad).softmax(0).max().item()
+    assert whose_batch(grad, 2, 4 * p - 1e-3) == (False, 1, p)
+    assert whose_batch(grad, 2, 4 * p + 1e-3) == (True, 2, p)
+    assert whose_batch(grad.roll(2), 2, 1.125) == (False, 3, p)  # an untrained candidate may be the one that stands out
+    assert whose_batch(torch.zeros(7), 7) == (True, 7, pytest.approx(1 / 7))
+    assert whose_batch(torch.zeros(1), 1).new  # a mask alone stands out from none
+
+
+@pytest.mark.parametrize(("shape", "allocated"), [((4,), 5), ((4,), 0), ((2, 4), 2)])
+def test_whose_batch_refuses(shape, allocated):
+    with pytest.raises(ValueError, match=f"at least the {allocated} masks allocated"):
+        whose_batch(torch.zeros(shape), allocated)

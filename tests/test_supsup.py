@@ -124,7 +124,7 @@ def test_resumes_to_the_same_bits(tmp_path):
     [
         ({"outputs": 1}, "outputs must be at least the 2 classes"),
         ({"outputs": 2}, "outputs must exceed the 2 classes"),
-        ({"scenario": "NNs"}, "serves scenario"),
+        ({"scenario": "NNs"}, "for NNs train nns"),
         ({"density": 0.0}, "density"),
         ({"log_base": 1}, "log_base"),
         ({"unit_rows": 0}, "unit_rows"),

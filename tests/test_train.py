@@ -295,6 +295,46 @@ def test_hidden_borders(tmp_path):
     same(outcome(again, resumed, tmp_path / "b"), outcome(method, result, tmp_path / "a"))
 
 
+def coming_back(seen=None, stop_at=None):
+    """Tasks 0, 1, 0, 2, 1 with lengths of their own; notes the visit, the step and the rows of each batch."""
+    visits = [0, 1, 0, 2, 1]
+    benchmark = Contrary(BenchmarkConfig(tasks=3, val_fraction=0.25, scenario="NNs", visits=visits, uneven=0.5), 1)
+    method = Restless(MethodConfig(), benchmark, 1)
+    method.stop_at, step = stop_at, method.step
+
+    def noted(batch, opt, clock):
+        if seen is not None:
+            seen.append((clock.visit, clock.step, clock.steps, batch.x.clone()))
+        return step(batch, opt, clock)
+
+    method.step = noted
+    return method, benchmark
+
+
+def test_hidden_visits(tmp_path):
+    """Visits are as long as the benchmark says, in an order of their own each time, and rows wait for the next new task."""
+    seen = []
+    method, benchmark = coming_back(seen)
+    result = run(method, benchmark, RunConfig(), tmp_path / "a")
+    steps = [max(1, round(16 * visit.length)) for visit in benchmark.visits()]
+    assert len(set(steps)) > 1
+    assert [(visit, step) for visit, step, *_ in seen] == [(v, s) for v, n in enumerate(steps) for s in range(n)]
+    assert all(total == steps[visit] for visit, _, total, _ in seen)
+    first, again = (next(x for visit, *_, x in seen if visit == v) for v in (0, 2))
+    assert not torch.equal(first, again)
+    assert [sum(v is not None for v in row) for row in result.accuracy_matrix] == [1, 2, 3]
+    lines = [json.loads(line) for line in (tmp_path / "a" / "metrics.jsonl").read_text().splitlines()]
+    places = [line["row"] if line["kind"] == "row" else f"visit {line['part']}" for line in lines]
+    assert list(dict.fromkeys(places)) == ["visit 0", "0", "visit 1", "visit 2", "1", "visit 3", "visit 4", "2"]
+    whole = outcome(method, result, tmp_path / "a")
+    for stop_at in (steps[0] + 3, sum(steps[:3]), sum(steps[:4]) + 1):
+        out = tmp_path / str(stop_at)
+        with pytest.raises(Interrupted, match=r"at visit [1-4], phase all"):
+            run(*coming_back(stop_at=stop_at), RunConfig(), out)
+        method, benchmark = coming_back()
+        same(outcome(method, run(method, benchmark, RunConfig(), out, resume=True), out), whole)
+
+
 def test_a_stream_without_borders_does_not_grow(tmp_path):
     run(*restless(tasks=2, scenario="NNs"), RunConfig(), tmp_path)
     with pytest.raises(Refusal, match="cannot be made 3"):

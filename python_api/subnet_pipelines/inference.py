@@ -49,6 +49,31 @@ def one_shot(grad: Tensor) -> Tensor:
     return _nan_last(grad).argmin(-1)
 
 
+class Whose(NamedTuple):
+    """What `whose_batch` decided."""
+
+    new: bool  # no candidate stands out: the batch is of a task that has no mask yet
+    mask: int  # the candidate that would lower the objective most; where new, the number of masks allocated, the next one's place
+    confidence: float  # the greatest softmax of -gradient, 1/n where all candidates are alike
+
+
+def whose_batch(grad: Tensor, allocated: int, threshold: float = 1.125) -> Whose:
+    """SupSup's rule where nobody tells the task in training: is the batch one of a known mask, and of which?
+
+    grad: (n,), the gradient of the entropy at equal alphas to the `allocated` masks and, after them, to as many untrained ones as make
+    n at least 5 in the authors' code. With p the greatest entry of softmax(-grad): new iff p < threshold / n (the paper has "close to
+    uniform", the authors' code 1.125). The candidate found may be an untrained one. Reads the result back: a device is waited for.
+    Raises ValueError unless 1 <= allocated <= n.
+    """
+    if grad.dim() != 1 or not 1 <= allocated <= len(grad):
+        raise ValueError(
+            f"whose_batch: expected a gradient to at least the {allocated!r} masks allocated, got {tuple(grad.shape)}"
+        )
+    confidence = (-grad).softmax(0).max().item()
+    new = confidence < threshold / len(grad)
+    return Whose(new, allocated if new else int(one_shot(grad)), confidence)
+
+
 def binary_survivors(grad: Tensor, alive: Tensor, log_base: int = 2) -> Tensor:
     """One round of the binary rule: the candidates whose gradient is at most the lower median of those alive.
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, Visit, batches
 from subnet_pipelines.chance import generators, seed_of, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import Matrix, RunConfig, accuracy, validate
@@ -31,7 +31,7 @@ WINDOW = 100  # steps between two looks at the losses, each one host sync
 
 @dataclass
 class Cursor:
-    """Where the run is, and the sums that go with it. `part` counts tasks within a phase where the stream's borders are hidden."""
+    """Where the run is, and the sums that go with it. `part` counts visits within a phase where the stream's borders are hidden."""
 
     task: int = 0
     phase: int = 0
@@ -134,11 +134,11 @@ class Run:
             self.measure(lambda: self.matrix.measure("untrained", range(total), self.stop))
         while self.cursor.task < len(every):
             index = every[self.cursor.task]  # None: the stream is one task, its borders hidden
-            parts = range(total) if index is None else [index]
+            parts = self.benchmark.visits() if index is None else [Visit(index, row=index)]
             plan = self.method.plan(None if index is None else self.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
-            self.measure(lambda parts=parts: self.matrix.mark(parts[-1], self.stop))
+            self.measure(lambda parts=parts: self.matrix.mark(parts[-1].row, self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:
                 self.save()
@@ -147,7 +147,7 @@ class Run:
         """Task i of the stream, or the union of all."""
         return self.benchmark.union() if self.method.joint else self.benchmark.task(i)
 
-    def phase(self, phase: Phase, index: int | None, parts: Sequence[int], marks: bool) -> None:
+    def phase(self, phase: Phase, index: int | None, parts: Sequence[Visit], marks: bool) -> None:
         """first, the steps, then. marks: measure at the hidden borders within it."""
         if not self.cursor.begun:
             torch.manual_seed(seed_of(self.method.seed, "phase", self.cursor.task, self.cursor.phase))
@@ -166,9 +166,10 @@ class Run:
         self.step = GraphedSteps(self.method, self.opt, phase.batch_size) if graphed else self.method.step
         settle()  # after the optimizer, whose first one imports the most
         while self.cursor.part < len(parts):
-            self.part(phase, self.task(parts[self.cursor.part]), index, rates)
-            if marks and self.cursor.part < len(parts) - 1:
-                self.measure(lambda: self.matrix.mark(parts[self.cursor.part], self.stop))
+            visit = parts[self.cursor.part]
+            self.part(phase, visit, index, rates)
+            if marks and self.cursor.part < len(parts) - 1 and visit.row is not None:
+                self.measure(lambda row=visit.row: self.matrix.mark(row, self.stop))
             self.cursor = replace(self.cursor, part=self.cursor.part + 1, epoch=0, batch=0, step=0, best=math.inf)
         if phase.select == "best":
             self.method.restore(self.best)
@@ -178,8 +179,10 @@ class Run:
         self.opt = self.plateau = self.best = None
         self.step = self.method.step  # a graph goes with its phase, and its memory with it
 
-    def part(self, phase: Phase, task: Task, index: int | None, rates: list[float]) -> None:
+    def part(self, phase: Phase, visit: Visit, index: int | None, rates: list[float]) -> None:
         """All epochs of a phase over one task's rows."""
+        task, hidden, c, clock = self.task(visit.task), index is None, self.cursor, self.clock
+        place = c.part if hidden else task.index  # so that a task that comes back comes in another order
         watched = phase.select == "best" or self.plateau is not None or self.config.curves is not None
         if watched and task.val is None:
             who = self.method.name if self.config.curves is None else "curves"
@@ -191,32 +194,33 @@ class Run:
         if any(len(rows[1]) != len(train[1]) for _, rows in sets):
             raise Refusal(f"{self.method.name}: tasks that are trained together must have equally many training rows")
         if watched:
-            mixed = torch.randperm(len(task.val), generator=stream(self.method.seed, "validation order", task.index))
+            mixed = torch.randperm(len(task.val), generator=stream(self.method.seed, "validation order", place))
             val = (*task.val.marked(index), mixed.to(train[1].device))
-        n, c, clock = len(train[1]), self.cursor, self.clock
+        n = len(train[1])
         a_round = -(-n // phase.batch_size)
-        steps = phase.steps if phase.steps is not None else phase.epochs * a_round
-        clock.task, clock.phase, clock.steps = index, phase.name, steps
+        whole = phase.steps if phase.steps is not None else phase.epochs * a_round
+        steps = max(min(whole, 1), round(whole * visit.length))
+        clock.task, clock.phase, clock.steps, clock.visit = index, phase.name, steps, c.part if hidden else None
         self.show.begin(f"{task.name}, {phase.name}", steps, c.step)
         more = c.epoch * a_round < steps
         while more:
             clock.epoch = c.epoch
-            feeds = [self.feed(t, rows, phase, (steps - c.epoch * a_round) * phase.batch_size) for t, rows in sets]
-            self.steps(
-                feeds[0] if phase.together is None else zip(*feeds), phase.schedule if self.plateau is None else None, rates
-            )
+            most = (steps - c.epoch * a_round) * phase.batch_size
+            feeds = [self.feed(place if t is task else t.index, t, rows, phase, most) for t, rows in sets]
+            feed = feeds[0] if phase.together is None else zip(*feeds)
+            self.steps(feed, phase.schedule if self.plateau is None else None, rates)
             goes_on = self.epoch_end(phase, val)
             c.epoch, c.batch, c.sums = c.epoch + 1 if goes_on else -(-steps // a_round), 0, {}
             more = c.epoch * a_round < steps
 
-    def feed(self, task: Task, rows: tuple, phase: Phase, most: int) -> Iterator[Batch]:
-        """(The rest of) an epoch's batches of a task, of at most so many of its rows."""
+    def feed(self, place: int, task: Task, rows: tuple, phase: Phase, most: int) -> Iterator[Batch]:
+        """(The rest of) an epoch's batches of a task, of at most so many of its rows, in the order of that place in the stream."""
         c, n = self.cursor, len(rows[1])
-        order = torch.randperm(n, generator=stream(self.method.seed, "order", task.index, c.phase, c.epoch))
+        order = torch.randperm(n, generator=stream(self.method.seed, "order", place, c.phase, c.epoch))
         order = order[:most].to(rows[1].device)
         augment, draws = task.train.augment, None
         if augment is not None:
-            draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", task.index, c.phase, c.epoch))
+            draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", place, c.phase, c.epoch))
             draws = draws.to(order.device)
         return batches(*rows, order, phase.batch_size, c.batch, augment, draws)
 
@@ -323,6 +327,6 @@ class Run:
             self.seconds[name] += now - then
 
     def where(self, batch: int) -> str:
-        """task, phase, epoch, batch for people."""
-        task = self.cursor.part if self.clock.task is None else self.clock.task
-        return f"task {task}, phase {self.clock.phase}, epoch {self.cursor.epoch}, batch {batch}"
+        """task (of a stream whose borders are hidden: visit), phase, epoch, batch for people."""
+        place = f"visit {self.cursor.part}" if self.clock.task is None else f"task {self.clock.task}"
+        return f"{place}, phase {self.clock.phase}, epoch {self.cursor.epoch}, batch {batch}"

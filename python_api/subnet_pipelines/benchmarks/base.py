@@ -1,10 +1,11 @@
-"""The words of a task stream: Batch, Rows, Split, Task, Scenario, Benchmark."""
+"""The words of a task stream: Batch, Rows, Split, Task, Visit, Scenario, Benchmark."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -151,6 +152,15 @@ class Task:
     classes: int
 
 
+class Visit(NamedTuple):
+    """A stretch of a stream: the task whose rows it shows, its length in phases of that task, and the row of the accuracy matrix that is
+    measured at its end, None where none is."""
+
+    task: int
+    length: float = 1.0
+    row: int | None = None
+
+
 def batches(
     x: Tensor | Late,
     y: Tensor,
@@ -187,8 +197,15 @@ class BenchmarkConfig:
 
     tasks: int = 10
     """Length of the stream: its first N tasks."""
-    scenario: Literal["GG", "GNs", "GNu", "NNs"] = "GG"
-    """Who is told the task: given in training and at test (GG), in training only with shared or unshared labels (GNs, GNu), never (NNs)."""
+    scenario: Literal["GG", "GNs", "GNu", "NNs", "NNu"] = "GG"
+    """Who is told the task: given in training and at test (GG), in training only with shared or unshared labels (GNs, GNu), never (NNs);
+    NNu, never and with unshared labels, is none."""
+    visits: list[int] | None = None
+    """Under NNs the task of each stretch of the stream, in which tasks may come back; null is every task once, and then `returns`."""
+    returns: int | None = None
+    """Under NNs the stream ends with so many of its tasks again, drawn from the run's seed among all but the last; null is none."""
+    uneven: float | None = None
+    """Under NNs visits are longer or shorter than a phase by up to this share of it, drawn from the run's seed; null is all alike."""
     val_fraction: float = 0.1
     """Share of the training rows kept for validation; 0 trains on all of them."""
     val_split: Literal["balanced", "first", "shuffle", "train"] = "balanced"
@@ -201,6 +218,24 @@ class BenchmarkConfig:
         """Raise Refusal where a field is out of range."""
         if self.tasks < 1:
             raise Refusal(f"tasks must be at least 1, got {self.tasks}")
+        if self.scenario == "NNu":
+            raise Refusal(
+                "scenario NNu is none (SupSup's table 1): labels that are not shared tell by themselves that a task is new, which makes "
+                "it GNu; without that nothing could tell whether an unknown label is of a known task; use GNu or NNs"
+            )
+        for name in ("visits", "returns", "uneven"):
+            if getattr(self, name) is not None and SCENARIOS[self.scenario].train_id:
+                raise Refusal(f"{name} is for streams whose borders are hidden, under scenario NNs, not {self.scenario}")
+        if self.visits is not None and list(dict.fromkeys(self.visits)) != list(range(self.tasks)):
+            raise Refusal(
+                f"visits must show tasks 0 to {self.tasks - 1}, each for the first time in this order, got {self.visits}"
+            )
+        if self.returns is not None and self.visits is not None:
+            raise Refusal("visits and returns both say how the stream goes on; give one")
+        if self.returns is not None and not 0 <= self.returns < self.tasks:
+            raise Refusal(f"returns must be at least 0 and fewer than the {self.tasks} tasks, got {self.returns}")
+        if self.uneven is not None and not 0 <= self.uneven < 1:
+            raise Refusal(f"uneven must be in [0, 1), got {self.uneven}")
         if not 0 <= self.val_fraction < 1:
             raise Refusal(f"val_fraction must be in [0, 1), got {self.val_fraction}")
         if self.eval_images is not None and self.eval_images < 1:
@@ -318,3 +353,15 @@ class Benchmark:
     def stream(self) -> Sequence[int | None]:
         """What a run goes through: task numbers, or one None, the whole stream with its borders hidden."""
         return range(len(self)) if self.scenario.train_id else [None]
+
+    def visits(self) -> list[Visit]:
+        """The stretches of a stream whose borders are hidden. A row of the matrix is measured before a task is seen for the first time,
+        and the last one at the end of the stream."""
+        c, tasks = self.config, len(self)
+        again = torch.randperm(tasks - 1, generator=stream(self.seed, "returns"))[: c.returns or 0]
+        order = c.visits or [*range(tasks), *again.tolist()]
+        drawn = torch.rand(len(order), generator=stream(self.seed, "lengths"), dtype=torch.float64)
+        lengths = (1 + (c.uneven or 0.0) * (2 * drawn - 1)).tolist()
+        known = list(accumulate(order, max))
+        rows = [t if later > t else None for t, later in pairwise([*known, tasks])]
+        return list(map(Visit, order, lengths, rows))

@@ -7,6 +7,7 @@ from subnet_pipelines.methods.finetune import Finetune
 from subnet_pipelines.methods.hopsupsup import HopSupSup
 from subnet_pipelines.methods.impresslearn import ImpressLearn
 from subnet_pipelines.methods.mtl import MTL
+from subnet_pipelines.methods.nns import NNs
 from subnet_pipelines.methods.packnet import PackNet
 from subnet_pipelines.methods.psp import PSP
 from subnet_pipelines.methods.separate_heads import SeparateHeads
@@ -15,7 +16,7 @@ from subnet_pipelines.methods.supsup import SupSup
 from subnet_pipelines.methods.wsn import WSN
 
 METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, HopSupSup, ImpressLearn, BatchE, PSP, SeparateHeads)
+    m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, NNs, HopSupSup, ImpressLearn, BatchE, PSP, SeparateHeads)
 }
 
 __all__ = ["METHODS", "Clock", "Method", "MethodConfig", "Phase", "Prediction"]

@@ -28,9 +28,13 @@ class Prediction(NamedTuple):
 
 @dataclass
 class Clock:
-    """Where a run is: read by methods, advanced by the loop. `task` is None where the stream's borders are hidden."""
+    """Where a run is: read by methods, advanced by the loop. `task` is None where the stream's borders are hidden.
+
+    visit: the stretch of such a stream, for a method's accounts of itself; what is learnt must not depend on it.
+    """
 
     task: int | None = None
+    visit: int | None = None
     phase: str = ""
     epoch: int = 0
     batch: int = 0
@@ -101,6 +105,7 @@ class Method(nn.Module):
     evaluation: Sequence[str] = ()  # fields of its config that make and train nothing: a finished run can be measured by others
     joint = False  # learns all tasks at once: the stream is then one task, the benchmark's union, and only the end is measured
     scenarios: tuple[str, ...] = ("GG",)  # names of the scenarios it can serve
+    elsewhere: dict[str, str] = {}  # names of others -> which method to take instead
     norms: Sequence[nn.Module] = ()  # batch norms that gather their statistics over a task's training rows at its end
     out: Path | None = None  # the run's folder, set by the loop: a method may keep files of its own there
 
@@ -108,9 +113,9 @@ class Method(nn.Module):
         super().__init__()
         config.check()
         if benchmark.config.scenario not in self.scenarios:
-            raise Refusal(
-                f"{self.name} serves scenario {' and '.join(self.scenarios)}, not {benchmark.config.scenario} of {benchmark.name}"
-            )
+            asked = benchmark.config.scenario
+            instead = f"; for {asked} train {self.elsewhere[asked]}" if asked in self.elsewhere else ""
+            raise Refusal(f"{self.name} serves scenario {' and '.join(self.scenarios)}, not {asked} of {benchmark.name}{instead}")
         self.config, self.seed, self.device = config, seed, benchmark.device
 
     @property

@@ -126,6 +126,7 @@ class SupSup(MaskedMethod):
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
     evaluation = ("objective", "inference", "log_base", "inference_unit", "unit_rows", "deciding_rows", "outsiders")
     scenarios = ("GG", "GNs", "GNu")
+    elsewhere = {"NNs": "nns"}
 
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
@@ -167,7 +168,7 @@ class SupSup(MaskedMethod):
             epochs=c.epochs,
             steps=c.iterations,
             batch_size=c.batch_size,
-            optimizer=lambda: self.optimizer([self.model]),
+            optimizer=self.optimizer,
             schedule=cosine() if c.schedule == "cosine" else None,
             first=lambda: self.begin(task.index),
             then=lambda: self.commit(task),
@@ -187,8 +188,10 @@ class SupSup(MaskedMethod):
         if self.config.transfer != "none" and self.bank.masks:
             self.take_over()
 
-    def optimizer(self, networks: Sequence[nn.Module]) -> torch.optim.Optimizer:
-        c, modules = self.config, [module for network in networks for module in network.modules()]
+    def optimizer(self, networks: Sequence[nn.Module] | None = None) -> torch.optim.Optimizer:
+        """Of the scores of these networks, and of their heads where those learn; default the method's own."""
+        c, networks = self.config, networks or [self.model]
+        modules = [module for network in networks for module in network.modules()]
         learning = [module.scores for module in modules if isinstance(module, sk.SubnetLayer)]
         if c.head == "dense":
             learning += [parameter for network in networks for parameter in network.head.parameters()]
@@ -335,9 +338,13 @@ class SupSup(MaskedMethod):
             del state["tensors"][name]
         return state
 
+    def with_fixed(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state with the weights beside, as made of the seed."""
+        mine = self.state_dict()
+        return {**state, "tensors": {**state["tensors"], **{name: mine[name] for name in self.fixed()}}}
+
     def load(self, state: dict[str, Any]) -> None:
-        mine = self.state_dict()  # as made of the seed; the bank's hash of them is compared when it is read
-        super().load({**state, "tensors": {**state["tensors"], **{name: mine[name] for name in self.fixed()}}})
+        super().load(self.with_fixed(state))  # which reads the bank, and compares its hash of the weights
 
 
 def wide(config: SupSupConfig) -> dict[str, float]:
