@@ -13,7 +13,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -84,11 +84,11 @@ def check(bank: sk.MaskBank, x: torch.Tensor) -> None:
     torch.testing.assert_close(found, torch.autograd.grad(objective(y), alphas)[0], rtol=1e-3, atol=1e-5)
 
 
-def simulate(most: int, saved: int, folder: Path, say: Callable[[str], None] = print) -> list[dict]:
-    """Rows of the table, a size each."""
+def simulate(most: int, saved: int, folder: Path) -> Iterator[dict]:
+    """Rows of the table, a size each, as the bank grows."""
     torch.manual_seed(0)
     chance, x = np.random.default_rng(0), torch.randn(ROWS, WIDTHS[0])
-    bank, rows = sk.MaskBank(lenet()), []
+    bank = sk.MaskBank(lenet())
     weights = sum(layer.weight.numel() for layer in bank.layers())
     for tasks in [t for t in TASKS if t <= most]:
         spent: list[float] = []
@@ -97,7 +97,7 @@ def simulate(most: int, saved: int, folder: Path, say: Callable[[str], None] = p
             begin = time.perf_counter()
             bank.commit(str(len(bank)), bits=masks)
             spent.append(time.perf_counter() - begin)
-        if not rows:
+        if tasks == TASKS[0]:
             check(bank, x)
         calls = 20 if tasks <= 2_500 else 3
         bank.superpose(None)
@@ -131,9 +131,7 @@ def simulate(most: int, saved: int, folder: Path, say: Callable[[str], None] = p
                 "tasks": len(bank),
                 "manifest_bytes": (folder / "manifest.json").stat().st_size,
             }
-        rows.append(row)
-        say(line(row))
-    return rows
+        yield row
 
 
 def line(row: dict) -> str:
@@ -207,12 +205,14 @@ def main() -> None:
     path = FOLDER / f"cpu-{slug_of(machine())}.json"
     if not given.draw:
         torch.set_num_threads(given.threads)
+        results = {"machine": machine(), "threads": given.threads, "commit": commit(), "versions": versions(), "rows": []}
+        FOLDER.mkdir(parents=True, exist_ok=True)
         print(HEAD)
         with tempfile.TemporaryDirectory() as temporary:
-            rows = simulate(given.most, given.saved, given.folder or Path(temporary))
-        about = {"machine": machine(), "threads": given.threads, "commit": commit(), "versions": versions()}
-        FOLDER.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+            for row in simulate(given.most, given.saved, given.folder or Path(temporary)):
+                print(line(row), flush=True)
+                results["rows"].append(row)  # what is measured so far is kept, whatever stops the rest
+                path.write_text(json.dumps(results, indent=1) + "\n")
     write_page(json.loads(path.read_text()))
 
 
