@@ -89,6 +89,9 @@ def simulate(most: int, saved: int, folder: Path) -> Iterator[dict]:
     torch.manual_seed(0)
     chance, x = np.random.default_rng(0), torch.randn(ROWS, WIDTHS[0])
     bank = sk.MaskBank(lenet())
+    bank.commit("0", bits=random_masks(bank, chance))
+    bank.superpose(None)  # from here on a commit adds to the counts too
+    bank.activate(None)
     weights = sum(layer.weight.numel() for layer in bank.layers())
     for tasks in [t for t in TASKS if t <= most]:
         spent: list[float] = []
