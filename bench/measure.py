@@ -153,33 +153,43 @@ def machine() -> dict[str, object]:
     return {"model": model + flags, "cores": os.cpu_count()}
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit of the tree, "+changes" where files differ from it."""
     if known := os.environ.get("SUBNET_KERNELS_COMMIT"):  # where a copy of the tree runs without its history
         return known
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        commit = subprocess.run(
+        head = subprocess.run(
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         ).stdout.strip()
         changed = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
-    return commit + ("+changes" if [line for line in changed.splitlines() if "bench/results/" not in line] else "")
+    return head + ("+changes" if [line for line in changed.splitlines() if "bench/results/" not in line] else "")
+
+
+def versions() -> dict[str, str]:
+    """Of this library and what it runs on."""
+    from subnet_kernels import __version__
+
+    found = {"subnet_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
+    if not on_cpu():
+        import on_cuda
+
+        found |= on_cuda.versions()
+    return found
+
+
+def slug_of(here: dict[str, object]) -> str:
+    """A machine's name for a file."""
+    return re.sub("[^a-z0-9]+", "-", str(here["model"]).lower()).strip("-")
 
 
 @functools.cache
 def _file() -> tuple[Path, dict[str, object], dict[str, str]]:
     """Where results go, the machine they are of, and the versions."""
-    from subnet_kernels import __version__
-
     here = machine()
-    versions = {"subnet_kernels": __version__, "torch": torch.__version__, "python": platform.python_version()}
-    if not on_cpu():
-        import on_cuda
-
-        versions |= on_cuda.versions()
-    slug = re.sub("[^a-z0-9]+", "-", str(here["model"]).lower()).strip("-")
-    return RESULTS / f"{'cpu-' if on_cpu() else ''}{slug}.json", here, versions
+    return RESULTS / f"{'cpu-' if on_cpu() else ''}{slug_of(here)}.json", here, versions()
 
 
 def record(
@@ -194,7 +204,7 @@ def record(
     targets: on a GPU, how many times as long as ours another callable is to take at least; less is printed as a miss. Threads are 0
     there.
     """
-    path, here, versions = _file()
+    path, here, of = _file()
     results = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
     if not on_cpu():
         results["machine"] = here  # the copy's speed is that of the last run
@@ -206,7 +216,7 @@ def record(
             row |= {"timed": t.timed} | ({} if t.eager is None else {"eager": round(t.eager, 2)})
         if not on_cpu() and targets and name in targets:
             row["target"] = round(targets[name], 3)
-        rows.append(row | {"commit": _commit(), "versions": versions, **(notes or {})})
+        rows.append(row | {"commit": commit(), "versions": of, **(notes or {})})
     kept = [row for row in results["rows"] if any(row[key] != value for key, value in where.items())]
     results["rows"] = sorted(kept + rows, key=lambda row: (row["bench"], row["case"], row["threads"]))
     RESULTS.mkdir(exist_ok=True)

@@ -29,6 +29,7 @@ SHOWN = (
     "superpose",
     "superpose_grad",
     "alpha_grad",
+    "one_shot",
 )
 
 

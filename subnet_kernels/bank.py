@@ -51,11 +51,8 @@ class MaskBank(BankFiles):
         self._masks = Masks(self._weights(), self._planes)
         self._mask_order: list[str] = []  # names of the masks, by their place
         self._mixed = 0  # alphas of all combinations
-        self._some: tuple[tuple[str, ...], dict, dict] = (
-            (),
-            {},
-            {},
-        )  # the last subset that was superposed: names, blocks, counts
+        # names, blocks and counts of the subset that was superposed last
+        self._some: tuple[tuple[str, ...], dict, dict] = ((), {}, {})
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
         self._written: Written | None = None  # what `save` knows of its folder
         self._backbone: str | None = None

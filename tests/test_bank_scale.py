@@ -1,5 +1,7 @@
 """Thousands of tasks in one bank: what the last one costs is what the first one cost, in memory and on disk."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +98,16 @@ def test_one_more_task_is_the_same_work(train_weights):
         assert [len(blocks) for blocks in bank._masks.blocks.values()] == [-(-len(bank) // BLOCK)] * 2
     assert found[0] == found[1]
     assert found[0]
+
+
+def test_running_a_task_and_asking_what_the_bank_costs_are_the_same_work():
+    found = []
+    for tasks in (10, 10 + 10 * BLOCK):
+        bank = bank_of(tasks)
+        calls = (partial(bank.activate, "task 3"), partial(bank.activate, None), bank.capacity, bank.begin)
+        found.append([work_of(call) for call in calls])
+    assert all(found[0])
+    assert found[0] == found[1]
 
 
 def test_a_new_block_begins_without_a_copy():

@@ -186,6 +186,7 @@ def test_tasks_trained_at_once_have_the_masks_of_one_by_one(one_by_one, parallel
 
 def test_a_step_of_all_tasks_selects_and_updates_once(monkeypatch):
     method, benchmark = some({"mask": "topk"}, 3)
+    assert not method.static_step  # so that no graph is asked of it
     (phase,) = method.plan(benchmark.task(0))
     assert [task.index for task in phase.together] == [0, 1, 2]
     phase.first()

@@ -1,0 +1,74 @@
+"""One-shot inference through a bank of LeNet-300-100's tasks against the published expression on stacked float masks.
+
+A batch of 128 rows decides together: the forward at equal coefficients and its gradient to them, over all three layers. Expected on one
+thread before any measurement, 2,500 tasks: 100 times the published expression (gate), 10 times matrix-vector products on the same floats,
+and a thirtieth of their bytes (gate).
+"""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from baselines import superpose_product, superpose_published
+from measure import measure, record, sizes, table
+from torch import nn
+
+import subnet_kernels as sk
+from subnet_kernels import reference
+
+WIDTHS = (784, 300, 100, 100)
+ROWS = 128
+TARGETS = {"published (SupSup)": 100, "float product": 10}  # on a GPU
+
+
+def lenet(select: str = "threshold") -> nn.Sequential:
+    """LeNet-300-100 with 100 outputs over fixed random weights, converted."""
+    layers = [nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(WIDTHS)]
+    model = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    return sk.convert(model, sk.SubnetConfig(weight_init="signed_constant", select=select))
+
+
+def objective(logits):
+    """G with 10 classes: the logsumexp of which the superfluous neurons alone feel the gradient."""
+    return torch.cat([logits[:, :10].detach(), logits[:, 10:]], 1).logsumexp(1).mean()
+
+
+def one_shot(bank, x):
+    """The gradient to equal coefficients (K,)."""
+    alphas = bank.superpose(None)
+    return torch.autograd.grad(objective(bank.model(x)), alphas)[0]
+
+
+def one_shot_of_floats(weights, masks, expression, x):
+    """The same of stacked float masks (K, O, I) of each layer."""
+    tasks = len(masks[0])
+    alphas = torch.full((tasks,), 1 / tasks, requires_grad=True)
+    for i, (weight, stacked) in enumerate(zip(weights, masks)):
+        x = F.linear(x.relu() if i else x, expression(weight, stacked, alphas))
+    return torch.autograd.grad(objective(x), alphas)[0]
+
+
+@pytest.mark.parametrize("tasks", sizes([250, 2500], [2500]))
+def bench_one_shot(tasks, thread_count):
+    bank, x = sk.MaskBank(lenet()), torch.randn(ROWS, WIDTHS[0])
+    masks = [torch.rand(tasks, o, i) < 0.5 for i, o in itertools.pairwise(WIDTHS)]
+    for k in range(tasks):
+        bank.commit(str(k), bits={name: reference.pack(mask[k]) for name, mask in zip(bank.layer_names, masks)})
+    weights = [layer.weight.detach() for layer in bank.layers()]
+    calls = {"one_shot": lambda: one_shot(bank, x)}
+    if thread_count < 2:
+        floats = [mask.float() for mask in masks]
+        for name, expression in (("published (SupSup)", superpose_published), ("float product", superpose_product)):
+            calls[name] = lambda expression=expression: one_shot_of_floats(weights, floats, expression, x)
+            torch.testing.assert_close(calls["one_shot"](), calls[name](), rtol=1e-3, atol=1e-5)
+    del masks
+    times = measure(calls, rounds=3, slow=1)
+    took, dense = bank.capacity()["mask_bytes"], 4 * tasks * sum(weight.numel() for weight in weights)
+    case = f"LeNet-300-100, {ROWS} rows, K={tasks} float32"
+    print("\n" + table(f"one_shot, {case}", times, "one_shot", TARGETS))
+    print(f"  masks of {took:,} bytes, as floats {dense:,}: {dense / took:.1f} times")
+    record("one_shot", case, times, {"mask_bytes": took, "float_bytes": dense}, TARGETS)
+    assert dense >= 30 * took, "below 30 times the bytes"
+    if thread_count == 1 and tasks == 2500:
+        assert times["published (SupSup)"].min >= 100 * times["one_shot"].min, "below 100x"
