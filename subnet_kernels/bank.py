@@ -447,16 +447,16 @@ class MaskBank(BankFiles):
             alphas = torch.full((tasks,), 1 / tasks, device=some.device, dtype=some.dtype, requires_grad=True)
         self._check_alphas("superpose", alphas, tasks)
         self._follow()
+        counted = equal and self._planes == 1  # counts of two planes are not of one sign: signed masks are read
         with torch.no_grad():
-            # counts of two planes would not be of one sign: equal alphas read signed masks like any others
-            blocks, counts = self._of(over, equal and self._planes == 1)
+            blocks, counts = self._of(over, counted)
         with torch.no_grad():
             self._hold(head, state=self._mean_state(over) if mean_state else None)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
             layer._active = layer._rows = None
             row = None if alphas.dim() == 1 else i
-            layer._mix = (list(blocks[key]), alphas, row, counts.get(key), alphas._version)
+            layer._mix = (list(blocks[key]), alphas, row, counts[key] if counted else None, alphas._version)
         return alphas
 
     def row_alpha_grad(

@@ -187,3 +187,59 @@ def test_a_combination_is_an_entry():
     for call in (lambda: bank.bits("mix"), lambda: bank.superpose(None, over=["mix"])):
         with pytest.raises(ValueError, match="'mix' must be a mask, it is a combination"):
             call()
+
+
+def test_given_alphas_are_read_after_equal_ones_over_the_same_masks():
+    """What is kept of a subset for equal alphas, its counts, must not serve others."""
+    model, bank, _ = learnt()
+    some, x = ["task 2", "task 0"], images()
+    bank.superpose(None, over=some, head="task 1")
+    equal = model(x).detach()
+    bank.superpose(torch.tensor([1.0, 0.0]), over=some, head="task 1")
+    assert not torch.allclose(model(x), equal)
+    for layer, bits in zip(bank.layers(), bank.bits("task 2").values()):
+        bank.superpose(torch.tensor([1.0, 0.0]), over=some)
+        torch.testing.assert_close(layer.effective_weight(), sk.apply(layer.weight.detach(), bits))
+
+
+def test_the_mean_of_the_candidates_states():
+    """With mean_state norms have the mean statistics of the masks in `over`, until another task is activated; modules are the live ones."""
+    torch.manual_seed(0)
+    model = sk.convert(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)), sk.SubnetConfig(per_task=["2"]))
+    bank = sk.MaskBank(model)
+    states = []
+    for t in range(3):
+        bank.begin(scores="init")
+        with torch.no_grad():
+            for i, tensor in enumerate((model[0].bias, model[1].weight, model[1].running_mean, model[1].running_var)):
+                tensor.copy_(torch.rand(6) + i + t)
+            model[1].num_batches_tracked.fill_(10 + t)
+        bank.commit(str(t))
+        states.append({key: value.clone() for key, value in bank[str(t)].state.items()})
+    bank.begin()
+    live, head = {key: value.clone() for key, value in model.state_dict().items()}, model[2]
+
+    def is_mean(of):
+        now = model.state_dict()
+        for key, first in states[of[0]].items():
+            mean = torch.stack([states[t][key] for t in of]).double().mean(0) if first.is_floating_point() else first
+            torch.testing.assert_close(now[key].double(), mean.double())
+
+    bank.superpose(None, mean_state=True)
+    is_mean([0, 1, 2])
+    assert model[2] is head
+    with bank.as_task("1"):
+        assert torch.equal(model[1].running_mean, states[1]["1.running_mean"])
+    is_mean([0, 1, 2])  # as it did before
+    bank.superpose(None, over=["2", "0"], mean_state=True)
+    is_mean([2, 0])
+    with pytest.raises(ValueError, match=r"the live task must be active, got None; call activate\(None\) first"):
+        bank.commit("mean")
+    bank.superpose(None)
+    assert all(torch.equal(value, live[key]) for key, value in model.state_dict().items())
+    bank.superpose(None, mean_state=True)
+    bank.activate("2")
+    assert torch.equal(model[1].running_var, states[2]["1.running_var"])
+    bank.activate(None)
+    assert all(torch.equal(value, live[key]) for key, value in model.state_dict().items())
+    assert all(torch.equal(value, bank[str(t)].state[key]) for t in range(3) for key, value in states[t].items())

@@ -478,9 +478,9 @@ def test_a_shipped_cell_resolves(table, cell):
 def test_points_belong_to_figures(table):
     found = read_table(table)
     over_points = [words for words in found.figures.values() if words["x"] == "point"]
-    points = [cell.point for cell in found.cells if cell.point is not None]
+    points = [(cell.benchmark, *cell.point) for cell in found.cells if cell.point is not None]
     assert bool(points) == bool(over_points)
-    assert len({tuple(point) for point in points}) == len(points)
+    assert len(set(points)) == len(points)
 
 
 @pytest.mark.parametrize(("table", "cell"), PAPERS, ids=[f"{table}-{cell.name}" for table, cell in PAPERS])

@@ -247,6 +247,16 @@ def test_what_training_knows_is_refused(finished, capsys):
     assert evaluate(capsys)[0] == 2
 
 
+def test_runs_of_other_methods_too(tmp_path, capsys):
+    argv = ["train", "wsn", "--benchmark", "permuted-mnist-mini", "--tasks", "2", "--iterations", "5", "--eval-images", "100"]
+    assert main([*argv, "--out", str(tmp_path / "run")]) == 0
+    result = read_result(tmp_path / "run" / "seed-1" / "result.json")
+    assert evaluate(capsys, tmp_path / "run")[0] == 0
+    (path,) = (tmp_path / "run" / "seed-1").glob("evaluation-*.json")
+    assert json.loads(path.read_text())["final"] == result.final
+    assert "density belongs to the training" in evaluate(capsys, tmp_path / "run", "--density", ".3")[2]
+
+
 def test_a_run_that_cannot_be_read(finished, tmp_path):
     (tmp_path / "result.json").write_bytes((finished / "seed-1" / "result.json").read_bytes())
     with pytest.raises(Refusal, match="has no checkpoint to read the network from"):

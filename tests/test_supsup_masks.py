@@ -86,6 +86,7 @@ def test_a_width_of_its_own():
         ({"mask": "topk", "erdos_renyi": 0.0}, "erdos_renyi must be positive, got 0.0"),
         ({"width": 0.5}, "width must be 1 for model mlp, which has one width, got 0.5"),
         ({"width": -1.0}, "width must be positive"),
+        ({"transfer": "masks", "parallel_tasks": 2}, "transfer must be none where 2 tasks are trained at once"),
         ({"scenario": "GG", "outsiders": "noise"}, "outsiders asks how sure a task is inferred, scenario GG gives it at test"),
         ({"outsiders": "fashion-mnist"}, "outsiders fashion-mnist has pictures of 784 pixels, shuffled has 16; take noise"),
     ],

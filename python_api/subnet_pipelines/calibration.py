@@ -61,20 +61,21 @@ def own_rows(benchmark: Benchmark) -> Tensor:
     return torch.cat(parts)
 
 
-def outside_rows(benchmark: Benchmark, kind: Literal["noise", "fashion-mnist"]) -> Tensor:
-    """Inputs of no task, through the tasks' views in turn: float (about `ROWS`, ...). Raises Refusal where there are none of that kind.
+def pictures(benchmark: Benchmark, kind: Literal["noise", "fashion-mnist"], rows: int) -> Tensor:
+    """So many pictures of no task, uint8 (rows, ...) as the benchmark's own. Raises Refusal where there are none of that kind.
 
-    noise: every byte of a picture drawn evenly from 0 to 255; fashion-mnist: its first test pictures, where a task's have their 784 pixels.
+    noise: every byte drawn evenly from 0 to 255; fashion-mnist: its first test pictures, where a task's have their 784 pixels.
     """
-    splits, each = [benchmark.test(j) for j in range(len(benchmark))], max(1, ROWS // len(benchmark))
-    shape = splits[0].x.shape[1:]
+    shape = benchmark.test(0).x.shape[1:]
     if kind == "noise":
-        pictures = torch.randint(
-            0, 256, (each * len(splits), *shape), generator=stream(benchmark.seed, "noise"), dtype=torch.uint8
-        )
-    elif shape.numel() == 28 * 28:
-        pictures = load_set("fashion-mnist", data_folder(benchmark.data_dir))[1][0].reshape(-1, *shape)
-    else:
+        return torch.randint(0, 256, (rows, *shape), generator=stream(benchmark.seed, "noise"), dtype=torch.uint8)
+    if shape.numel() != 28 * 28:
         raise Refusal(f"outsiders fashion-mnist has pictures of 784 pixels, {benchmark.name} has {shape.numel()}; take noise")
-    pictures = pictures.to(benchmark.device)
-    return torch.cat([split.view(pictures[j * each : (j + 1) * each]) for j, split in enumerate(splits)])
+    return load_set("fashion-mnist", data_folder(benchmark.data_dir))[1][0][:rows].reshape(-1, *shape)
+
+
+def outside_rows(benchmark: Benchmark, kind: Literal["noise", "fashion-mnist"]) -> Tensor:
+    """Inputs of no task, through the tasks' views in turn: float (about `ROWS`, ...). Raises Refusal as `pictures`."""
+    each = max(1, ROWS // len(benchmark))
+    found = pictures(benchmark, kind, each * len(benchmark)).to(benchmark.device)
+    return torch.cat([benchmark.test(j).view(part) for j, part in enumerate(found.split(each))])

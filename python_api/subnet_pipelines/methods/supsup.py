@@ -39,7 +39,7 @@ class SupSupConfig(MethodConfig):
     model: Network = "lenet-300-100"
     """The network."""
     width: float = 1.0
-    """Times the network's own width, where it can be had in others (gem-resnet-18)."""
+    """Times the network's own width, where it can be had in others (lenet-300-100, fc-1024, gem-resnet-18, resnet-50)."""
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
     norm: Literal["task", "batch"] = "task"
@@ -97,6 +97,10 @@ class SupSupConfig(MethodConfig):
         if self.mask == "threshold" and (self.erdos_renyi is not None or self.scale_fan):
             word = "scale_fan" if self.scale_fan else "erdos_renyi"
             raise Refusal(f"{word} needs a kept share, which mask topk or signed has and mask threshold has not")
+        if self.transfer != "none" and self.parallel_tasks > 1:
+            raise Refusal(
+                f"transfer must be none where {self.parallel_tasks} tasks are trained at once: a task then has no earlier ones"
+            )
         if self.width <= 0:
             raise Refusal(f"width must be positive, got {self.width}")
         if self.lr <= 0:
@@ -138,7 +142,7 @@ class SupSup(MaskedMethod):
                 raise Refusal(
                     f"outsiders asks how sure a task is inferred, scenario {benchmark.config.scenario} gives it at test"
                 )
-            calibration.outside_rows(benchmark, config.outsiders)  # what is missing is said before the run and not at its end
+            calibration.pictures(benchmark, config.outsiders, 1)  # what is missing is said before the run and not at its end
         self.benchmark = benchmark
         share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
         select = {"select": config.mask} if config.mask == "threshold" else {"select": config.mask, "density": share}
