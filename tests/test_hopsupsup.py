@@ -13,6 +13,7 @@ import subnet_kernels as sk
 from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.errors import NotLearnt
+from subnet_pipelines.evaluations import evaluate_run
 from subnet_pipelines.methods import hopsupsup as hop
 from subnet_pipelines.methods.hopsupsup import energy, fold, signs, store, unfold
 from subnet_pipelines.models import Gain, GainNet
@@ -219,6 +220,17 @@ def test_of_several_tries_the_surest_counts(digits, monkeypatch):
     assert all(torch.equal(rows.sort(0).values, x.sort(0).values) for rows, _ in seen)
     assert all(torch.equal(found.bits[name], sk.threshold(s, 0.0)) for name, s in seen[1][1].items())
     assert found.nearest == 0
+
+
+def test_a_finished_run_is_recovered_again_with_more_tries(digits):
+    *_, result, out = digits
+    again = evaluate_run(out, {"recovery_tries": 2}, None, torch.device("cpu"))
+    found, before = again["method_report"]["recovery"], result.method_report["recovery"]
+    assert found["own_mask"] == before["own_mask"]
+    assert all(a <= b for a, b in zip(found["entropy"], before["entropy"]))  # the first try is the one that was made before
+    assert again["final"] == found["recovered_mask"]
+    with pytest.raises(Refusal, match="width belongs to the training of"):
+        evaluate_run(out, {"width": 40}, None, torch.device("cpu"))
 
 
 def test_nothing_is_known_before_the_first_task():

@@ -189,6 +189,7 @@ class HopSupSup(MaskedMethod):
     Config = HopSupSupConfig
     static_step = True
     scenarios = ("GG", "GNs", "GNu")
+    evaluation = ("gamma", *(f"recovery_{name}" for name in ("batch", "tries", "lr", "momentum", "weight_decay")))
 
     def __init__(self, config: HopSupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
