@@ -3,30 +3,48 @@
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
-from subnet_pipelines.tables import as_markdown
+from subnet_pipelines.report import common
+from subnet_pipelines.tables import as_markdown, read_table
 
 HERE = Path(__file__).parent
 LEAD = """# Results
 
-Runs of `subnet-kernels reproduce TABLE` on real data. Every section is made from a `table.json` in `docs/results/`, which that command
-wrote and nobody edits; it holds versions, machine, commit, seconds and seeds of every cell. This page: `python docs/results.py`.
+Runs of `subnet-kernels reproduce TABLE` on real data. Every section is made from what that command wrote as `table.json`, which lies in
+`docs/results/` as it was, a folder a table; it holds versions, machine, commit, seconds and seeds of every cell. This page:
+`python docs/results.py`.
 """
+
+
+def tables() -> list[dict[str, Any]]:
+    """What lies there, by table; the cells of several files of a table stand side by side, each with its own environment."""
+    found = []
+    for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
+        records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+        cells: dict[str, dict[str, Any]] = {}
+        for cell in (cell for record in records for cell in record["cells"]):
+            if cell["ours"] or (cell["status"] == "paper only" and cell["cell"] not in cells):
+                cells[cell["cell"]] = cell
+        order = [cell["cell"] for cell in records[0]["cells"]]
+        kept = sorted(cells.values(), key=lambda cell: order.index(cell["cell"]))
+        environment = common([cell["environment"] for cell in kept if cell["environment"]])
+        source = read_table(folder.name).source  # which files had not before there were tables of other papers
+        found.append({"source": source, **records[0], "cells": kept, "environment": environment})
+    return found
 
 
 def page() -> str:
     """The page as the files have it."""
     parts = [LEAD]
-    for path in sorted((HERE / "results").glob("*.json")):
-        record = json.loads(path.read_text())
-        record["cells"] = [cell for cell in record["cells"] if cell["ours"] or cell["status"] == "paper only"]
-        spent = {cell["cell"].split("/")[0]: 0.0 for cell in record["cells"]}
+    for record in tables():
+        spent: dict[str, float] = {}
         for cell in record["cells"]:
             if cell["ours"]:
-                spent[cell["cell"].split("/")[0]] += cell["ours"]["seconds"]["mean"] * len(cell["seeds"])
+                name = cell["cell"].split("/")[0]
+                spent[name] = spent.get(name, 0.0) + cell["ours"]["seconds"]["mean"] * len(cell["seeds"])
         parts.append(f"## {as_markdown(record, '##')}")
-        parts += [f"{name}: {seconds / 60:.0f} minutes of runs in all.  " for name, seconds in spent.items()]
-        parts.append("")
+        parts.append(f"Runs in all: {', '.join(f'{name} {seconds / 60:.0f} minutes' for name, seconds in spent.items())}.\n")
     return "\n".join(parts)
 
 
