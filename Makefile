@@ -48,6 +48,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/python bench/readme.py --check
+	$(BIN)/python docs/results.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .

@@ -210,3 +210,15 @@ def test_the_notebook_is_a_table():
         assert (values["mask"], values["weight_init"], values["batch_size"]) == ("threshold", "signed_constant", 128)
     assert trained[0] == trained[1] == trained[2]
     assert list(supsup(Flat, "GG", model="fc-300-300", outputs=100)[0].bank.model.head.weight.shape) == [100, 300]
+
+
+def test_what_the_papers_storage_takes():
+    """Two bytes an open weight, four a number of the norms; signed masks have no more open weights than others."""
+    for mask in ("topk", "signed"):
+        method, benchmark = supsup(Images, "GG", mask=mask, model="gem-resnet-18", outputs=None, width=0.25, iterations=1)
+        for task in (benchmark.task(0), benchmark.task(1)):
+            method.begin(task.index)
+            method.commit(task)
+        opened = sum(layer.k for layer in method.bank.layers())
+        norms = sum(norm.running_mean.numel() + norm.running_var.numel() for norm in method.norms)
+        assert method.final_report()["capacity"]["csc_bytes"] == 2 * (2 * opened + 4 * norms)

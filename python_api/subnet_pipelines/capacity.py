@@ -48,6 +48,12 @@ def capacity(
     }
 
 
+def csc_bytes(opened: int, numbers: int) -> int:
+    """What SupSup's paper stores masks in: 16 bits for the place of every open weight (scipy's CSC), and float32 numbers of the tasks (the
+    running statistics of their norms)."""
+    return 2 * opened + 4 * numbers
+
+
 def with_own_numbers(weights: int, own: int, tasks: int, seed_only: bool = False) -> dict[str, float | int | None]:
     """The capacity where every task uses all the weights, and keeps `own` float32 numbers of its own (contexts, a head, statistics)."""
     cost, share = capacity(weights, weights, tasks, 0, None, seed_only), 100 * own * tasks / weights

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import subnet_kernels as sk
 from subnet_pipelines import calibration, inference
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.capacity import csc_bytes
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase, Prediction
@@ -312,7 +313,10 @@ class SupSup(MaskedMethod):
         return {**super().report(), "outputs": self.config.outputs or self.classes}
 
     def final_report(self) -> dict[str, Any]:
-        report = super().final_report()
+        report, masks = super().final_report(), self.bank.masks
+        opened = sum(int(sk.count(bits)) for name in masks for bits in self.bank.opened(name).values())
+        numbers = sum(t.numel() for name in masks for t in self.bank[name].state.values() if t.is_floating_point())
+        report["capacity"] = {**report["capacity"], "csc_bytes": csc_bytes(opened, numbers)}
         return report if self.config.outsiders == "none" else {**report, "outsiders": self.compare_outsiders()}
 
     @torch.no_grad()
