@@ -13,10 +13,10 @@ import subnet_kernels as sk
 from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.errors import NotLearnt
-from subnet_pipelines.evaluations import evaluate_run
 from subnet_pipelines.methods import hopsupsup as hop
 from subnet_pipelines.methods.hopsupsup import energy, fold, signs, store, unfold
 from subnet_pipelines.models import Gain, GainNet
+from subnet_pipelines.reevaluate import evaluate_run
 
 
 def hopsupsup(stream=Shuffled, scenario="GNs", tasks=3, seed=1, **fields):

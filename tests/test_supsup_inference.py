@@ -9,7 +9,7 @@ from streams import Shuffled
 from test_supsup import Images, learnt, supsup, with_fields  # noqa: F401  (a fixture)
 
 import subnet_kernels as sk
-from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, calibration, evaluations, run
+from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, calibration, reevaluate, run
 from subnet_pipelines.cli import main
 from subnet_pipelines.inference import entropy
 from subnet_pipelines.models import batch_norms, batch_statistics
@@ -260,7 +260,7 @@ def test_runs_of_other_methods_too(tmp_path, capsys):
 def test_a_run_that_cannot_be_read(finished, tmp_path):
     (tmp_path / "result.json").write_bytes((finished / "seed-1" / "result.json").read_bytes())
     with pytest.raises(Refusal, match="has no checkpoint to read the network from"):
-        evaluations.evaluate_run(tmp_path, {}, None, torch.device("cpu"))
+        reevaluate.evaluate_run(tmp_path, {}, None, torch.device("cpu"))
 
 
 def test_fields_of_evaluation_make_no_other_network(learnt):  # noqa: F811
@@ -270,5 +270,5 @@ def test_fields_of_evaluation_make_no_other_network(learnt):  # noqa: F811
     names = {f.name for f in dataclasses.fields(BENCHMARKS["permuted-mnist"].Config)} | {
         f.name for f in dataclasses.fields(RunConfig)
     }
-    assert set(evaluations.STREAM) <= names
-    assert not set(cls.evaluation) & set(evaluations.STREAM)
+    assert set(reevaluate.STREAM) <= names
+    assert not set(cls.evaluation) & set(reevaluate.STREAM)

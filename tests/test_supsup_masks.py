@@ -9,7 +9,7 @@ from streams import Pictures, assert_same_run, broken_run
 from test_supsup import Images, supsup
 
 import subnet_kernels as sk
-from subnet_pipelines import METHODS, Refusal, RunConfig, checkpoint, evaluations, run
+from subnet_pipelines import METHODS, Refusal, RunConfig, checkpoint, reevaluate, run
 from subnet_pipelines.config import Settings
 from subnet_pipelines.methods.supsup import scores_of
 from subnet_pipelines.tables import read_table
@@ -204,7 +204,7 @@ def test_the_notebook_is_a_table():
     trained = []
     for cell in cells.values():
         values = Settings(cell.method, cell.benchmark).resolve(None, cell.settings, cell.fidelity).values
-        free = (*METHODS["supsup"].evaluation, *evaluations.STREAM)
+        free = (*METHODS["supsup"].evaluation, *reevaluate.STREAM)
         trained.append({name: value for name, value in values.items() if name not in free})
         assert (values["optimizer"], values["lr"], values["epochs"], values["iterations"]) == ("rmsprop", 1e-4, 1, None)
         assert (values["mask"], values["weight_init"], values["batch_size"]) == ("threshold", "signed_constant", 128)

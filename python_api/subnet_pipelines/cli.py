@@ -191,7 +191,7 @@ def evaluate(argv: list[str]) -> int:
     if known.run is None or known.run.startswith("-"):
         parser.parse_args(argv)
     from subnet_pipelines.config import nearest
-    from subnet_pipelines.evaluations import STREAM, evaluate_run, folders_of, settings_of
+    from subnet_pipelines.reevaluate import STREAM, evaluate_run, folders_of, settings_of
     from subnet_pipelines.report import number
 
     folders = folders_of(Path(known.run))
