@@ -19,12 +19,16 @@ SMALL = {  # settings that make a run of about forty steps
     "packnet": {"epochs": 2, "batch_size": 7},
     "wsn": {"epochs": 2, "batch_size": 7, "density": 0.3},
     "supsup": {"iterations": 15, "batch_size": 16, "model": "mlp", "outputs": 8},
+    "nns": {"iterations": 15, "batch_size": 16, "model": "mlp", "outputs": 8, "check_every": 5},
     "hopsupsup": {"iterations": 15, "batch_size": 16, "width": 24, "recovery_batch": 16},
     "impresslearn": {"epochs": 2, "basis_epochs": 2, "batch_size": 16, "basis": 1, "model": "mlp"},
     "batche": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "psp": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "separate-heads": {"iterations": 15, "batch_size": 16, "model": "mlp"},
 }
+
+
+SCENARIOS = {"supsup": "GNu", "hopsupsup": "GNu", "nns": "NNs"}  # GG else
 
 
 class Died(Exception):
@@ -38,8 +42,7 @@ def _no_plots(monkeypatch):
 
 def attempt(name, out, die_at=None, resume=True):
     cls = METHODS[name]
-    scenario = "GNu" if name in ("supsup", "hopsupsup") else "GG"
-    benchmark = Contrary(BenchmarkConfig(tasks=3, val_fraction=0.25, scenario=scenario))
+    benchmark = Contrary(BenchmarkConfig(tasks=3, val_fraction=0.25, scenario=SCENARIOS.get(name, "GG")))
     method = cls(cls.Config(**SMALL[name]), benchmark, 1)
     step, made = method.step, []
 
