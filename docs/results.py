@@ -12,8 +12,8 @@ HERE = Path(__file__).parent
 LEAD = """# Results
 
 Runs of `subnet-kernels reproduce TABLE` on real data. Every section is made from what that command wrote as `table.json`, which lies in
-`docs/results/` as it was, a folder a table; it holds versions, machine, commit, seconds and seeds of every cell. This page:
-`python docs/results.py`.
+`docs/results/` as it was, a folder a table; it holds versions, machine, commit, seconds and seeds of every cell. Seconds are of whole
+processes on machines that did other work beside, so they vary from seed to seed. This page: `python docs/results.py`.
 """
 
 
@@ -29,9 +29,15 @@ def tables() -> list[dict[str, Any]]:
         order = [cell["cell"] for cell in records[0]["cells"]]
         kept = sorted(cells.values(), key=lambda cell: order.index(cell["cell"]))
         environment = common([cell["environment"] for cell in kept if cell["environment"]])
+        environment = {k: ", ".join(dict.fromkeys(map(str, v))) if isinstance(v, list) else v for k, v in environment.items()}
         source = read_table(folder.name).source  # which files had not before there were tables of other papers
         found.append({"source": source, **records[0], "cells": kept, "environment": environment})
     return found
+
+
+def figures_of(table: str) -> list[Path]:
+    """The figures that `reproduce` drew beside the table, where they are kept."""
+    return sorted((HERE / "results" / table).glob("*.png"))
 
 
 def page() -> str:
@@ -45,6 +51,7 @@ def page() -> str:
                 spent[name] = spent.get(name, 0.0) + cell["ours"]["seconds"]["mean"] * len(cell["seeds"])
         parts.append(f"## {as_markdown(record, '##')}")
         parts.append(f"Runs in all: {', '.join(f'{name} {seconds / 60:.0f} minutes' for name, seconds in spent.items())}.\n")
+        parts += [f"![{path.stem}](results/{path.parent.name}/{path.name})" for path in figures_of(record["table"])]
     return "\n".join(parts)
 
 
