@@ -37,7 +37,7 @@ FOLDER = ROOT / "build" / "gpu-check"
 RESULTS = ROOT / "bench" / "results"
 TESTS = (
     "bits", "select", "threshold", "apply", "masked", "superpose", "mixed", "compressed", "update", "optim", "layers", "bank",
-    "bank_superpose", "bank_rows", "bank_files", "bank_scale", "signed",
+    "bank_superpose", "bank_rows", "bank_files", "signed",
     "convert", "forget_free", "dispatch", "checks", "triton_masked", "triton_register", "golden_wsn", "golden_supsup",
     "golden_impress", "golden_inference", "golden_trace",
 )  # fmt: skip

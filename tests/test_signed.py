@@ -209,8 +209,8 @@ def test_capacity_counts_two_bits_a_weight():
     assert found["bits_per_weight"] == pytest.approx(2 * 8 * unsigned / total)
     assert found["seed_only_cap"] == pytest.approx(100 * 6 * unsigned / (4 * total))
     for name, of_layer in zip(bank.layer_names, zip(*masks)):
-        rows = torch.stack([m.flatten() != 0 for m in of_layer]).long()
-        assert torch.equal(bank.overlap()[name], rows @ rows.t())
+        rows = torch.stack([m.flatten() != 0 for m in of_layer]).double()
+        assert torch.equal(bank.overlap()[name], (rows @ rows.t()).long())
 
 
 @pytest.mark.parametrize("tasks", [3, 35])
