@@ -499,10 +499,12 @@ class MaskBank(BankFiles):
             return traced_alpha_grad(self.model, self._layers, x, objective, alphas)
 
     def _mean_state(self, over: Sequence[str] | None) -> dict[str, Tensor]:
-        """The mean of some masks' task states, default all's; of tensors of whole numbers the first one's."""
+        """The mean of some masks' task states, default all's, rounded once; of tensors of whole numbers the first one's."""
         states = [self._entries[name].state for name in (self._mask_order if over is None else over)]
         return {
-            key: torch.stack([state[key] for state in states]).mean(0) if first.is_floating_point() else first
+            key: torch.stack([state[key] for state in states]).double().mean(0).to(first.dtype)
+            if first.is_floating_point()
+            else first
             for key, first in states[0].items()
         }
 

@@ -125,6 +125,11 @@ CASES = {
     "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),
     "ewc": functools.partial(made, "ewc", epochs=3, optimizer="sgd", lr=0.05, clip_norm=1.0),
     "packnet": functools.partial(made, "packnet", epochs=3, lr=0.01),
+    "batche": functools.partial(made, "batche", iterations=21, batch_size=20, model="mlp"),
+    "batche, random": functools.partial(
+        made, "batche", trunk="random", iterations=21, batch_size=20, model="mlp", schedule="cosine", weight_decay=0.01
+    ),
+    "psp": functools.partial(made, "psp", iterations=21, batch_size=20, model="mlp", momentum=0.5),
     "separate-heads": functools.partial(made, "separate-heads", iterations=21, batch_size=20, model="mlp"),
     "stl, warm": functools.partial(made, "stl", epochs=3, lr=0.01, start="previous", weight_decay=0.01),
     "swinging": swinging,

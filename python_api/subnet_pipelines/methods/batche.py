@@ -88,7 +88,7 @@ class BatchE(Method):
 
     name = "batche"
     Config = BatchEConfig
-    static_step = False  # recorded on an H200, a run ended with other bits than eager steps
+    static_step = True
     FIDELITY = {"sound": {}, "code": {"inference_unit": "batch", "deciding_rows": 1}, "paper": {}}
     forget_free = True
     scenarios = ("GG", "GNs", "GNu")

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from subnet_kernels import optim
@@ -94,13 +95,16 @@ def layers_of(net: nn.Module) -> dict[str, nn.Linear | nn.Conv2d]:
     return {name: module for name, module in net.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
 
 
+@torch.no_grad()
 def initialise(net: nn.Module, how: WeightInit) -> None:
-    """Draw the weights of all layers from torch's global generator; default leaves PyTorch's as they are."""
-    for layer in layers_of(net).values():
+    """Draw the weights of all layers from torch's global CPU generator, whatever their device; default leaves PyTorch's as they are."""
+    for layer in layers_of(net).values() if how != "default" else ():
+        drawn = torch.empty(layer.weight.shape, device="cpu")
         if how == "kaiming_normal":
-            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
-        elif how == "xavier_normal":
-            nn.init.xavier_normal_(layer.weight)
+            nn.init.kaiming_normal_(drawn, nonlinearity="relu")
+        else:
+            nn.init.xavier_normal_(drawn)
+        layer.weight.copy_(drawn)
 
 
 def wrap_layers(net: nn.Module, kind: Callable[[nn.Module], nn.Module]) -> None:

@@ -83,7 +83,6 @@ class PSPConfig(FinetuneConfig):
 class PSP(Finetune):
     """Finetuning behind rotations."""
 
-    static_step = False  # recorded on an H200, a run ended with other bits than eager steps
     name = "psp"
     Config = PSPConfig
     FIDELITY = {"sound": {}, "code": {}, "paper": {}}
