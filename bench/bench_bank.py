@@ -43,7 +43,7 @@ def one_shot(bank, x):
 def one_shot_of_floats(weights, masks, expression, x):
     """The same of stacked float masks (K, O, I) of each layer."""
     tasks = len(masks[0])
-    alphas = torch.full((tasks,), 1 / tasks, requires_grad=True)
+    alphas = x.new_full((tasks,), 1 / tasks).requires_grad_()
     for i, (weight, stacked) in enumerate(zip(weights, masks)):
         x = F.linear(x.relu() if i else x, expression(weight, stacked, alphas))
     return torch.autograd.grad(objective(x), alphas)[0]
