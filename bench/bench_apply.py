@@ -8,7 +8,7 @@ copy speed, and 3 times the published expressions.
 import pytest
 import torch
 from baselines import restore_index, straight_through_multiply, straight_through_published
-from measure import floor, measure, record, sizes, table
+from measure import floor, measure, record, sizes, table, targets_on
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -33,7 +33,7 @@ def bench_apply(n, thread_count):
         },
         seconds=0.5,
     ) | floor(n * 8.125)
-    targets = {"floor: the bytes at copy speed": 1 / 1.3}
+    targets = targets_on(thread_count, {}, {"floor: the bytes at copy speed": 1 / 1.3})
     print("\n" + table(f"apply, {n:,} float32 weights", times, "apply", targets))
     record("apply", f"n={n} float32 density={DENSITY}", times, targets=targets)
 
@@ -54,7 +54,7 @@ def bench_restore(n, thread_count):
         },
         seconds=0.5,
     )
-    targets = {"index write": 5}
+    targets = targets_on(thread_count, {}, {"index write": 5})
     print("\n" + table(f"restore_, {n:,} float32 weights", times, "restore_", targets))
     record("restore_", f"n={n} float32 density={DENSITY}", times, targets=targets)
 
@@ -90,8 +90,9 @@ def bench_straight_through(n, dtype, thread_count):
         seconds=0.5,
     ) | floor(n * (5 * grad.element_size() + 0.25))
     name = str(dtype).removeprefix("torch.")
-    targets = {"published (WSN)": 3, "floor: the bytes at copy speed": 1 / 1.3}
+    small = n == 78_400 and dtype == torch.float32
+    targets = targets_on(
+        thread_count, {"published (WSN)": 3} if small else {}, {"published (WSN)": 3, "floor: the bytes at copy speed": 1 / 1.3}
+    )
     print("\n" + table(f"straight_through, {n:,} {name} weights", times, "straight_through", targets))
     record("straight_through", f"n={n} {name} density={DENSITY}", times, targets=targets)
-    if thread_count == 1 and n == 78_400 and dtype == torch.float32:
-        assert times["published (WSN)"].min >= 3 * times["straight_through"].min, "below 3x"

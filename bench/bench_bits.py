@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 from baselines import count_lookup, pack_float, union_multiply
-from measure import compiled, floor, measure, on_cpu, record, sizes, table
+from measure import compiled, floor, measure, on_cpu, record, sizes, table, targets_on
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 
 DENSITY = 0.3
-GATES = {"pack": ("eager float", 5), "union_": ("bool", 8), "count": ("float sum", 30)}
+TARGETS = {"pack": {"eager float": 5}, "union_": {"bool": 8}, "count": {"float sum": 30}}  # of 24 million weights on the CPU
 
 
 @pytest.mark.parametrize("n", sizes([78_400, 2_359_296, 24_000_000], [100_000_000, 1_000_000_000]))
@@ -63,15 +63,13 @@ def bench_bits(n, thread_count):
     moved = {"pack": n * 9 / 8, "unpack": n * 9 / 8, "union_": n * 3 / 8, "count": n / 8}  # bytes
     for name, group in groups.items():
         fast, notes = {}, {}
-        targets = {"float (WSN)": 30} | ({"floor: the bytes at copy speed": 1 / 1.2} if moved[name] > 64e6 else {})
+        large = {"floor: the bytes at copy speed": 1 / 1.2} if moved[name] > 64e6 else {}
+        targets = targets_on(thread_count, TARGETS.get(name, {}) if n == 24_000_000 else {}, {"float (WSN)": 30} | large)
         if thread_count == 1 and n > 100_000 and name in expressions:
             fast, notes = compiled(*expressions[name])
         times = measure({**group, **fast}, seconds=0.3, rounds=3) | floor(moved[name])
         print("\n" + table(f"{name}, {n:,} weights", times, name, targets))
         record(name, f"n={n}", times, notes, targets)
-        if thread_count == 1 and n == 24_000_000 and name in GATES:
-            rival, gate = GATES[name]
-            assert times[rival].min >= gate * times[name].min, f"{name}: below {gate}x"
 
 
 @pytest.mark.parametrize("tasks", [16, 250])

@@ -1,7 +1,7 @@
 """Selection against the published expressions, against the best that eager PyTorch has, and against reading the scores once.
 
 Expected on one thread before any measurement, from the cost of a sort and a kthvalue and of about two reads of the scores:
-`select` without hints some 400 times the sort and 70 times the kthvalue expression, and at most 2.2 reads of 24 million scores (gates
+`select` without hints some 400 times the sort and 70 times the kthvalue expression, and at most 2.2 reads of 24 million scores (targets
 below); with hints from before one step at most 1.6 reads; the layers of a ResNet-18 in one call 50 times a sort a layer;
 `refresh_` of the 78,400 + 10,000 scores of a small network 15 to 35 us, at most three times the bytes' cost in a plain product.
 
@@ -15,19 +15,24 @@ import math
 import pytest
 import torch
 from baselines import resnet18, select_kthvalue, select_kthvalue_compare, select_sort, select_topk
-from measure import compiled, floor, measure, on_cpu, record, sizes, table
+from measure import compiled, floor, measure, on_cpu, record, sizes, table, targets_on
 
 import subnet_kernels as sk
 from subnet_kernels import reference
 from subnet_kernels.ops import refresh_
 
 DENSITY = 0.3
-GATES = {  # scores -> how many times as long a rival takes at least
-    2_359_296: {"sort (SupSup)": 200, "kthvalue (WSN)": 50, "topk, compare": 30},
-    24_000_000: {"sort (SupSup)": 200, "kthvalue (WSN)": 50, "topk, compare": 30, "floor: read once": 1 / 2.2},
+CPU_TARGETS = {  # float32 scores -> how many times as long as ours a rival takes at least
+    2_359_296: {"sort (SupSup)": 200, "kthvalue (WSN)": 50, "topk, compare": 30, "kthvalue, compare": 30},
+    24_000_000: {
+        "sort (SupSup)": 200,
+        "kthvalue (WSN)": 50,
+        "topk, compare": 30,
+        "kthvalue, compare": 30,
+        "floor: read once": 1 / 2.2,
+    },
 }
-
-LAYER_TARGETS = {"sort (SupSup)": 40, "kthvalue (WSN)": 100, "topk, compare": 10}
+LAYER_TARGETS = {"sort (SupSup)": 40, "kthvalue (WSN)": 100, "topk, compare": 10}  # on a GPU
 TARGETS = {  # on a GPU
     "sort (SupSup)": 30,
     "kthvalue (WSN)": 1000,
@@ -81,13 +86,11 @@ def bench_select_cold(n, dtype, thread_count):
     keys = scores.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)
     ours = {"select": lambda: sk.select(scores, k), "floor: read once": keys.amax}
     times = measure({**ours, **rivals}, rounds=3 if n > 10_000_000 else 6) | floor(n * (scores.element_size() + 1 / 8))
-    targets = TARGETS if n > 10_000_000 else {}
+    cpu = CPU_TARGETS.get(n, {}) if dtype == torch.float32 else {}
+    targets = targets_on(thread_count, cpu, TARGETS if n > 10_000_000 else {})
     name = str(dtype).removeprefix("torch.")
     print("\n" + table(f"select, {n:,} {name} scores, density {DENSITY}, no hints", times, "select", targets))
     record("select", f"cold n={n} {name} density={DENSITY}", times, notes, targets)
-    if thread_count == 1 and dtype == torch.float32:
-        for rival, gate in GATES.get(n, {}).items():
-            assert times[rival].min >= gate * times["select"].min, f"{rival}: below {gate}x"
 
 
 def bench_select_layers(thread_count):
@@ -109,11 +112,10 @@ def bench_select_layers(thread_count):
         ]
     total = sum(s.numel() for s in scores)
     times = measure({"select": lambda: sk.select(scores, k), **rivals}) | floor(total * 4.125)
-    targets = {f"{name}, a layer at a time": least for name, least in LAYER_TARGETS.items()}
+    cuda = {f"{name}, a layer at a time": least for name, least in LAYER_TARGETS.items()}
+    targets = targets_on(thread_count, {"sort (SupSup), a layer at a time": 50}, cuda)
     print("\n" + table(f"select, {len(scores)} layers of a ResNet-18, {total:,} float32 scores", times, "select", targets))
     record("select", f"cold, {len(scores)} layers of a ResNet-18, n={total} float32 density={DENSITY}", times, targets=targets)
-    if thread_count == 1:
-        assert times["sort (SupSup), a layer at a time"].min >= 50 * times["select"].min, "below 50x"
 
 
 RESNET_18 = [math.prod(shape) for shape in resnet18()]
@@ -190,12 +192,10 @@ def bench_refresh_warm(layers, materialise, thread_count):
     if not on_cpu():
         case += ", two refreshes"
     times |= floor(2 * sum(layers) * (12.125 if materialise else 4.125))
-    targets = {"kthvalue (WSN)": 100, "floor: the bytes at copy speed": 1 / (1.3 if layers[0] > 10_000_000 else 2.5)}
+    cpu = {"kthvalue (WSN)": 10} | ({"floor: read once": 1 / 1.6} if layers[0] > 10_000_000 and not materialise else {})
+    cuda = {"kthvalue (WSN)": 100, "floor: the bytes at copy speed": 1 / (1.3 if layers[0] > 10_000_000 else 2.5)}
+    targets = targets_on(thread_count, cpu, cuda)
     print("\n" + table(f"refresh_, {case}", times, "refresh_", targets))
     print(f"  windows missed a call {missed}, share of the scores in the last window {within}")
     record("refresh_", case, times, {"missed_per_call": missed}, targets)
     assert max(missed) <= 0.1 or not on_cpu(), "the hints of the last step do not find the threshold of this one"
-    if sum(layers) > 10_000_000 and not materialise and thread_count == 1:
-        assert times["refresh_"].min <= 1.6 * times["floor: read once"].min, "more than 1.6 reads"
-    if rivals and thread_count == 1:
-        assert times["kthvalue (WSN)"].min >= 10 * times["refresh_"].min, "below 10x"

@@ -1,7 +1,7 @@
 """Superposition of a bank against the published expression and a matrix-vector product, both on float masks (32 times the bytes).
 
 Expected on one thread before any measurement, 300 x 784 weights and 250 masks: forward and backward 100 times the published
-expression and 10 times the product (gates), equal alphas from counts 1,000 times the published expression whatever the number of masks.
+expression and 10 times the product, equal alphas from counts 1,000 times the published expression whatever the number of masks.
 On a GPU: 25 times the published expression and 8 times the product with 250 masks, 20 times the product with 2,500, and with 100 masks
 over 25 million weights within 1.6 times the bytes at copy speed.
 """
@@ -9,7 +9,7 @@ over 25 million weights within 1.6 times the bytes at copy speed.
 import pytest
 import torch
 from baselines import alpha_grad_loop, superpose_grad_product, superpose_product, superpose_published, superpose_sum
-from measure import compiled, floor, measure, on_cpu, only_on, record, report, sizes, table
+from measure import compiled, floor, measure, on_cpu, only_on, record, report, sizes, table, targets_on
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -25,6 +25,7 @@ def with_gradient(expression, grad, alphas, *args):
 
 
 TARGETS = {"published (SupSup)": 25, "float product": 8}  # on a GPU
+CPU_TARGETS = {"published (SupSup)": 100, "float product": 10, "torch.compile": 10}  # forward and backward, 250 tasks
 
 
 @pytest.mark.parametrize("tasks", sizes([10, 32, 250], [250]))
@@ -68,15 +69,16 @@ def bench_superpose(tasks, thread_count):
         rounds=3,
     )
     together = measure({**both, "floor: read the bits twice": lambda: (flat.amax(), flat.amax())}, rounds=3)
-    print("\n" + table(f"superpose, {SHAPE} float32, {tasks} masks", forward, "superpose", TARGETS))
-    print(table(f"superpose_grad, {SHAPE} float32, {tasks} masks", backward, "superpose_grad", TARGETS))
-    print(table(f"superpose and its gradient, {SHAPE} float32, {tasks} masks", together, "superpose", TARGETS))
-    record("superpose", f"shape={SHAPE} K={tasks} float32", forward, targets=TARGETS)
-    record("superpose_grad", f"shape={SHAPE} K={tasks} float32", backward, targets=TARGETS)
-    record("superpose", f"forward and backward, shape={SHAPE} K={tasks} float32", together, notes, TARGETS)
-    if thread_count == 1 and tasks == 250:
-        for name, gate in (("published (SupSup)", 100), ("float product", 10), ("torch.compile", 10)):
-            assert name not in together or together[name].min >= gate * together["superpose"].min, f"{name}: below {gate}x"
+    goals, both_goals = (
+        targets_on(thread_count, {}, TARGETS),
+        targets_on(thread_count, CPU_TARGETS if tasks == 250 else {}, TARGETS),
+    )
+    print("\n" + table(f"superpose, {SHAPE} float32, {tasks} masks", forward, "superpose", goals))
+    print(table(f"superpose_grad, {SHAPE} float32, {tasks} masks", backward, "superpose_grad", goals))
+    print(table(f"superpose and its gradient, {SHAPE} float32, {tasks} masks", together, "superpose", both_goals))
+    record("superpose", f"shape={SHAPE} K={tasks} float32", forward, targets=goals)
+    record("superpose_grad", f"shape={SHAPE} K={tasks} float32", backward, targets=goals)
+    record("superpose", f"forward and backward, shape={SHAPE} K={tasks} float32", together, notes, both_goals)
 
 
 def bench_superpose_large_bank(thread_count):
@@ -115,8 +117,9 @@ def bench_superpose_large_bank(thread_count):
         report("superpose", f"shape={SHAPE} K={tasks} float32", times, "superpose", targets)
     floors = {"floor: read the bits twice": lambda: (flat.amax(), flat.amax())}
     together = measure({**both, **rivals, **floors}, rounds=3, slow=1)
-    print("\n" + table(f"superpose and its gradient, {SHAPE} float32, {tasks} masks", together, "superpose", TARGETS))
-    record("superpose", f"forward and backward, shape={SHAPE} K={tasks} float32", together, targets=TARGETS)
+    targets = targets_on(thread_count, {"published (SupSup)": 100}, TARGETS)
+    print("\n" + table(f"superpose and its gradient, {SHAPE} float32, {tasks} masks", together, "superpose", targets))
+    record("superpose", f"forward and backward, shape={SHAPE} K={tasks} float32", together, targets=targets)
     cached = measure(
         {
             "superpose, counts": lambda: sk.superpose(weight, bank, None, counts),
@@ -126,13 +129,9 @@ def bench_superpose_large_bank(thread_count):
         },
         slow=1,
     )
-    print(table(f"superpose with equal alphas from counts, {SHAPE} float32, {tasks} masks", cached, "superpose, counts"))
-    record("superpose", f"equal alphas from counts, shape={SHAPE} K={tasks} float32", cached)
-    if thread_count == 1:
-        ours = cached["superpose, counts"].min
-        assert together["published (SupSup)"].min >= 100 * together["superpose"].min, "below 100x"
-        assert cached["published (SupSup)"].min >= 1000 * ours, "below 1,000x"
-        assert ours <= 1.2 * cached["ours at K=25"].min, "the number of masks shows"
+    targets = targets_on(thread_count, {"published (SupSup)": 1000, "ours at K=25": 1 / 1.2})
+    print(table(f"superpose with equal alphas from counts, {SHAPE} float32, {tasks} masks", cached, "superpose, counts", targets))
+    record("superpose", f"equal alphas from counts, shape={SHAPE} K={tasks} float32", cached, targets=targets)
 
 
 @only_on("cuda")

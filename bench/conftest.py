@@ -1,11 +1,12 @@
-"""Benchmarks are files bench_*.py with functions bench_*: `python -m pytest bench -s` checks, times, prints, records and gates."""
+"""Benchmarks are files bench_*.py with functions bench_*: `python -m pytest bench -s` checks, times, prints and records."""
 
 import gc
+import json
 from pathlib import Path
 
 import pytest
 import torch
-from figures import report
+from figures import groups, misses, report
 from measure import DEVICE, RECORDED, on_cpu, threads, use
 
 
@@ -44,13 +45,20 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture
 def thread_count(request):
-    """The benchmark runs on one thread and on two; gates hold on one, because another process may hold the second core. On a GPU, 0."""
+    """The benchmark runs on one thread and on two; targets are for one, because another process may hold the second core. On a GPU, 0."""
     with threads(request.param):
         yield request.param if on_cpu() else 0
 
 
 def pytest_terminal_summary(terminalreporter, config):
     folder = config.getoption("--figures")
-    for path in sorted({file for file, *_ in RECORDED}) if folder else ():
+    for path in sorted({file for file, *_ in RECORDED}):
         wanted = {tuple(what) for file, *what in RECORDED if file == path}
-        terminalreporter.write_line(report(path, Path(folder), lambda g, wanted=wanted: (g.bench, g.case, g.threads) in wanted))
+        if folder:
+            terminalreporter.write_line(
+                report(path, Path(folder), lambda g, wanted=wanted: (g.bench, g.case, g.threads) in wanted)
+            )
+        if on_cpu():  # on a GPU gpu_check tells them
+            found = groups(json.loads(path.read_text())["rows"])
+            for line in misses([g for g in found if (g.bench, g.case, g.threads) in wanted]):
+                terminalreporter.write_line(line)

@@ -35,8 +35,16 @@ def use(device: str) -> None:
 
 
 def on_cpu() -> bool:
-    """Whether the benchmarks run on the CPU, where their gates hold; on a GPU they have targets, and a missed one is printed."""
+    """Whether the benchmarks run on the CPU."""
     return DEVICE == "cpu"
+
+
+def targets_on(thread_count: int, cpu: dict[str, float], cuda: dict[str, float] | None = None) -> dict[str, float]:
+    """What a case is to reach: how many times as long as ours another callable takes at least. A missed one is printed and recorded.
+
+    cpu: on one thread; on more there are none, because another process may hold the second core. cuda: on a GPU, thread_count 0.
+    """
+    return (cuda or {}) if thread_count == 0 else cpu if thread_count == 1 else {}
 
 
 def sizes(cpu: list, cuda: list) -> list:
@@ -52,7 +60,7 @@ def only_on(device: str):
 
 
 class Timing(NamedTuple):
-    """Microseconds of one callable: the minimum is what gates read, the median shows how noisy the machine was.
+    """Microseconds of one callable: the minimum is what ratios are of, the median shows how noisy the machine was.
 
     timed and eager: on a GPU how the call was timed, and what it costs on the host; see `on_cuda`.
     """
@@ -201,8 +209,7 @@ def record(
 ) -> Path:
     """Writes a row for each callable of a case, in place of all rows of the same bench, case and threads; returns the file.
 
-    targets: on a GPU, how many times as long as ours another callable is to take at least; less is printed as a miss. Threads are 0
-    there.
+    targets: see `targets_on`. Threads are 0 on a GPU.
     """
     path, here, of = _file()
     results = json.loads(path.read_text()) if path.exists() else {"machine": here, "rows": []}
@@ -214,7 +221,7 @@ def record(
         row = {**where, "name": name, "unit": "us", "min": round(t.min, 2), "median": round(t.median, 2), "calls": t.calls}
         if t.timed:
             row |= {"timed": t.timed} | ({} if t.eager is None else {"eager": round(t.eager, 2)})
-        if not on_cpu() and targets and name in targets:
+        if targets and name in targets:
             row["target"] = round(targets[name], 3)
         rows.append(row | {"commit": commit(), "versions": of, **(notes or {})})
     kept = [row for row in results["rows"] if any(row[key] != value for key, value in where.items())]
@@ -235,7 +242,7 @@ def table(title: str, times: dict[str, Timing], ours: str, targets: dict[str, fl
         line = f"  {name:<28} {t.min:>12.1f} us   median {t.median:>12.1f}   {ratio:>9.2f}x ours"
         if t.timed:
             line += f"   {t.timed:<8}" + ("" if t.eager is None else f" eager {t.eager:>12.1f}")
-        if not on_cpu() and targets and name in targets:
+        if targets and name in targets:
             line += f"   {'MISS of' if ratio < targets[name] else 'met'} {targets[name]:.3g}x"
         lines.append(line)
     return "\n".join(lines)

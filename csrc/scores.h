@@ -193,6 +193,7 @@ SK_AVX2 static void keep_avx2(const T* weight, const Word* bits, T* out, int64_t
   const int64_t full = last * 64 <= n ? last : last - 1;
   for (int64_t w = first; w < full; w++) {
     const uint64_t word = bits[w];
+    ask_ahead(weight + w * 64, 64 * sizeof(T));
     for (int j = 0; j < 64; j += kLanes) {
       const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + w * 64 + j));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + w * 64 + j), _mm256_and_si256(x, spread_avx2(word >> j, T{})));
@@ -217,6 +218,7 @@ SK_AVX512 static void keep_avx512(const T* weight, const Word* bits, T* out, int
   const int64_t full = last * 64 <= n ? last : last - 1;
   for (int64_t w = first; w < full; w++) {
     const uint64_t word = bits[w];
+    ask_ahead(weight + w * 64, 64 * sizeof(T));
     for (int j = 0; j < 64; j += kLanes) keep_lanes(weight + w * 64 + j, word >> j, ~uint64_t{0}, out + w * 64 + j);
   }
   for (int64_t w = full < first ? first : full; w < last; w++)

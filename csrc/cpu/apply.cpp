@@ -68,6 +68,7 @@ SK_AVX2 static void apply_avx2(const uint8_t* weight, const uint8_t* bits, uint8
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
     uint64_t word = load_word(bits + i / 8);
+    ask_ahead(weight + i * S, 64 * S);
     for (int j = 0; j < 64; j += kLanes, word >>= kLanes & 63) {
       const __m256i w = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(weight + (i + j) * S));
       const __m256i open = spread_avx2<S>(static_cast<uint32_t>(word));
@@ -101,6 +102,7 @@ SK_AVX512 static void apply_avx512(const uint8_t* weight, const uint8_t* bits, u
   int64_t i = 0;
   for (; i + 64 <= n; i += 64) {
     const uint64_t word = load_word(bits + i / 8);
+    ask_ahead(weight + i * S, 64 * S);
     for (int j = 0; j < 64; j += kLanes) _mm512_storeu_si512(out + (i + j) * S, load_avx512<S>(weight + (i + j) * S, word >> j));
   }
   const uint64_t here = low_bits(n - i), word = i < n ? load_word(bits + i / 8) & here : 0;

@@ -71,6 +71,7 @@ SK_AVX2 static void scan_avx2(Scan<K>& s, int64_t first, int64_t last) {
   for (int64_t w = first; w < last; w++) {
     const K* scores = word_scores(s, w, copy);
     const uint64_t valid = valid_bits(w, s.n);
+    ask_ahead(scores, 64 * sizeof(K));
     Side side = side_avx2<Value>(scores, s.lo, s.hi, s.inf);
     s.bits[w] = side.above &= valid;
     s.above += __builtin_popcountll(side.above);
@@ -99,6 +100,7 @@ SK_AVX512 static void scan_avx512(Scan<K>& scan, int64_t first, int64_t last) {
     const K* scores = word_scores(s, w, copy);
     const uint64_t valid = valid_bits(w, s.n);
     __m512i keys[sizeof(K)];
+    ask_ahead(scores, 64 * sizeof(K));
     Side side = side_avx512<Value>(scores, s.lo, s.hi, s.inf, keys);
     s.bits[w] = side.above &= valid;
     s.above += __builtin_popcountll(side.above);

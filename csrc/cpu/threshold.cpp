@@ -18,13 +18,19 @@ static void open_portable(const K* scores, K lo, K inf, Word* bits, int64_t firs
 
 template <class K>
 SK_AVX2 static void open_avx2(const K* scores, K lo, K inf, Word* bits, int64_t first, int64_t last) {
-  for (int64_t w = first; w < last; w++) bits[w] = side_avx2<true>(scores + w * 64, lo, inf, inf).within;
+  for (int64_t w = first; w < last; w++) {
+    ask_ahead(scores + w * 64, 64 * sizeof(K));
+    bits[w] = side_avx2<true>(scores + w * 64, lo, inf, inf).within;
+  }
 }
 
 template <class K>
 SK_AVX512 static void open_avx512(const K* scores, K lo, K inf, Word* bits, int64_t first, int64_t last) {
   __m512i keys[sizeof(K)];
-  for (int64_t w = first; w < last; w++) bits[w] = side_avx512<true>(scores + w * 64, lo, inf, inf, keys).within;
+  for (int64_t w = first; w < last; w++) {
+    ask_ahead(scores + w * 64, 64 * sizeof(K));
+    bits[w] = side_avx512<true>(scores + w * 64, lo, inf, inf, keys).within;
+  }
 }
 
 struct Layer {
