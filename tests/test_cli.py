@@ -243,11 +243,12 @@ def test_sigterm_then_resume(capsys, tmp_path):
 
 TINY = """
 import time
-from measure import measure, record
+from measure import measure, record, targets_on
 def bench_tiny(thread_count):
     steps = {"ours": lambda: time.sleep(0.002), "fast": lambda: None, "slow": lambda: time.sleep(0.05)}
-    record("tiny_", "sleep", measure(steps, seconds=0, rounds=2))
-    assert thread_count != 2, "a gate"
+    targets = targets_on(thread_count, {"fast": 2, "slow": 2}, {"slow": 1e9})
+    record("tiny_", "sleep", measure(steps, seconds=0, rounds=2), targets=targets)
+    assert thread_count != 2, "a wrong result"
 """
 
 
@@ -274,15 +275,18 @@ def test_bench_runs_and_draws(capfd, checkout, tmp_path):
     text = " ".join(out.split())
     assert f"tiny_, sleep, 1 thread: ours {times['ours']:,.1f} us" in text
     assert f"{times['slow'] / times['ours']:.0f} x slow /" in text  # no loss; the drawings follow
-    assert "x fast <- LOSS" in text
+    assert "x fast <- LOSS <- MISS of 2" in text
+    assert {row["name"]: row.get("target") for row in rows} == {"ours": None, "fast": 2, "slow": 2}
+    assert "MISS tiny_, sleep: fast takes" in text
+    assert "MISS tiny_, sleep: slow" not in text
     assert str(tmp_path / "drawn" / "tiny.png") in text
     assert (tmp_path / "drawn" / "tiny.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_bench_tells_by_its_code_that_a_promise_is_missed(capfd, checkout):
+def test_bench_tells_by_its_code_that_a_result_is_wrong(capfd, checkout):
     code, out, _ = command(capfd, "bench", "--only", "tiny", "--threads", "1,2")
     assert code == 1
-    assert "a gate" in out
+    assert "a wrong result" in out
     assert "tiny_, sleep, 2 threads: ours" in out
     assert (checkout / "bench" / "results" / "tiny.png").exists()
 
