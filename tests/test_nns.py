@@ -202,6 +202,16 @@ def test_a_drop(drop, margin, learning, expected):
     assert method.margin == (None if expected == "new" else pytest.approx(5 * math.exp(0.3) / (4 + math.exp(0.3)) - 1, rel=1e-5))
 
 
+@pytest.mark.parametrize(
+    ("threshold", "learning", "expected"),
+    [(1.3, 0, "new"), (1.2, 0, "known"), (None, 0, "known"), (1.3, 1, "known")],  # the last one learns already
+)
+def test_a_return_is_asked_for_more(threshold, learning, expected):
+    """The gradient prefers mask 1, whose n p is 1.26."""
+    method = looking([0.0, -0.3, 0.0, 0.0, 0.0], return_threshold=threshold, learning=learning)
+    assert (method.masks, method.current) == (([0, 1, 2, 3], 3) if expected == "new" else ([0, 1, 2], 1))
+
+
 @pytest.mark.parametrize(("fields", "current", "skipping"), [({}, 2, True), ({"when_spent": "reuse"}, 1, False)])
 @pytest.mark.parametrize("grad", [[0.0, -0.01, 0.0, -0.02, 0.0], [0.0, -0.01, 0.0, -5.0, 0.0]], ids=["new", "untrained"])
 def test_a_spent_budget(grad, fields, current, skipping):
@@ -404,6 +414,7 @@ def test_it_promises_no_more_than_it_can():
         ({"check_every": 0}, "check_every must be at least 1, got 0"),
         ({"grace": -1}, "grace must not be negative"),
         ({"threshold": 1.0}, "threshold must exceed 1"),
+        ({"return_threshold": 1.0}, "return_threshold must exceed 1"),
         ({"drop": 1.0}, r"drop must be in \(0, 1\)"),
         ({"candidates": 1}, "candidates must be at least 2"),
         ({"budget": 0}, "budget must be at least 1"),

@@ -59,6 +59,9 @@ class NNsConfig(SupSupConfig):
     """What a look differentiates: the entropy (H, the paper and the authors' code), or G; `objective` is that of the test."""
     threshold: float = 1.125
     """A batch is of a new task where no one of n candidates has more than threshold / n of the softmax of the gradients."""
+    return_threshold: float | None = None
+    """Another mask than the one that learns takes a batch where it has at least this / n, as it had a whole visit to learn its task; null:
+    threshold."""
     drop: float | None = None
     """A batch is of a new task, too, where the gradient prefers the mask that learns, but by less than this part of the last look's n p - 1
     (p: its share of the softmax); null does not compare."""
@@ -80,6 +83,8 @@ class NNsConfig(SupSupConfig):
             raise Refusal(f"grace must not be negative, got {self.grace}")
         if self.threshold <= 1:
             raise Refusal(f"threshold must exceed 1, which n equal candidates have n times, got {self.threshold}")
+        if self.return_threshold is not None and self.return_threshold <= 1:
+            raise Refusal(f"return_threshold must exceed 1, which n equal candidates have n times, got {self.return_threshold}")
         if self.drop is not None and not 0 < self.drop < 1:
             raise Refusal(f"drop must be in (0, 1), got {self.drop}")
         if self.candidates < 2:
@@ -155,12 +160,18 @@ class NNs(SupSup):
         found = inference.whose_batch(grad, len(self.masks), c.threshold)
         margin = found.confidence * len(grad) - 1
         self.skipping = False
-        # a mask that has begun to learn another task passes for that task's, but not as well as it did for its own
-        fell = c.drop is not None and self.margin is not None and margin < c.drop * self.margin
-        if not found.new and found.mask < len(self.masks) and not (fell and self.masks[found.mask] == self.current):
+        known = not found.new and found.mask < len(
+            self.masks
+        )  # an untrained mask that stands out knows the task as little as any
+        if known and self.masks[found.mask] == self.current:
+            # a mask that has begun to learn another task passes for that task's, but not as well as it did for its own
+            known = c.drop is None or self.margin is None or margin >= c.drop * self.margin
+        elif known and c.return_threshold is not None:
+            known = margin + 1 >= c.return_threshold
+        if known:
             self.take(self.merged(grad, found.mask, batch), opt)
             self.margin = margin
-        elif len(self.masks) < c.budget:  # an untrained mask that stands out knows the task as little as any
+        elif len(self.masks) < c.budget:
             self.allocate(opt)
         elif c.when_spent == "reuse":
             self.take(self.masks[inference.one_shot(grad[: len(self.masks)])], opt)
