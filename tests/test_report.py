@@ -82,13 +82,14 @@ def test_reuse_is_drawn_and_not_listed(tmp_path):
         "layers": {"one": layer, "two": layer},
         "overlap": None,
         "correlation": pairs,
+        "pairs": {"layers": {"one": {"measured": 1.5, "expected": 1.0}}, "all": {"measured": 1.5, "expected": 1.0}},
     }
     reusing = replace(RESULT, method_report={"reuse": found})
     drawn = draw(reusing, tmp_path)
-    assert {"reuse_tasks.png", "reuse_layers.png", "correlation.png"} < {p.name for p in drawn}
-    assert "overlap" not in page("title", [reusing], captioned([reusing], drawn))
-    found["correlation"], found["layers"] = None, {f"a.long.layer.name.{i}": layer for i in range(20)}
-    assert "correlation.png" not in {p.name for p in draw(reusing, tmp_path)}
+    assert {"reuse_tasks.png", "reuse_layers.png", "correlation.png", "overlap.png"} < {p.name for p in drawn}
+    assert "&quot;expected&quot;" not in page("title", [reusing], captioned([reusing], drawn))
+    found["correlation"], found["pairs"], found["layers"] = None, None, {f"a.long.layer.name.{i}": layer for i in range(20)}
+    assert not {"correlation.png", "overlap.png"} & {p.name for p in draw(reusing, tmp_path)}
     one = {name: values[:1] for name, values in layer.items()}
     only = replace(RESULT, method_report={"reuse": {**found, "tasks": one, "layers": {"one": one}}})
     assert "reuse_layers.png" not in {p.name for p in draw(only, tmp_path)}

@@ -239,7 +239,17 @@ def reproduce(argv: list[str]) -> int:
     parser.add_argument("--data-dir", metavar="DIR", help="folder of the data sets ($SUBNET_DATA_DIR, else the user's cache)")
     parser.add_argument("--out", metavar="DIR", help="folder of the runs and of report.html (runs/TABLE)")
     given = parser.parse_args(argv)
-    table, seeds = read_table(given.table), seeds_of(given.seeds)
+    table = read_table(given.table)
+    if table.storage is not None:
+        from subnet_pipelines.storage_tables import write_storage
+
+        if useless := [
+            name for name in vars(given) if name not in ("table", "out") and vars(given)[name] != parser.get_default(name)
+        ]:
+            raise Refusal(f"{table.name} is computed and takes no flag but --out, got {flag(useless[0])}")
+        write_storage(table, Path(given.out or f"runs/{table.name}"))
+        return 0
+    seeds = seeds_of(given.seeds)
     if given.also is not None and given.also not in FIDELITIES:
         raise Refusal(f"--also must be one of {', '.join(FIDELITIES)}, got {given.also!r}")
     device = device_of(given.device).type

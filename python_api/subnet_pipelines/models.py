@@ -158,16 +158,17 @@ class ResNet50(ConvNet):
 
     In eval mode norm is by running statistics. A stage's stride is in the 3 x 3 convolution of its first block, as in SupSup's code.
     base: width of the first stage's 3 x 3 convolutions, doubled from stage to stage; between blocks 256 to 2048 channels whatever it is.
+    blocks: of each stage; 3, 4, 23, 3 are ResNet-101.
     """
 
-    def __init__(self, outputs: int, channels: int = 3, base: int = 64):
+    def __init__(self, outputs: int, channels: int = 3, base: int = 64, blocks: Sequence[int] = (3, 4, 6, 3)):
         super().__init__()
         layers = [nn.Conv2d(channels, 64, 7, 2, 3, bias=False), _norm(nn.BatchNorm2d, 64, True), nn.ReLU()]
         layers.append(nn.MaxPool2d(3, 2, 1))
         before = 64
-        for stage, blocks in enumerate((3, 4, 6, 3)):
+        for stage, count in enumerate(blocks):
             out = 256 << stage
-            for block in range(blocks):
+            for block in range(count):
                 layers.append(Bottleneck(before, base << stage, out, 2 if stage and not block else 1))
                 before = out
         self.body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
@@ -178,17 +179,26 @@ class ResNet18(ConvNet):
     """ResNet-18 for 32 x 32 images as GPM, WSN, SupSup have it: 3 x 3 in front, eight blocks 1, 1, 2, 2, 4, 4, 8, 8 `width` wide.
 
     pool: side of the average pooling before the head, which reads 8 width (4 / pool)^2 features; running: norm by running
-    statistics in eval mode (SupSup), or by the batch's own (WSN).
+    statistics in eval mode (SupSup), or by the batch's own (WSN); blocks: of each stage; 3, 4, 6, 3 are ResNet-34.
     """
 
-    def __init__(self, outputs: int, channels: int = 3, width: int = 20, pool: int = 2, running: bool = False):
+    def __init__(
+        self,
+        outputs: int,
+        channels: int = 3,
+        width: int = 20,
+        pool: int = 2,
+        running: bool = False,
+        blocks: Sequence[int] = (2, 2, 2, 2),
+    ):
         super().__init__()
         layers = [nn.Conv2d(channels, width, 3, 1, 1, bias=False), _norm(nn.BatchNorm2d, width, running), nn.ReLU()]
         before = width
-        for stage in range(4):
+        for stage, count in enumerate(blocks):
             out = width << stage
-            layers += [Block(before, out, 2 if stage else 1, running), Block(out, out, 1, running)]
-            before = out
+            for block in range(count):
+                layers.append(Block(before, out, 2 if stage and not block else 1, running))
+                before = out
         self.body = nn.Sequential(*layers, nn.AvgPool2d(pool), nn.Flatten())
         self.head = nn.Linear(before * (4 // pool) ** 2, outputs, bias=False)
 

@@ -294,6 +294,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
                 xlabel="task",
                 ylabel="task",
             )
+        if found := reused["pairs"]:
+            labels = {"ylabel": "% of the weights", "title": "open in two masks, mean over pairs"}
+            save("overlap.png", lambda axes: _overlaps(axes, {**found["layers"], "all": found["all"]}), **labels)
     return [*made, draw_final([result], folder)]
 
 
@@ -344,8 +347,20 @@ def _shares(axes: Any, shares: dict[str, Vector]) -> None:
 
 def _layers(axes: Any, layers: dict[str, dict[str, float | None]]) -> None:
     _shares(axes, {name: [shares[name] for shares in layers.values()] for name in SHARED})
-    many = len(layers) > 4
-    axes.set_xticks(range(len(layers)), list(layers), rotation=90 if many else 0, fontsize=7)
+    _name_layers(axes, list(layers))
+
+
+def _overlaps(axes: Any, layers: dict[str, dict[str, float]]) -> None:
+    """Bars, and what independent masks would share."""
+    axes.bar(range(len(layers)), [found["measured"] for found in layers.values()], 0.8, label="measured")
+    axes.plot(range(len(layers)), [found["expected"] for found in layers.values()], "k_", markersize=8, label="independent masks")
+    axes.legend(fontsize=7)
+    _name_layers(axes, list(layers))
+
+
+def _name_layers(axes: Any, names: list[str]) -> None:
+    many = len(names) > 4
+    axes.set_xticks(range(len(names)), names, rotation=90 if many else 0, fontsize=7)
     if many:  # room for the names
         axes.set_position((0.14, 0.28, 0.83, 0.63))
 

@@ -1,7 +1,9 @@
-"""How masks share weights: what a task takes over from earlier ones, and how alike two masks are. All from packed bits."""
+"""How masks share weights: what a task takes over from earlier ones, how alike two masks are, and how alike they would be by chance. All
+from packed bits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -54,15 +56,51 @@ def correlation(overlap: Tensor, n: int) -> list[list[float | None]]:
     return [[round(v, 6) if v == v and abs(v) != float("inf") else None for v in row] for row in found.tolist()]
 
 
+def expected_overlap(overlap: Tensor, n: int) -> Tensor:
+    """What every two masks over n weights would have in common if they were independent: n times the product of their densities.
+
+    overlap: int64 (K, K), open weights in common, of a mask with itself its own -> float64 (K, K); the diagonal, which is no pair, too.
+    """
+    ones = overlap.diagonal().double()
+    return ones[:, None] * ones / n
+
+
+def pairs(overlap: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Any]:
+    """The measured overlap of K >= 2 masks beside the expected one of independent masks, in percent of a layer's weights and as the
+    mean over all pairs: {"layers": {layer: {"measured", "expected"}}, "all": the same over all layers}.
+
+    overlap: {layer: int64 (K, K)}; sizes: weights of each layer. Over all layers, masks are independent where they are so in every one.
+    """
+    found = {name: (_pair_sum(both), _pair_sum(expected_overlap(both, sizes[name]))) for name, both in overlap.items()}
+    whole = [sum(sums) for sums in zip(*found.values())]
+    pair_count = math.comb(len(next(iter(overlap.values()))), 2)
+
+    def shares(sums: Iterable[float], n: int) -> dict[str, float]:
+        return {name: 100 * value / (pair_count * n) for name, value in zip(("measured", "expected"), sums)}
+
+    layers = {name: shares(sums, sizes[name]) for name, sums in found.items()}
+    return {"layers": layers, "all": shares(whole, sum(sizes[name] for name in overlap))}
+
+
+def _pair_sum(matrix: Tensor) -> float:
+    """The sum over the pairs i < j of a symmetric matrix."""
+    matrix = matrix.cpu().double()
+    return ((matrix.sum() - matrix.trace()) / 2).item()
+
+
 def reuse_report(bank: sk.MaskBank) -> dict[str, Any] | None:
-    """`reuse` of a bank's masks in commit order, how many weights every two have in common, and their correlation, over all layers;
-    the pairs are null beyond 250 masks. None for an empty bank."""
+    """`reuse` of a bank's masks in commit order; how many weights every two have in common, how many they would have if they were
+    independent in every layer, and their correlation, over all layers; and the mean of the first two by layer (`pairs`, of two masks or
+    more). All that is of pairs is null beyond 250 masks. None for an empty bank."""
     names = bank.masks
     if not names:
         return None
-    found = {"masks": names, **reuse(map(bank.opened, names)), "overlap": None, "correlation": None}
+    found = {"masks": names, **reuse(map(bank.opened, names)), **dict.fromkeys(("overlap", "expected", "correlation", "pairs"))}
     if len(names) <= MOST:
-        overlap = sum(bank.overlap().values())
+        layers, sizes = bank.overlap(), {name: layer.weight.numel() for name, layer in zip(bank.layer_names, bank.layers())}
+        overlap, expected = sum(layers.values()), sum(expected_overlap(both, sizes[name]) for name, both in layers.items())
         found["overlap"] = overlap.tolist()
-        found["correlation"] = correlation(overlap, sum(layer.weight.numel() for layer in bank.layers()))
+        found["expected"] = [[round(value, 1) for value in row] for row in expected.tolist()]
+        found["correlation"] = correlation(overlap, sum(sizes.values()))
+        found["pairs"] = pairs(layers, sizes) if len(names) > 1 else None
     return found

@@ -5,7 +5,7 @@ and BENCHMARK/ROW.yaml (method, the paper's numbers where it prints any, setting
 and the `point` of a figure that the cell is: its line and its place on the x axis). A cell without a method is one that this package does
 not have; it is listed with the paper's number. Where cells differ by the values of settings alone, table.yaml says all of it: `sweep`, the
 values of each swept setting, and `cells`, one for each benchmark, which is run at every combination of the values; the first setting is the
-x axis of `point`, the others make its line.
+x axis of `point`, the others make its line. A table whose cells are no runs has `storage` and no cells (storage_tables.py).
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ class Table:
     source: str
     cells: list[Cell]
     figures: dict[str, dict[str, Any]] = field(default_factory=dict)  # title -> FIGURE's words
+    storage: dict[str, Any] | None = None  # what storage_tables.py computes, in place of cells
 
 
 def table_names() -> list[str]:
@@ -99,7 +100,7 @@ def read_table(name: str) -> Table:
             raise Refusal(f"{TABLES / name / 'table.yaml'}: figure {title!r} has no {words['y']} over {words['x']}")
     cells = [read_cell(n, head["rows"], files[n]) for n in names if n in files]
     cells += sweep(head["cells"], head["sweep"], TABLES / name / "table.yaml") if "sweep" in head else []
-    return Table(name, head["title"], head["source"], cells, shown)
+    return Table(name, head["title"], head["source"], cells, shown, head.get("storage"))
 
 
 def sweep(cells: dict[str, dict[str, Any]], values: dict[str, list[Any]], path: Path) -> list[Cell]:
@@ -286,16 +287,29 @@ def lead_of(record: dict[str, Any]) -> list[str]:
     return lead
 
 
+def as_text(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """A table's lines in columns, the first one to the left."""
+    widths = [max(map(len, column)) for column in zip(headings, *rows)]
+    lines = [
+        [row[0].ljust(widths[0]), *(word.rjust(width) for word, width in zip(row[1:], widths[1:]))] for row in [headings, *rows]
+    ]
+    return ["  ".join(line) for line in lines]
+
+
+def as_pipes(headings: list[str], rows: list[list[str]]) -> list[str]:
+    """A table's lines in Markdown."""
+    head, *lines = ["| " + " | ".join(word.replace("|", "\\|") for word in row) + " |" for row in [headings, *rows]]
+    return [head, "|" + "---|" + "---:|" * (len(headings) - 1), *lines]
+
+
 def print_parts(record: dict[str, Any]) -> None:
     """The table on stdout."""
     for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
         kept = [i for i, word in enumerate(headings) if word not in ("CAP, stored bits", "CAP, joint Huffman", "time (s)")]
-        widths = [max(len(row[i]) for row in [headings, *rows]) for i in kept]
         print(f"{record['title']}: {name}")
-        for row in [headings, *rows]:
-            first, *others = [row[i] for i in kept]
-            print("  ".join([first.ljust(widths[0]), *(word.rjust(width) for word, width in zip(others, widths[1:]))]))
+        for line in as_text([headings[i] for i in kept], [[row[i] for i in kept] for row in rows]):
+            print(line)
         for line in remarks(part):
             print(f"  {line}")
         print()
@@ -324,8 +338,7 @@ def as_markdown(record: dict[str, Any], level: str = "#") -> str:
     out = [record["title"], "", *(f"{line}\n" for line in lead_of(record))]
     for name, part in parts_of(record).items():
         headings, rows = lines_of(part)
-        out += [f"{level}# {name}", "", f"| {' | '.join(headings)} |", "|" + "---|" + "---:|" * (len(headings) - 1)]
-        out += [f"| {' | '.join(row)} |" for row in rows]
+        out += [f"{level}# {name}", "", *as_pipes(headings, rows)]
         out += ["", *(f"- {line}" for line in remarks(part)), ""]
     out += [f"{name}: {value}  " for name, value in record["environment"].items() if value is not None]
     return "\n".join(out) + "\n"
