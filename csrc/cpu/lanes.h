@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "../common.h"
@@ -125,6 +126,11 @@ SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
 SK_LANES void store_first(float* to, const Lanes& v, int64_t n) {
   for (int64_t i = 0; i < n && i < kLanes; i++) to[i] = v.lane[i];
 }
+// Lane j of v[i] and lane i of v[j] change places.
+SK_LANES void transpose(Lanes (&v)[16]) {
+  for (int i = 0; i < 16; i++)
+    for (int j = 0; j < i; j++) std::swap(v[i].lane[j], v[j].lane[i]);
+}
 
 }  // namespace portable
 
@@ -215,6 +221,21 @@ SK_AVX2 SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
   sums4(quarter(_mm256_add_ps(v[0].low, v[0].high)), quarter(_mm256_add_ps(v[1].low, v[1].high)),
         quarter(_mm256_add_ps(v[2].low, v[2].high)), quarter(_mm256_add_ps(v[3].low, v[3].high)), to);
 }
+// The lanes of a and b in turn: those of their first halves, and those of their second ones.
+SK_AVX2 SK_LANES Lanes zip8(__m256 a, __m256 b) {
+  const __m256 low = _mm256_unpacklo_ps(a, b), high = _mm256_unpackhi_ps(a, b);
+  return {_mm256_permute2f128_ps(low, high, 0x20), _mm256_permute2f128_ps(low, high, 0x31)};
+}
+SK_AVX2 SK_LANES void transpose(Lanes (&v)[16]) {
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {  // each doubles the runs of lanes that stand in their column
+    Lanes to[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) to[2 * i] = zip8(v[i].low, v[i + 8].low), to[2 * i + 1] = zip8(v[i].high, v[i + 8].high);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = to[i];
+  }
+}
 SK_AVX2 SK_LANES void store_first(float* to, const Lanes& v, int64_t n) {
   alignas(32) float all[kLanes];
   store(all, v);
@@ -270,6 +291,21 @@ SK_AVX512 SK_LANES float sum(Lanes v) {
 SK_AVX512 SK_LANES __m256 half(Lanes v) { return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1)); }
 SK_AVX512 SK_LANES void sums(const Lanes (&v)[4], float (&to)[4]) {
   avx2::sums4(avx2::quarter(half(v[0])), avx2::quarter(half(v[1])), avx2::quarter(half(v[2])), avx2::quarter(half(v[3])), to);
+}
+SK_AVX512 SK_LANES void transpose(Lanes (&v)[16]) {
+  const __m512i first = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i second = _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+#pragma GCC unroll 4
+  for (int round = 0; round < 4; round++) {  // as by AVX2: the lanes of two registers in turn
+    Lanes to[16];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) {
+      to[2 * i] = _mm512_permutex2var_ps(v[i], first, v[i + 8]);
+      to[2 * i + 1] = _mm512_permutex2var_ps(v[i], second, v[i + 8]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; i++) v[i] = to[i];
+  }
 }
 SK_AVX512 SK_LANES void store_first(float* to, Lanes v, int64_t n) {
   _mm512_mask_storeu_ps(to, static_cast<__mmask16>(n >= kLanes ? 0xffff : (1 << n) - 1), v);

@@ -1,14 +1,16 @@
 // masked_linear and its gradients in float32: y = x (W where open)^T, dx = G_y (W where open), and G = G_y^T x with the
 // straight-through rule behind it. Other dtypes go through apply and PyTorch's own product.
 //
-// The forward product multiplies rows by rows, both contiguous: no packing, and a mask piece costs a load beside the FMAs of
-// several rows. The gradients are sums of outer products over packed panels of 32 columns; the mask is applied while W is packed.
-// A sum over more than kDepth terms is made of partial sums of kDepth, in order. The threads divide outputs, never sums.
+// The forward product of few rows multiplies rows by rows, both contiguous: no packing, and a mask piece costs a load beside the
+// FMAs of several rows. That of many rows, and the gradients, are sums of outer products over packed panels of 32 columns; the
+// mask is applied while W is packed. There a sum over more than kDepth terms is made of partial sums of kDepth, in order. The
+// threads divide outputs, never sums.
 #include <immintrin.h>
 
 #include <algorithm>
 #include <array>
 #include <cstdlib>
+#include <new>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -20,16 +22,17 @@
 
 namespace {
 
-constexpr int kRows = 12;              // rows of an outer product
-constexpr int kPanel = 32;             // columns of one
-constexpr int kAhead = 4;              // rows that are asked for before they are packed
-constexpr int kWide = 4 * kPanel;      // columns of a weight that are packed at once
-constexpr int64_t kDepth = 128;        // terms of a partial sum: a panel of them is half of a first-level cache
-constexpr int64_t kDirect = kRows;     // rows of a gradient up to which an unmasked weight is used where it lies
-constexpr int64_t kFew = 12;           // rows of x up to which masking in the registers costs less than masking once
-constexpr int64_t kGroup = 2 * kRows;  // rows of a weight gradient that end on a whole byte of bits
-constexpr int64_t kPast = 1 << 18;     // weights from which their gradients are written past the caches
-constexpr int64_t kWork = 1 << 18;     // multiply-adds below which a thread costs more than it saves
+constexpr int kRows = 12;            // rows of an outer product
+constexpr int kPanel = 32;           // columns of one
+constexpr int kAhead = 4;            // rows that are asked for before they are packed
+constexpr int kWide = 4 * kPanel;    // columns of a weight that a thread takes at least
+constexpr int64_t kDepth = 256;      // terms of a partial sum: a panel of them fits a first-level cache beside a tile
+constexpr int64_t kDirect = kRows;   // rows of a gradient up to which an unmasked weight is used where it lies
+constexpr int64_t kFew = 12;         // rows of x up to which masking in the registers costs less than masking once
+constexpr int64_t kMany = 48;        // rows of x from which a weight is turned for outer products
+constexpr int64_t kPast = 1 << 18;   // weights from which their gradients are written past the caches
+constexpr int64_t kSpare = 1 << 22;  // floats up to which a thread keeps a buffer
+constexpr int64_t kWork = 1 << 18;   // multiply-adds below which a thread costs more than it saves
 
 // Packed bits that may be read from any bit on, never beyond their end; begin is null where everything is open.
 struct Bits {
@@ -60,15 +63,30 @@ struct Product {
   int64_t rows, in, out;
 };
 
-// Where the gradients of weight and scores go, and what they are made from; d_weight is null where it is not wanted.
-struct Gradients {
-  const float *weight, *scores;
-  float *d_weight, *d_scores;
-  bool magnitude;
+// Where a tile of sums goes, in rows that lie `row` apart: onto what is there if it is more of a sum, else onto a bias if any.
+struct Place {
+  float* out;
+  int64_t row;
+  const float* bias = nullptr;
+  bool more = false;
 };
 
-using OuterTile = void (*)(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
-                           int64_t out_row, int64_t lanes, bool more);
+// The weights and scores of the next tile of G, which lie `row` apart.
+struct Ahead {
+  const float *weight, *scores;
+  int64_t row;
+};
+
+// What the gradients of weight and scores are made from, and where they go: d_weight and d_scores are null where not wanted.
+struct Gradients {
+  const float *weight, *scores;
+  Bits open, shut;
+  float *d_weight, *d_scores;
+  int64_t row;
+  bool magnitude, past;
+};
+
+int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 namespace portable {
 #define SK_LEVEL 0
@@ -92,13 +110,39 @@ namespace avx512 {
 #undef SK_TARGET
 }  // namespace avx512
 
-// Float32, 64-byte aligned, not initialised.
+// Float32, 64-byte aligned, not initialised. A thread keeps the last one for the next: fresh pages cost more than filling them.
 struct Buffer {
-  explicit Buffer(int64_t n) : p(static_cast<float*>(std::aligned_alloc(64, (n * 4 + 63) / 64 * 64))) {}
-  ~Buffer() { std::free(p); }
+  explicit Buffer(int64_t n) {
+    if (spare.size < n) {
+      std::free(spare.p);
+      spare.size = 0;
+      spare.p = static_cast<float*>(std::aligned_alloc(64, padded(n, 16) * sizeof(float)));
+      if (!spare.p) throw std::bad_alloc();
+      spare.size = n;
+    }
+    std::swap(p, spare.p);
+    std::swap(size, spare.size);
+  }
+  ~Buffer() {
+    if (size <= kSpare && size > spare.size) {
+      std::swap(p, spare.p);
+      std::swap(size, spare.size);
+    }
+    std::free(p);
+  }
   Buffer(const Buffer&) = delete;
-  float* p;
+  float* p = nullptr;
+  int64_t size = 0;
+
+ private:
+  struct Spare {
+    ~Spare() { std::free(p); }
+    float* p = nullptr;
+    int64_t size = 0;
+  };
+  static thread_local Spare spare;
 };
+thread_local Buffer::Spare Buffer::spare;
 
 const float* floats(const Tensor& t) { return static_cast<const float*>(t.const_data_ptr()); }
 float* floats_of(Tensor& t) { return static_cast<float*>(t.mutable_data_ptr()); }
@@ -117,17 +161,53 @@ int64_t rows_of(const Tensor& t) {
   return rows;
 }
 
-// Columns [0, columns) of `depth` rows as tiles [tile][depth][kRows], for the left side of outer products; the step between two
-// terms of a sum and that between two rows of the result say which way round `from` lies.
-void pack_tiles(const float* from, int64_t term, int64_t row, int64_t depth, int64_t rows, float* to) {
+// The left sides of outer products: rows [0, rows) of `depth` terms that lie `term` apart, as tiles [tile][depth][kRows].
+void pack_across(const float* from, int64_t term, int64_t depth, int64_t rows, float* to) {
   for (int64_t first = 0; first < rows; first += kRows, to += depth * kRows) {
     const int64_t n = std::min<int64_t>(kRows, rows - first);
-    for (int64_t k = 0; k < depth; k++)
-      for (int64_t r = 0; r < n; r++) to[k * kRows + r] = from[k * term + (first + r) * row];
+    for (int64_t k = 0; k < depth; k++) {
+      const float* terms = from + k * term + first;
+      if (n == kRows)
+        std::memcpy(to + k * kRows, terms, kRows * sizeof(float));  // of a known size: three moves
+      else
+        std::copy_n(terms, n, to + k * kRows);
+    }
   }
 }
 
-int64_t padded(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+// Rows that lie `row` apart, of `depth` contiguous terms, as [row][kDepth].
+void pack_along(const float* from, int64_t row, int64_t depth, int64_t rows, float* to) {
+  for (int64_t r = 0; r < rows; r++) std::copy_n(from + r * row, depth, to + r * kDepth);
+}
+
+// c[r][l] = sum_k a[r][k] w[k][l], or w[l][k] where w is turned, (+ bias[l]): y and dx. A panel of w is packed, then meets all
+// rows of a while it is in the first-level cache.
+void by_panels(const float* a, int64_t rows, int64_t terms, const float* w, const Bits& open, int64_t w_row, bool turned,
+               const float* bias, float* c, int64_t lanes) {
+  const int64_t runs = (rows + kRows - 1) / kRows;
+  const Buffer tiles(rows * padded(terms, kDepth) + kRows * kDepth);
+  for (int64_t k = 0; k < terms; k += kDepth) pack_along(a + k, terms, std::min(kDepth, terms - k), rows, tiles.p + k * rows);
+  const auto pack = turned ? for_isa(portable::pack_turned, avx2::pack_turned, avx512::pack_turned)
+                           : for_isa(portable::pack_panels, avx2::pack_panels, avx512::pack_panels);
+  const auto outer = for_isa(portable::outer_tile<true>, avx2::outer_tile<true>, avx512::outer_tile<true>);
+  parallel((lanes + kWide - 1) / kWide, std::max<int64_t>(1, kWork / (rows * terms * kWide)), [&](int64_t begin, int64_t end) {
+    const int64_t last = std::min(lanes, end * kWide);
+    alignas(64) float panel[kDepth * kPanel];
+    for (int64_t l = begin * kWide; l < last; l += kPanel)
+      for (int64_t k = 0; k < terms; k += kDepth) {
+        const int64_t depth = std::min(kDepth, terms - k), here = std::min<int64_t>(kPanel, last - l);
+        const int64_t first = turned ? l * w_row + k : k * w_row + l;
+        const bool direct = !turned && !open.begin && rows <= kDirect && here == kPanel;
+        if (!direct) pack(w + first, w_row, open, first, depth, here, panel);
+        for (int64_t t = 0; t < runs; t++) {  // of nearly one length
+          const int64_t b = rows * t / runs;
+          outer(tiles.p + k * rows + b * kDepth, direct ? w + first : panel, direct ? w_row : kPanel, depth,
+                static_cast<int>(rows * (t + 1) / runs - b), {c + b * lanes + l, lanes, bias ? bias + l : nullptr, k > 0}, here,
+                {});
+        }
+      }
+  });
+}
 
 // ------------------------------------------------------------------------------------------- other dtypes: PyTorch's own product
 
@@ -184,6 +264,11 @@ Tensor masked_linear(const Tensor& x_, const Tensor& weight_, const std::optiona
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = out;
   Tensor y = new_dense(sizes.data(), static_cast<int64_t>(sizes.size()), dtype_code(x));
+  if (rows >= kMany && in > 0) {
+    by_panels(floats(x), rows, in, floats(weight), bits_of(op, bits, out * in), in, true, bias ? floats(*bias) : nullptr,
+              floats_of(y), out);
+    return y;
+  }
   const Product p = {
       floats(x), floats(weight), bias ? floats(*bias) : nullptr, bits_of(op, bits, out * in), floats_of(y), rows, in, out};
   const bool once = p.bits.begin && rows > kFew;
@@ -212,27 +297,7 @@ Tensor masked_linear_grad_input(const Tensor& grad_, const Tensor& weight_, cons
   float* to = floats_of(d_x);
   if (out == 0) std::fill(to, to + rows * in, 0.0f);
   if (out == 0 || rows == 0 || in == 0) return d_x;
-  const int64_t all_rows = padded(rows, kRows);
-  const Buffer tiles(all_rows * out);
-  for (int64_t k = 0; k < out; k += kDepth) pack_tiles(g + k, 1, out, std::min(kDepth, out - k), rows, tiles.p + k * all_rows);
-  const auto pack_panels = for_isa(portable::pack_panels, avx2::pack_panels, avx512::pack_panels);
-  const auto outer = for_isa<std::remove_pointer_t<OuterTile>>(portable::outer_tile, avx2::outer_tile, avx512::outer_tile);
-  parallel((in + kWide - 1) / kWide, std::max<int64_t>(1, kWork / (rows * out * kWide)), [&](int64_t begin, int64_t end) {
-    const Buffer panels(kDepth * kWide);
-    for (int64_t wide = begin * kWide; wide < std::min(in, end * kWide); wide += kWide) {
-      const int64_t stop = std::min(in, wide + kWide);
-      for (int64_t k = 0; k < out; k += kDepth) {
-        const int64_t depth = std::min(kDepth, out - k);
-        const bool direct = !open.begin && rows <= kDirect && (stop - wide) % kPanel == 0;
-        if (!direct) pack_panels(w + k * in + wide, in, open, k * in + wide, depth, stop - wide, panels.p);
-        for (int64_t l = wide; l < stop; l += kPanel)
-          for (int64_t b = 0; b < rows; b += kRows)
-            outer(tiles.p + k * all_rows + b * depth, direct ? w + k * in + l : panels.p + (l - wide) * depth,
-                  direct ? in : kPanel, depth, static_cast<int>(std::min<int64_t>(kRows, rows - b)), to + b * in + l, in,
-                  std::min<int64_t>(kPanel, stop - l), k > 0);
-      }
-    }
-  });
+  by_panels(g, rows, out, w, open, in, false, nullptr, to, in);
   return d_x;
 }
 
@@ -261,47 +326,45 @@ std::tuple<Tensor, Tensor> masked_linear_grad_weight(const Tensor& grad_, const 
   const float *g = floats(grad), *from = floats(x);
   float *to_weight = need_weight ? floats_of(d_weight) : nullptr, *to_scores = scores ? floats_of(d_scores) : nullptr;
   const int64_t panels = padded(in, kPanel) / kPanel, all_out = padded(out, kRows);
-  const Buffer tiles(all_out * rows), packed(panels * kPanel * rows);
+  const Buffer tiles((all_out + panels * kPanel) * rows);
+  float* const packed = tiles.p + all_out * rows;
   const auto pack_panels = for_isa(portable::pack_panels, avx2::pack_panels, avx512::pack_panels);
   for (int64_t k = 0; k < rows; k += kDepth) {
     const int64_t depth = std::min(kDepth, rows - k);
-    pack_tiles(g + k * out, out, 1, depth, out, tiles.p + k * all_out);
-    pack_panels(from + k * in, in, {}, 0, depth, in, packed.p + k * panels * kPanel);
+    pack_across(g + k * out, out, depth, out, tiles.p + k * all_out);
+    pack_panels(from + k * in, in, {}, 0, depth, in, packed + k * panels * kPanel);
   }
-  const auto outer = for_isa<std::remove_pointer_t<OuterTile>>(portable::outer_tile, avx2::outer_tile, avx512::outer_tile);
+  const auto outer = for_isa(portable::outer_tile<false>, avx2::outer_tile<false>, avx512::outer_tile<false>);
   const auto straight_through =
-      for_isa(portable::straight_through_rows, avx2::straight_through_rows, avx512::straight_through_rows);
-  const ApplyKernel apply = apply_kernel(4);
-  const Gradients to = {weight ? floats(*weight) : nullptr, scores ? floats(*scores) : nullptr, to_weight, to_scores,
-                        by == "magnitude"};
-  const bool past = n >= kPast && (kGroup * in) % kLanes == 0;
-  parallel((out + kGroup - 1) / kGroup, std::max<int64_t>(1, kWork / (std::max<int64_t>(1, rows) * in * kGroup)),
+      for_isa(portable::straight_through_tile, avx2::straight_through_tile, avx512::straight_through_tile);
+  const Gradients to = {weight ? floats(*weight) : nullptr,
+                        scores ? floats(*scores) : nullptr,
+                        open,
+                        shut,
+                        to_weight,
+                        to_scores,
+                        in,
+                        by == "magnitude",
+                        n >= kPast && in % kLanes == 0};
+  parallel((out + kRows - 1) / kRows, std::max<int64_t>(1, kWork / (std::max<int64_t>(1, rows) * in * kRows)),
            [&](int64_t begin, int64_t end) {
-             const Buffer own(scores ? kGroup * in + kLanes : 0), live(bits ? kGroup * in / 32 + 16 : 0);
-             for (int64_t o = begin * kGroup; o < std::min(out, end * kGroup); o += kGroup) {
-               const int64_t group = std::min(kGroup, out - o), first = o * in, count = group * in;
-               float* sums = scores ? own.p : to_weight + first;
-               if (rows == 0) std::fill(sums, sums + count, 0.0f);
-               for (int64_t k = 0; k < rows; k += kDepth) {
-                 const int64_t depth = std::min(kDepth, rows - k);
-                 for (int64_t r = 0; r < group; r += kRows)
-                   for (int64_t l = 0; l < panels; l++)
-                     outer(tiles.p + k * all_out + (o + r) * depth, packed.p + (k * panels + l * depth) * kPanel, kPanel, depth,
-                           static_cast<int>(std::min<int64_t>(kRows, group - r)), sums + r * in + l * kPanel, in,
-                           std::min<int64_t>(kPanel, in - l * kPanel), k > 0);
+             alignas(64) float sums[kRows * kPanel];
+             for (int64_t o = begin * kRows; o < std::min(out, end * kRows); o += kRows)
+               for (int64_t l = 0; l < in; l += kPanel) {
+                 const int group = static_cast<int>(std::min<int64_t>(kRows, out - o));
+                 const int64_t next = l + kPanel < in ? o * in + l + kPanel : (o + kRows) * in;
+                 const int64_t lanes = std::min<int64_t>(kPanel, in - l);
+                 const Place place = bits ? Place{sums, kPanel} : Place{to_weight + o * in + l, in};
+                 const Ahead ahead = scores ? Ahead{to.weight + next, to.scores + next, in} : Ahead{tiles.p, tiles.p, 0};
+                 int64_t k = 0;
+                 do {  // once without rows too: sums of nothing
+                   const int64_t depth = std::min(kDepth, rows - k);
+                   outer(tiles.p + k * all_out + o * depth, packed + k * panels * kPanel + l * depth, kPanel, depth, group,
+                         {place.out, place.row, nullptr, k > 0}, lanes, ahead);
+                   k += kDepth;
+                 } while (k < rows);
+                 if (bits) straight_through(sums, to, o * in + l, group, lanes);
                }
-               if (!bits) continue;
-               auto* here = reinterpret_cast<uint8_t*>(live.p);  // a copy, because whole words are read from it
-               const int64_t bytes = (count + 7) / 8;
-               for (int64_t i = 0; i < bytes; i++) {
-                 const int64_t at = first / 8 + i;
-                 here[i] = shut.begin ? open.begin[at] & ~shut.begin[at] : open.begin[at];
-               }
-               if (scores)
-                 straight_through(sums, to, here, first, count, past);
-               else
-                 apply(reinterpret_cast<const uint8_t*>(sums), here, reinterpret_cast<uint8_t*>(sums), count);
-             }
            });
   return {d_weight, d_scores};
 }

@@ -44,23 +44,37 @@ SK_TARGET static void rows_by_rows(const float* x, const float* w, const Bits bi
   }
 }
 
-// out[r][l] (+)= sum_k a[k][r] panel[k][l] for R rows and V registers of lanes, of which `lanes` are stored; rows of the panel
-// lie `pitch` apart.
-template <int R, int V>
-SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, int64_t depth, float* out, int64_t out_row,
-                            int64_t lanes, bool more) {
+// out[r][l] = sum_k a[k][r] panel[k][l] for R rows and V registers of lanes, of which `lanes` are stored: onto what is there
+// where it is more of a sum, else onto a bias if there is one. Rows of the panel lie `pitch` apart. The tile a is [k][kRows], or
+// [r][kDepth] where it is `along` its rows: then the panel stays in the first-level cache and the next tile is asked for, else
+// the tile stays and what comes next of the panel is asked for, and of weights and scores the lines that the next tile of G
+// needs.
+template <int R, int V, bool along>
+SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, int64_t depth, const Place& to, int64_t lanes,
+                            const Ahead& ahead) {
   Lanes sum[R][V];
 #pragma GCC unroll 12
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) sum[r][v] = zero();
-  for (int64_t k = 0; k < depth; k++, a += kRows, panel += pitch) {
+  const float* next = a + kRows * kDepth;
+  for (int64_t k = 0; k < depth; k++, a += along ? 1 : kRows, panel += pitch) {
     Lanes p[V];
+    if (along) {
+      __builtin_prefetch(next);
+      next += 16;
+    } else {
+#pragma GCC unroll 2
+      for (int v = 0; v < V; v++) __builtin_prefetch(panel + 12 * pitch + 16 * v);
+      const int64_t line = std::min<int64_t>(k, 2 * R - 1), at = (line >> 1) * ahead.row + (line & 1) * 16;
+      __builtin_prefetch(ahead.weight + at, 0, 2);
+      __builtin_prefetch(ahead.scores + at, 0, 2);
+    }
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) p[v] = load(panel + 16 * v);
 #pragma GCC unroll 12
     for (int r = 0; r < R; r++) {
-      const Lanes factor = same(a[r]);
+      const Lanes factor = same(a[along ? r * kDepth : r]);
 #pragma GCC unroll 2
       for (int v = 0; v < V; v++) sum[r][v] = fma(factor, p[v], sum[r][v]);
     }
@@ -69,37 +83,70 @@ SK_TARGET static void outer(const float* a, const float* panel, int64_t pitch, i
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 2
     for (int v = 0; v < V; v++) {
-      float* to = out + r * out_row + 16 * v;
+      float* out = to.out + r * to.row + 16 * v;
       const int64_t left = lanes - 16 * v;
+      const float* onto = to.more ? out : to.bias ? to.bias + 16 * v : nullptr;
       if (left >= 16)
-        store(to, more ? add(load(to), sum[r][v]) : sum[r][v]);
+        store(out, onto ? add(load(onto), sum[r][v]) : sum[r][v]);
       else if (left > 0)
-        store_first(to, more ? add(load_open(to, static_cast<uint32_t>(low_bits(left))), sum[r][v]) : sum[r][v], left);
+        store_first(out, onto ? add(load_open(onto, static_cast<uint32_t>(low_bits(left))), sum[r][v]) : sum[r][v], left);
     }
 }
 
 // rows <= kRows of a times a panel, in tiles that this instruction set has registers for.
-template <int... R>
-SK_TARGET static void outer_rows(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
-                                 int64_t out_row, int64_t lanes, bool more, std::integer_sequence<int, R...>) {
-  using Outer = void (*)(const float*, const float*, int64_t, int64_t, float*, int64_t, int64_t, bool);
+template <bool along, int... R>
+SK_TARGET static void outer_rows(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, const Place& to,
+                                 int64_t lanes, const Ahead& ahead, std::integer_sequence<int, R...>) {
+  using Outer = void (*)(const float*, const float*, int64_t, int64_t, const Place&, int64_t, const Ahead&);
   constexpr int kMost = sizeof...(R);
-  constexpr Outer one[] = {outer<R + 1, 1>...};
+  constexpr Outer one[] = {outer<R + 1, 1, along>...};
 #if SK_LEVEL == 2
-  constexpr Outer two[] = {outer<R + 1, 2>...};
-  (lanes > 16 ? two : one)[rows - 1](a, panel, pitch, depth, out, out_row, lanes, more);
+  constexpr Outer two[] = {outer<R + 1, 2, along>...};
+  (lanes > 16 ? two : one)[rows - 1](a, panel, pitch, depth, to, lanes, ahead);
   static_assert(kMost == kRows);
 #else
   for (int64_t l = 0; l < lanes; l += 16)
     for (int r = 0; r < rows; r += kMost)
-      one[std::min(rows - r, kMost) - 1](a + r, panel + l, pitch, depth, out + r * out_row + l, out_row, lanes - l, more);
+      one[std::min(rows - r, kMost) - 1](a + r * (along ? kDepth : 1), panel + l, pitch, depth,
+                                         {to.out + r * to.row + l, to.row, to.bias ? to.bias + l : nullptr, to.more}, lanes - l,
+                                         ahead);
 #endif
 }
 
-SK_TARGET static void outer_tile(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, float* out,
-                                 int64_t out_row, int64_t lanes, bool more) {
-  outer_rows(a, panel, pitch, depth, rows, out, out_row, lanes, more,
-             std::make_integer_sequence<int, SK_LEVEL == 2 ? kRows : 6>());
+template <bool along>
+SK_TARGET static void outer_tile(const float* a, const float* panel, int64_t pitch, int64_t depth, int rows, const Place& to,
+                                 int64_t lanes, const Ahead& ahead) {
+  outer_rows<along>(a, panel, pitch, depth, rows, to, lanes, ahead, std::make_integer_sequence<int, SK_LEVEL == 2 ? kRows : 6>());
+}
+
+// 16 lanes, or the first n of them where fewer are left; whole lines past the caches if wanted.
+SK_TARGET SK_LANES void put(float* to, const Lanes& v, int64_t n, bool past) {
+  if (n < kLanes)
+    store_first(to, v, n);
+  else if (past)
+    stream(to, v);
+  else
+    store(to, v);
+}
+
+// From a tile of G, [rows][kPanel], whose first weight is number `first`: dS = G * W (* the score's sign), whatever the mask is,
+// and dW = G where open and not frozen. A tile at a time, while it is in the first-level cache and the next one is multiplied.
+SK_TARGET static void straight_through_tile(const float* sums, const Gradients& to, int64_t first, int rows, int64_t lanes) {
+  for (int r = 0; r < rows; r++, first += to.row, sums += kPanel)
+    for (int64_t l = 0; l < lanes; l += kLanes) {
+      const int64_t i = first + l, left = lanes - l;
+      const Lanes g = load(sums + l);
+      if (to.d_scores) {
+        const auto here = static_cast<uint16_t>(low_bits(left));
+        Lanes d = mul(g, load_open(to.weight + i, here));
+        if (to.magnitude) d = mul(d, sign(load_open(to.scores + i, here)));
+        put(to.d_scores + i, d, left, to.past);
+      }
+      if (to.d_weight) {
+        const uint64_t live = to.shut.begin ? to.open.at(i) & ~to.shut.at(i) : to.open.at(i);
+        put(to.d_weight + i, where(static_cast<uint16_t>(live), g), left, to.past);
+      }
+    }
 }
 
 // `lanes` columns of `depth` rows that lie `row` apart, as panels [panel][depth][kPanel]: closed elements and the lanes beyond
@@ -117,6 +164,33 @@ SK_TARGET static void pack_panels(const float* from, int64_t row, const Bits bit
       store(to + 16, lanes - l > 16 ? load_open(from + l + 16, open >> 16) : zero());
     }
   }
+}
+
+// The same of `lanes` rows, which lie `row` apart and have `depth` columns: the rows become columns of one panel.
+SK_TARGET static void pack_turned(const float* from, int64_t row, const Bits bits, int64_t first, int64_t depth, int64_t lanes,
+                                  float* panel) {
+  for (int64_t l = 0; l < kPanel; l += 16)
+    for (int64_t k = 0; k < depth; k += 32) {
+      uint32_t open[16];
+      for (int r = 0; r < 16; r++) {
+        const uint64_t here = l + r < lanes ? low_bits(depth - k) : 0;
+        open[r] = static_cast<uint32_t>(here && bits.begin ? here & bits.at(first + (l + r) * row + k) : here);
+      }
+      for (int half = 0; half < 2 && k + 16 * half < depth; half++) {
+        const float* at = from + l * row + k + 16 * half;
+        Lanes block[16];
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+          __builtin_prefetch(at + r * row + 128, 0, 2);  // rows are further apart than the processor looks ahead by itself
+          block[r] = load_open(at + r * row, static_cast<uint16_t>(open[r] >> 16 * half));
+        }
+        transpose(block);
+        float* to = panel + (k + 16 * half) * kPanel + l;
+#pragma GCC unroll 16
+        for (int i = 0; i < 16; i++)
+          if (k + 16 * half + i < depth) store(to + i * kPanel, block[i]);
+      }
+    }
 }
 
 // n weights from bit `first` on, closed ones as 0.
@@ -160,33 +234,6 @@ SK_TARGET static void forward(const Product& p, int64_t begin, int64_t end, floa
       const int64_t b = p.rows * t / runs, count = p.rows * (t + 1) / runs - b;
       table[r - 1][count - 1](p.x + b * p.in, w, p.bits, o * p.in, p.in, p.bias ? p.bias + o : nullptr, p.y + b * p.out + o,
                               p.out);
-    }
-  }
-}
-
-// From G of n weights dS = G * W (* the score's sign), and where wanted dW = G where open; in one pass, because both are larger
-// than the caches, which is also why whole lines may go past them.
-SK_TARGET static void straight_through_rows(const float* sums, const Gradients& to, const uint8_t* open, int64_t first, int64_t n,
-                                            bool past) {
-  const float *weight = to.weight + first, *scores = to.scores + first;
-  float *d_scores = to.d_scores + first, *d_weight = to.d_weight ? to.d_weight + first : nullptr;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const auto here = static_cast<uint16_t>(low_bits(std::min<int64_t>(kLanes, n - i)));
-    const Lanes g = load(sums + i);  // whose buffer has whole lines
-    Lanes d = mul(g, load_open(weight + i, here));
-    if (to.magnitude) d = mul(d, sign(load_open(scores + i, here)));
-    uint16_t live;
-    std::memcpy(&live, open + i / 8, 2);
-    const Lanes kept = where(live, g);
-    if (here != 0xffff) {
-      store_first(d_scores + i, d, n - i);
-      if (d_weight) store_first(d_weight + i, kept, n - i);
-    } else if (past) {
-      stream(d_scores + i, d);
-      if (d_weight) stream(d_weight + i, kept);
-    } else {
-      store(d_scores + i, d);
-      if (d_weight) store(d_weight + i, kept);
     }
   }
 }
