@@ -201,6 +201,28 @@ def bench_layer_step(rows, thread_count):
     targets = targets_on(thread_count, {"dense layer": 1 / STEP_TARGETS[rows]} if rows in STEP_TARGETS else {})
     report("layer", f"forward+backward {SIZE}x{SIZE} B={rows} float32 density={DENSITY}", times, "layer", targets)
 
+    # With `fuse_ste` the layer leaves the one gradient of W_eff, and the optimizer's pass makes of it what the step above makes.
+    standing = nn.Parameter(scores.detach().clone())  # for the scores: equal optimizer work
+    standing.grad = scores.grad.clone() * 0.01
+    adam, fused = (
+        torch.optim.Adam([dense.weight, standing], 1e-3, fused=True),
+        sk.optim.Adam(layer.parameters(), 1e-3, fuse_ste=True),
+    )
+
+    def whole(pass_, optimizer):
+        def step():
+            pass_()
+            optimizer.step()
+
+        return step
+
+    held = layer.weight.detach()[frozen]
+    times = measure({"layer": whole(ours, fused), "dense layer": whole(plain, adam)}, rounds=6)
+    assert torch.equal(layer.weight.detach()[frozen], held)
+    report("layer", f"step with Adam {SIZE}x{SIZE} B={rows} float32 density={DENSITY}", times, "layer", {})
+    times = measure({"layer": ours, "dense layer": plain}, rounds=6)
+    report("layer", f"forward+backward under fuse_ste {SIZE}x{SIZE} B={rows} float32 density={DENSITY}", times, "layer", {})
+
 
 @only_on("cpu")
 @pytest.mark.parametrize("rows", [32, 256])
