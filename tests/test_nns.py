@@ -202,45 +202,6 @@ def test_a_drop(drop, margin, learning, expected):
     assert method.margin == (None if expected == "new" else pytest.approx(5 * math.exp(0.3) / (4 + math.exp(0.3)) - 1, rel=1e-5))
 
 
-@pytest.mark.parametrize("to", ["another", "new", "the same"])
-def test_a_mask_that_is_left_is_as_it_was_at_the_last_look(to):
-    method, benchmark = nns(rewind=True)
-    opt = torch.optim.SGD([layer.scores for layer in method.bank.layers()], 0.1)
-    files = {}
-
-    def keep_scores():
-        if method.current is not None:
-            files[method.current] = method.scores()
-            method.current = None
-
-    method.leave, method.read = keep_scores, files.__getitem__
-    x, y = benchmark.task(0).train.tensors()
-    batch, grads = Batch(x[:32], y[:32], None), {"own": [0.0, -2.0, 0.0, 0.0, 0.0]}
-    for _ in range(2):
-        method.allocate(opt)
-        method.keep()
-    method.files = {0: ""}
-    method.candidate_gradient = lambda x: torch.tensor(grads["own"])
-    method.trained = {0: {1: 20}}
-    method.look(batch, opt)  # knows mask 1, which learns
-    at_look, bits = method.scores(), method.bank.bits("mask 1")
-    with torch.no_grad():
-        for layer in method.bank.layers():
-            layer.scores.neg_()
-    method.fresh, method.since, method.trained[1] = False, {0: 2, 1: 4}, {1: 4}
-    grads["own"] = {"another": [-2.0, 0.0, 0.0, 0.0, 0.0], "new": [0.0] * 5, "the same": grads["own"]}[to]
-    method.look(batch, opt)
-    if to == "the same":
-        assert method.trained == {0: {1: 20}, 1: {1: 4}}
-        assert all(torch.equal(a, -b) for a, b in zip(method.looked, at_look))
-        assert method.since == {}
-        return
-    assert method.current == {"another": 0, "new": 2}[to]
-    assert all(torch.equal(a, b) for a, b in zip(files[1], at_look))
-    assert same(method.bank.bits("mask 1"), bits)
-    assert (method.trained, method.tally["undone_batches"]) == ({0: {1: 18}, 1: {}}, 6)
-
-
 @pytest.mark.parametrize(
     ("threshold", "learning", "expected"),
     [(1.3, 0, "new"), (1.2, 0, "known"), (None, 0, "known"), (1.3, 1, "known")],  # the last one learns already
@@ -340,14 +301,7 @@ def test_the_better_of_two_stays(current, monkeypatch):
 
 # ---- stopped and gone on with ---------------------------------------------------------------------------------------
 
-MANY = {
-    "check_every": 6,
-    "grace": 20,
-    "uneven": 0.3,
-    "threshold": 1.3,
-    "drop": 0.5,
-    "rewind": True,
-}  # looks and borders at odd places
+MANY = {"check_every": 6, "grace": 20, "uneven": 0.3, "threshold": 1.3, "drop": 0.5}  # looks and borders at odd places
 
 
 @pytest.fixture(scope="module")
@@ -357,8 +311,7 @@ def unbroken(tmp_path_factory):
     assert list(result.method_report["mapping"].values()) == [0, 0, 1, 2]  # one was looked at before it knew enough
     assert result.method_report["changes_of_mask"] == 2
     assert result.method_report["returns_recognised"] == 100
-    assert result.method_report["purity"] == 100
-    assert 0 < result.method_report["undone_batches"] < 5 * MANY["check_every"]  # no more than a look's at each of five borders
+    assert 95 < result.method_report["purity"] < 100
     assert min(result.final) >= 90
     return method, result
 

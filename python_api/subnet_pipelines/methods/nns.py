@@ -65,9 +65,6 @@ class NNsConfig(SupSupConfig):
     drop: float | None = None
     """A batch is of a new task, too, where the gradient prefers the mask that learns, but by less than this part of the last look's n p - 1
     (p: its share of the softmax); null does not compare."""
-    rewind: bool = False
-    """A mask that is left goes back to where it was at the last look, as the batches since then may have been another task's. A copy of its
-    scores is kept for that."""
     candidates: int = 5
     """Untrained masks fill the candidates of a look up to so many."""
     budget: int = 2500
@@ -124,10 +121,8 @@ class NNs(SupSup):
         self.files: dict[int, str] = {}  # the scores of the others
         self.until_look = 0  # batches
         self.margin: float | None = None  # n p - 1 of the last look, if it knew the current mask's task
-        self.looked: list[Tensor] | None = None  # the current mask's scores at the last look, which knew it
-        self.since: dict[int, int] = {}  # visit -> batches that it learnt since
         self.skipping = False
-        self.tally = {"skipped_batches": 0, "undone_batches": 0, "changes_of_mask": 0, "merged": 0}
+        self.tally = {"skipped_batches": 0, "changes_of_mask": 0, "merged": 0}
         self.trained: dict[int, dict[int, int]] = {}  # visit -> mask -> batches
         self.fresh = True  # the bank's entry of the current mask has its live bits
         self.needed: list[set[str]] = []  # files of scores that the last checkpoints refer to
@@ -149,7 +144,6 @@ class NNs(SupSup):
             with torch.no_grad():
                 return {"loss": self.loss(batch, clock)}
         trained[self.current] = trained.get(self.current, 0) + 1
-        self.since[clock.visit] = self.since.get(clock.visit, 0) + 1
         self.fresh = False
         return super().step(batch, opt, clock)
 
@@ -174,17 +168,14 @@ class NNs(SupSup):
             known = c.drop is None or self.margin is None or margin >= c.drop * self.margin
         elif known and c.return_threshold is not None:
             known = margin + 1 >= c.return_threshold
-        if not known or self.masks[found.mask] != self.current:
-            self.undo()
         if known:
             self.take(self.merged(grad, found.mask, batch), opt)
             self.margin = margin
-            self.looked, self.since = self.scores() if c.rewind else None, {}
         elif len(self.masks) < c.budget:
             self.allocate(opt)
         elif c.when_spent == "reuse":
             self.take(self.masks[inference.one_shot(grad[: len(self.masks)])], opt)
-            self.margin = self.looked = None
+            self.margin = None
         else:
             self.skipping = True
 
@@ -242,20 +233,6 @@ class NNs(SupSup):
         self.tally["merged"] += 1
         return kept
 
-    def undo(self) -> None:
-        """Put the current mask back to where it was at the last look, if that is kept."""
-        if self.looked is None:
-            return
-        self.put(self.looked)
-        self.fresh = False
-        self.keep()
-        for visit, batches in self.since.items():
-            self.trained[visit][self.current] -= batches
-            if not self.trained[visit][self.current]:
-                del self.trained[visit][self.current]
-        self.tally["undone_batches"] += sum(self.since.values())
-        self.since = {}
-
     # ---- one set of scores in memory --------------------------------------------------------------------------------
 
     def keep(self) -> None:
@@ -274,7 +251,7 @@ class NNs(SupSup):
         """Go on with a new mask."""
         self.leave()
         self.current, self.allocated, self.fresh = self.allocated, self.allocated + 1, False
-        self.until_look, self.margin, self.looked = max(self.config.check_every, self.config.grace), None, None
+        self.until_look, self.margin = max(self.config.check_every, self.config.grace), None
         self.masks.append(self.current)
         self.draw(self.current)
         opt.state.clear()
@@ -393,19 +370,7 @@ class NNs(SupSup):
     # ---- to go on later ---------------------------------------------------------------------------------------------
 
     def facts(self) -> dict[str, Any]:
-        names = (
-            "masks",
-            "allocated",
-            "current",
-            "files",
-            "until_look",
-            "margin",
-            "looked",
-            "since",
-            "skipping",
-            "tally",
-            "trained",
-        )
+        names = ("masks", "allocated", "current", "files", "until_look", "margin", "skipping", "tally", "trained")
         return {name: getattr(self, name) for name in names}
 
     def build(self, facts: dict[str, Any]) -> None:
