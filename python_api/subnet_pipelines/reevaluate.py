@@ -13,6 +13,7 @@ import torch
 
 from subnet_kernels.files import write_atomic
 from subnet_pipelines import checkpoint, metrics
+from subnet_pipelines.benchmarks import SCENARIOS
 from subnet_pipelines.config import Settings
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.evaluate import evaluate
@@ -50,14 +51,15 @@ def evaluate_run(folder: Path, changes: dict[str, Any], data_dir: Path | str | N
     """Measure every task of a finished run under these changed settings; writes evaluation-HASH.json beside its result, and returns it.
 
     The network is made of the run's seed and read from its checkpoint and bank. Raises Refusal where the run cannot be read, the settings
-    do not fit, or the scenario hides what training was told.
+    do not fit, or the scenario hides what training was told, or tells what it was not.
     """
     began, result = time.monotonic(), read_result(folder / "result.json")
     settings = settings_of(folder, changes)
     method_config, benchmark_config, run_config = settings.build()
     benchmark = settings.benchmark(benchmark_config, result.seed, data_dir, device)
-    if not benchmark.scenario.train_id:
-        raise Refusal(f"scenario must tell the task in training, as that of {folder} did, got {benchmark_config.scenario}")
+    if benchmark.scenario.train_id is not SCENARIOS[result.scenario].train_id:
+        as_it = "tell the task in training, as that of {} did" if not benchmark.scenario.train_id else "not tell it, as that of {}"
+        raise Refusal(f"scenario must {as_it.format(folder)}, got {benchmark_config.scenario}")
     method = settings.method(method_config, benchmark, result.seed)
     tree = checkpoint.load(folder / "checkpoint", lambda _: None)
     if tree is None:
