@@ -148,11 +148,12 @@ class ImpressLearn(MaskedMethod):
         super().__init__(config, benchmark, seed)
         self.benchmark = benchmark
         self.basis_tasks, self.new_tasks = tasks_of(config, benchmark)
-        first = entry_name(self.basis_tasks[0]) if self.basis_tasks else ""
-        self.seeds = config.basis if config.basis_kind == "homogeneous" else 1 + config.basis_seeds  # masks of the first task
+        self.seeds = {"heterogeneous": 1 + config.basis_seeds, "homogeneous": config.basis, "random": 0}[
+            config.basis_kind
+        ]  # of task 0
         self.random = [f"random {k}" for k in range(config.basis if config.basis_kind == "random" else config.basis_random)]
         self.basis = [entry_name(task) for task in self.basis_tasks]  # names of its masks, in the order of their coefficients
-        self.basis += [f"{first}, seed {k}" for k in range(1, self.seeds if self.basis_tasks else 1)] + self.random
+        self.basis += [mask_name(0, k) for k in range(1, self.seeds)] + self.random
         share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
         init = "kaiming_normal" if config.backbone == "trained" else config.backbone
         with seeded(seed, "init"):
@@ -160,11 +161,9 @@ class ImpressLearn(MaskedMethod):
             self.norms = batch_norms(network) if config.norm == "task" else []
             select = "signed" if config.mask == "signed" else "topk"
             self.adopt(network, sk.SubnetConfig(density=share, select=select, weight_init=init))
-        if config.hybrid and len(self.bank.layers()) == 1:
-            raise Refusal(f"hybrid needs a layer before the last one, model {config.model} has one layer")
         if config.parallel_tasks > 1:
             self.together = Together(self.model, self.run_live)
-        self.static_step = config.parallel_tasks == 1 and self.seeds == 1  # else a step has a batch of each mask
+        self.static_step = config.parallel_tasks == 1 and self.seeds <= 1  # else a step has a batch of each mask
         self.alphas: nn.Parameter | None = None
         self.dense: nn.Module | None = None  # the backbone while it is trained
         self.measured: dict[str, dict[str, Any]] = {}  # control -> new task -> percent, or that of each mask
@@ -227,8 +226,7 @@ class ImpressLearn(MaskedMethod):
         numbered = [replace(task, index=-k) for k in range(self.seeds)] if several else [task]
         phases = []
         for k, mine in enumerate(numbered):
-            name = entry_name(task.index) + (f", seed {k}" if k else "")
-            phase = self.mask_phase(mine.index, "mask", lambda name=name: self.commit_mask(name, task))
+            phase = self.mask_phase(mine.index, "mask", lambda k=k: self.commit_mask(mask_name(task.index, k), task))
             if c.parallel_tasks == 1:
                 phase = replace(phase, together=[mine]) if several else phase
             elif k % c.parallel_tasks:
@@ -491,6 +489,11 @@ class ImpressLearn(MaskedMethod):
         if facts["dense"]:
             self.dense = self.make_network().to(self.device)
         self.measured = facts["measured"]
+
+
+def mask_name(task: int, k: int) -> str:
+    """The bank's name of a task's mask number k."""
+    return entry_name(task) + (f", seed {k}" if k else "")
 
 
 def tasks_of(config: ImpressLearnConfig, benchmark: Benchmark) -> tuple[list[int], list[int]]:
