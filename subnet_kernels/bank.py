@@ -325,8 +325,7 @@ class MaskBank(BankFiles):
     @property
     def is_live(self) -> bool:
         """Whether forward goes through the live masks: no task is active and nothing superposed."""
-        layer = self.layers()[0]
-        return layer._active is None and layer._mix is None and layer._rows is None
+        return all(layer._active is layer._mix is layer._rows is None for layer in self._layers.values())
 
     @contextlib.contextmanager
     def as_task(self, name: str | None) -> Iterator[None]:
@@ -453,14 +452,15 @@ class MaskBank(BankFiles):
         over: Sequence[str] | None = None,
         head: str | None = None,
         mean_state: bool = False,
+        live: Sequence[str] = (),
     ) -> Tensor:
         """Run the model as many masks at once: every layer's weight is W * sum_k alpha_k M_k.
 
         alphas: (K,), or (layers, K) with a row for each masked layer, differentiable; None is 1/K each. over: names of the K masks,
         default all; head: the entry whose task state and ``per_task`` modules are used (default the live ones); mean_state: the mean of
         the K masks' task states in place of that one's, so that norms in eval mode take the candidates' mean statistics and not those
-        of whoever was last -> the alphas, a leaf that requires a gradient where None was given. Ends with `activate`. Raises ValueError on
-        a bad argument.
+        of whoever was last; live: names of layers that run their live mask all the same -> the alphas, a leaf that requires a gradient
+        where None was given. Ends with `activate`. Raises ValueError on a bad argument.
         """
         tasks = len(self._masks) if over is None else len(self._check_masks("superpose", over))
         if not tasks:
@@ -470,6 +470,8 @@ class MaskBank(BankFiles):
             some = self.layers()[0].weight
             alphas = torch.full((tasks,), 1 / tasks, device=some.device, dtype=some.dtype, requires_grad=True)
         self._check_alphas("superpose", alphas, tasks)
+        if unknown := set(live) - set(self._layers):
+            raise ValueError(f"superpose: live must name layers of {', '.join(self._layers)}, got {', '.join(sorted(unknown))}")
         self._follow()
         counted = equal and self._planes == 1  # counts of two planes are not of one sign: signed masks are read
         with torch.no_grad():
@@ -478,10 +480,24 @@ class MaskBank(BankFiles):
             self._hold(head, state=self._mean_state(over) if mean_state else None)
         self.active = None
         for i, (key, layer) in enumerate(self._layers.items()):
-            layer._active = layer._rows = None
-            row = None if alphas.dim() == 1 else i
-            layer._mix = (list(blocks[key]), alphas, row, counts[key] if counted else None, alphas._version)
+            layer._active = layer._rows = layer._mix = None
+            if key not in live:
+                row = None if alphas.dim() == 1 else i
+                layer._mix = (list(blocks[key]), alphas, row, counts[key] if counted else None, alphas._version)
         return alphas
+
+    def substitute(self, weights: Mapping[str, Tensor]) -> None:
+        """Run every masked layer with another effective weight, {layer name: tensor like its weight}, in the graph that it comes from,
+        until the next `activate` or `superpose`; whose task state is in the model does not change. Raises ValueError where one is missing
+        or does not fit.
+        """
+        for key, layer in self._layers.items():
+            if key not in weights or weights[key].shape != layer.weight.shape:
+                got = tuple(weights[key].shape) if key in weights else "none"
+                raise ValueError(f"substitute: layer {key!r} must have a weight of shape {tuple(layer.weight.shape)}, got {got}")
+        for key, layer in self._layers.items():
+            layer._mix = layer._rows = None
+            layer._active = weights[key]
 
     def row_alpha_grad(
         self, x: Tensor, objective: Callable[[Tensor], Tensor], *, over: Sequence[str] | None = None, head: str | None = None

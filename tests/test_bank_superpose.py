@@ -56,6 +56,51 @@ def test_equal_superposition():
     torch.testing.assert_close(mine, alphas.grad, rtol=1e-4, atol=1e-5)
 
 
+def test_some_layers_run_live():
+    model, bank, _ = learnt()
+    model.zero_grad()
+    first, second = bank.layer_names
+    alphas = torch.rand(3, requires_grad=True)
+    live = bank.layers()[1].w_eff.clone()
+    bank.superpose(alphas, live=[second])
+    assert not bank.is_live
+    y = model(images())
+    y.square().sum().backward()
+    assert bank.layers()[0].scores.grad is None
+    assert bank.layers()[1].scores.grad.abs().sum() > 0
+    assert alphas.grad.abs().min() > 0
+    masks = torch.stack([masks_of(bank, name)[first] for name in bank.masks]).float()
+    bank.substitute({first: bank.layers()[0].weight * torch.tensordot(alphas, masks, 1), second: live})
+    torch.testing.assert_close(model(images()), y, rtol=1e-5, atol=1e-5)
+    bank.superpose(alphas, live=[first])
+    assert not bank.is_live  # though the first layer is
+    with pytest.raises(ValueError, match="superpose: live must name layers of"):
+        bank.superpose(alphas, live=["nowhere"])
+
+
+def test_other_weights_in_their_graph():
+    model, bank, _ = learnt()
+    model.zero_grad()
+    active = bank.active
+    with bank.as_task("task 1"):
+        given = model(images())
+        baked = dict(bank.export("task 1").named_parameters())
+    weights = {key: baked[f"{key}.weight"].detach().clone().requires_grad_() for key in bank.layer_names}
+    with bank.as_task("task 1"):
+        bank.substitute(weights)
+        assert bank.active == "task 1"
+        y = model(images())
+        torch.testing.assert_close(y, given, rtol=1e-5, atol=1e-5)
+        y.square().sum().backward()
+    assert bank.active == active
+    assert all(weight.grad.abs().sum() > 0 for weight in weights.values())
+    assert all(layer.scores.grad is None for layer in bank.layers())
+    with pytest.raises(ValueError, match="must have a weight of shape"):
+        bank.substitute({})
+    bank.activate(None)
+    assert bank.is_live
+
+
 @pytest.mark.parametrize("given", ["equal", "shared", "per layer"])
 def test_alphas_can_be_learnt(given):
     """The alphas handed out are those that forward reads, at every step, the equal ones too once they have moved."""

@@ -213,6 +213,9 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
     "bwt": ("BWT", "pp"),
     "forgetting": ("forgetting", "pp"),
     "task_inference": ("task inferred", "%"),
+    "combination": ("new tasks", "%"),
+    "nearest_mask": ("nearest mask alone", "%"),
+    "own_mask": ("own mask", "%"),
     "used_fraction": ("used", ""),
     "paper_cap": ("CAP, paper's formula", "%"),
     "measured_cap": ("CAP, stored bits", "%"),
@@ -223,12 +226,13 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
 
 def table_row(result: Result) -> dict[str, float | None]:
     """The numbers of a result that tables show, by the names of COLUMNS."""
-    capacity = result.capacity or {}
+    capacity, report = result.capacity or {}, result.method_report
     return {
         "acc": result.acc,
         "bwt": result.bwt,
         "forgetting": result.forgetting,
         "task_inference": (result.task_inference or {}).get("accuracy"),
+        **{name: report.get(f"{name}_mean") for name in ("combination", "nearest_mask", "own_mask")},
         "used_fraction": capacity.get("used_fraction"),
         "paper_cap": capacity.get("paper_cap"),
         "measured_cap": capacity.get("measured_cap"),

@@ -37,6 +37,9 @@ SHOWN = (
     "acc",
     "bwt",
     "task_inference",
+    "combination",
+    "nearest_mask",
+    "own_mask",
     "used_fraction",
     "paper_cap",
     "measured_cap",
@@ -200,6 +203,9 @@ COLUMNS = [  # after the row's name: heading, whose number, its name, digits
     ("paper", "paper", "bwt", 2),
     ("inferred (%)", "ours", "task_inference", 2),
     ("paper", "paper", "told", 2),
+    ("new tasks (%)", "ours", "combination", 2),
+    ("nearest mask", "ours", "nearest_mask", 2),
+    ("own mask", "ours", "own_mask", 2),
     ("used", "ours", "used_fraction", 3),
     ("from CAP", "paper", "used", 3),
     ("CAP (%)", "ours", "paper_cap", 2),
@@ -366,7 +372,7 @@ def as_page(record: dict[str, Any], plots: list[tuple[str, Path]]) -> str:
 def draw(name: str, entries: list[dict[str, Any]], figures: dict[str, dict[str, Any]], folder: Path) -> list[Path]:
     """PNGs of one benchmark: the table's own figures; accuracies beside the paper's, accuracy over capacity, and the share of weights in
     use task by task."""
-    mine = [e for e in entries if e["ours"].get("acc", {}).get("mean") is not None]
+    mine = [e for e in entries if any(e["ours"].get(name, {}).get("mean") is not None for name in ("acc", "combination"))]
     if not mine:
         return []
     made = []
@@ -375,9 +381,9 @@ def draw(name: str, entries: list[dict[str, Any]], figures: dict[str, dict[str, 
             path = folder / f"{name}.{title.replace(' ', '-')}.png"
             labels = {"xlabel": words["xlabel"] or words["x"], "ylabel": words["ylabel"], "title": title}
             made.append(plot(path, lambda axes, curves=curves, words=words: _lines(axes, curves, words["log"]), **labels))
-    made.append(
-        plot(folder / f"{name}.accuracy.png", lambda axes: _accuracies(axes, entries), xlabel="ACC (%)", title=f"{name}: ACC")
-    )
+    if any(e["ours"]["acc"]["mean"] is not None for e in mine):
+        paint = lambda axes: _accuracies(axes, entries)  # noqa: E731
+        made.append(plot(folder / f"{name}.accuracy.png", paint, xlabel="ACC (%)", title=f"{name}: ACC"))
     if any(e["ours"]["paper_cap"]["mean"] is not None for e in mine):
         made.append(
             plot(

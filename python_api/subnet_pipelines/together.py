@@ -54,9 +54,7 @@ class Together(nn.Module):
         alone: the phase that it has by itself; begin: makes the model that of a fresh task; optimizer: of the networks.
         """
         if self.trained and task.index in self.networks:
-            return replace(
-                alone, steps=0, optimizer=None, schedule=None, first=None, then=lambda: self.end(task.index, alone.then)
-            )
+            return self.waiting(alone, task)
         tasks = [task, *others]
         return replace(
             alone,
@@ -65,6 +63,10 @@ class Together(nn.Module):
             optimizer=lambda: optimizer(list(self.networks.values())),
             then=lambda: self.end(task.index, alone.then),
         )
+
+    def waiting(self, alone: Phase, task: Task) -> Phase:
+        """The phase of a task that was trained with one before it: nothing but the commit."""
+        return replace(alone, steps=0, optimizer=None, schedule=None, first=None, then=lambda: self.end(task.index, alone.then))
 
     def begin(self, tasks: Sequence[int], begin: Callable[[int], None]) -> None:
         """A network for each task, as `begin` makes the model."""

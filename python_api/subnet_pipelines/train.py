@@ -216,11 +216,12 @@ class Run:
     def feed(self, place: int, task: Task, rows: tuple, phase: Phase, most: int) -> Iterator[Batch]:
         """(The rest of) an epoch's batches of a task, of at most so many of its rows, in the order of that place in the stream."""
         c, n = self.cursor, len(rows[1])
-        order = torch.randperm(n, generator=stream(self.method.seed, "order", place, c.phase, c.epoch))
+        number = c.phase if phase.order is None else phase.order
+        order = torch.randperm(n, generator=stream(self.method.seed, "order", place, number, c.epoch))
         order = order[:most].to(rows[1].device)
         augment, draws = task.train.augment, None
         if augment is not None:
-            draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", place, c.phase, c.epoch))
+            draws = torch.randint(1 << 62, (n,), generator=stream(self.method.seed, "augment", place, number, c.epoch))
             draws = draws.to(order.device)
         return batches(*rows, order, phase.batch_size, c.batch, augment, draws)
 
