@@ -58,7 +58,9 @@ def evaluate_run(folder: Path, changes: dict[str, Any], data_dir: Path | str | N
     method_config, benchmark_config, run_config = settings.build()
     benchmark = settings.benchmark(benchmark_config, result.seed, data_dir, device)
     if benchmark.scenario.train_id is not SCENARIOS[result.scenario].train_id:
-        as_it = "tell the task in training, as that of {} did" if not benchmark.scenario.train_id else "not tell it, as that of {}"
+        as_it = (
+            "tell the task in training, as that of {} did" if not benchmark.scenario.train_id else "not tell it, as that of {}"
+        )
         raise Refusal(f"scenario must {as_it.format(folder)}, got {benchmark_config.scenario}")
     method = settings.method(method_config, benchmark, result.seed)
     tree = checkpoint.load(folder / "checkpoint", lambda _: None)
