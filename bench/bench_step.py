@@ -143,7 +143,7 @@ class Contest:
         theirs = {name: self.published.net.get_submodule(name) for name in self.layers}
         start = {name: layer.weight.detach().clone() for name, layer in self.layers.items()}
         writes = {name: layer.w_eff._version for name, layer in self.layers.items()}
-        self.check_masks(theirs)
+        self.check_masks(theirs, 0.0 if on_cpu() else 1e-2)
         for rival in (self.ours, self.published):
             torch.manual_seed(1)
             rival.step(self.data)()
@@ -162,14 +162,14 @@ class Contest:
             held = self.frozen.get(name, ...)  # all of them where weights do not learn
             assert torch.equal(layer.weight[held], start[name][held])
         torch.testing.assert_close(self.ours.net.head.weight, self.published.net.head.weight, **near)
-        self.check_masks(theirs)
+        self.check_masks(theirs, 1e-6 if on_cpu() else 1e-2)  # sums in another order may swap two neighbours at the cut
 
     @torch.no_grad()
-    def check_masks(self, theirs: dict[str, nn.Module]) -> None:
+    def check_masks(self, theirs: dict[str, nn.Module], most: float) -> None:
         for name, layer in self.layers.items():
             mask = sk.unpack(layer.bits, layer.weight.shape)
             differ = (mask != (theirs[name].mask() == 1)).float().mean().item()
-            assert differ <= (0 if on_cpu() else 1e-2), f"masks of layer {name} differ in {differ:.2%} of their weights"
+            assert differ <= most, f"masks of layer {name} differ in {differ:.2%} of their weights"
 
 
 @pytest.mark.skipif(on_cpu(), reason="a CUDA graph needs a GPU")

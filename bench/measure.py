@@ -83,7 +83,7 @@ def measure(
     """Times each callable, all of them interleaved; on a GPU by `on_cuda.measure`, for at most .4 s, and those in `eager` on the host.
 
     A round gives every callable in turn one call that is not counted, which brings its data into the caches, and `burst` that are;
-    of one that takes 5 ms or more, the first is counted and there is no other, and one that takes a second or more has `slow` calls
+    of one that takes 20 ms or more, the first is counted and there is no other, and one that takes a second or more has `slow` calls
     in all. Rounds go on until the time is used, and for at least `rounds`.
     """
     if not on_cpu():
@@ -101,7 +101,7 @@ def measure(
             start = time.perf_counter_ns()
             call()
             first = time.perf_counter_ns() - start
-            if first >= 5e6:
+            if first >= 20e6:
                 spent[name].append(first)
                 continue
             for _ in range(burst):
