@@ -1,6 +1,7 @@
 """The loop: what it learns, measures and writes; resume at any batch to the same bits; NaN; hidden borders."""
 
 import dataclasses
+import gc
 import json
 import os
 import re
@@ -25,6 +26,7 @@ from subnet_pipelines import (
     Refusal,
     RunConfig,
     run,
+    train,
 )
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.chance import seeded
@@ -339,6 +341,27 @@ def test_a_stream_without_borders_does_not_grow(tmp_path):
     run(*restless(tasks=2, scenario="NNs"), RunConfig(), tmp_path)
     with pytest.raises(Refusal, match="cannot be made 3"):
         run(*restless(tasks=3, scenario="NNs"), RunConfig(), tmp_path, resume=True)
+
+
+@pytest.mark.skipif(not hasattr(train.LIBC, "malloc_trim"), reason="this C library has no malloc_trim to call")
+def test_what_a_task_freed_goes_back_to_the_system():
+    """Holes between what stays, which glibc keeps: thousands of tasks would each leave some."""
+
+    def resident():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+    stays, goes = [], []
+    for _ in range(2000):
+        goes.append(torch.ones(25_000))  # 100 KB: below what malloc asks the system for alone
+        stays.append(torch.ones(1_000))
+    full = resident()
+    goes.clear()
+    assert resident() > full - 50  # MB; without holes there would be nothing to show
+    train.settle()
+    gc.unfreeze()
+    assert resident() < full - 150
+    assert all(bool((t == 1).all()) for t in stays)
 
 
 def test_long_streams_measure_the_diagonal_and_the_end(tmp_path):
