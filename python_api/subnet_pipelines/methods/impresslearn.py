@@ -18,13 +18,14 @@ from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
-from subnet_pipelines.methods.masked import MaskedMethod, entry_name
+from subnet_pipelines.methods.base import Clock, Phase
+from subnet_pipelines.methods.combinations import CombinationConfig, CombinationMethod
+from subnet_pipelines.methods.masked import entry_name
 from subnet_pipelines.models import MODELS
 
 
 @dataclass(frozen=True)
-class ImpressLearnConfig(MethodConfig):
+class ImpressLearnConfig(CombinationConfig):
     """ImpressLearn; the defaults are the paper's for LeNet-300-100 on Rotated and Permuted MNIST, where it prints them."""
 
     epochs: int = 20
@@ -43,6 +44,8 @@ class ImpressLearnConfig(MethodConfig):
     """Epochs of a basis mask (not printed)."""
     basis_lr: float = 1e-3
     """Adam's rate for the scores of a basis mask (not printed)."""
+    alpha_init: Literal["equal", "previous"] = "equal"
+    """Where alpha starts: 1 / K each, or the task before it, if that one has coefficients: for a task that drifts."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """Of alpha: the paper's table says RMSprop on MNIST and Adam elsewhere, its text SGD."""
     lr: float = 2e-3
@@ -50,7 +53,10 @@ class ImpressLearnConfig(MethodConfig):
     penalty: float = 0.0
     """lambda of lambda * sum over layers of (sum_k |alpha_k| - 1)^2; the paper has 0 on MNIST and .005 elsewhere."""
     controls: bool = True
-    """Beside each new task measure a mask of its own, the best single basis mask by validation, and the mean basis mask."""
+    """Beside each new task measure a mask of its own, the best single basis mask by validation, the mean basis mask, the first one, and
+    the combination of the first new task."""
+    own_mask_every: int = 1
+    """Under controls train a mask of its own for the first new task and every so many-th after it."""
 
     def check(self) -> None:
         super().check()
@@ -63,11 +69,13 @@ class ImpressLearnConfig(MethodConfig):
         for name, rate in (("lr", self.lr), ("basis_lr", self.basis_lr)):
             if rate <= 0:
                 raise Refusal(f"{name} must be positive, got {rate}")
+        if self.own_mask_every < 1:
+            raise Refusal(f"own_mask_every must be at least 1, got {self.own_mask_every}")
         if self.penalty < 0:
             raise Refusal(f"penalty must not be negative, got {self.penalty}")
 
 
-class ImpressLearn(MaskedMethod):
+class ImpressLearn(CombinationMethod):
     """Masks for the basis tasks, coefficients over them for every task after."""
 
     name = "impresslearn"
@@ -78,7 +86,6 @@ class ImpressLearn(MaskedMethod):
         super().__init__(config, benchmark, seed)
         if config.basis >= len(benchmark):
             raise Refusal(f"basis must leave new tasks: it is {config.basis}, {benchmark.name} has {len(benchmark)} tasks")
-        self.benchmark = benchmark
         with seeded(seed, "init"):
             network = MODELS[config.model](benchmark.classes, *benchmark.input_shape)
             self.adopt(network, sk.SubnetConfig(density=config.density, weight_init=config.weight_init))
@@ -105,10 +112,10 @@ class ImpressLearn(MaskedMethod):
             steps=c.iterations,
             batch_size=c.batch_size,
             optimizer=lambda: kind([self.alphas], c.lr),
-            first=self.begin_alphas,
+            first=lambda: self.begin_alphas(task),
             then=lambda: self.commit_alphas(task),
         )
-        return [own, alpha] if c.controls else [alpha]
+        return [own, alpha] if c.controls and (task.index - c.basis) % c.own_mask_every == 0 else [alpha]
 
     # ---- basis tasks: a mask each -----------------------------------------------------------------------------------
 
@@ -118,7 +125,13 @@ class ImpressLearn(MaskedMethod):
 
     # ---- new tasks: coefficients over the masks ---------------------------------------------------------------------
 
-    def begin_alphas(self) -> None:
+    def begin_alphas(self, task: Task) -> None:
+        self.make_alphas()
+        if self.config.alpha_init == "previous" and task.index > self.config.basis:
+            with torch.no_grad():
+                self.alphas.copy_(self.bank[entry_name(task.index - 1)].alphas)
+
+    def make_alphas(self) -> None:
         basis = self.config.basis
         self.alphas = nn.Parameter(torch.full((len(self.bank.layers()), basis), 1 / basis, device=self.device))
 
@@ -149,7 +162,8 @@ class ImpressLearn(MaskedMethod):
         self.note("own_mask", task, self.percent(*self.benchmark.test(task).tensors()))
 
     def measure_basis(self, task: Task) -> None:
-        """The combination, and every basis mask alone: the one that validation data choose, and their mean, the wrong mask."""
+        """The combination, that of the first new task, and every basis mask alone: the one that validation data choose, the first, and
+        their mean, the wrong mask."""
         test = self.benchmark.test(task.index).tensors()
         with self.bank.as_task(entry_name(task.index)):
             self.note("combination", task.index, self.percent(*test))
@@ -161,6 +175,9 @@ class ImpressLearn(MaskedMethod):
                 accuracy.append(self.percent(*test))
         self.note("nearest_mask", task.index, accuracy[max(range(len(chosen)), key=chosen.__getitem__)])
         self.note("wrong_mask", task.index, sum(accuracy) / len(accuracy))
+        self.note("fixed_mask", task.index, accuracy[0])
+        with self.bank.as_task(entry_name(self.config.basis)):
+            self.note("fixed_combination", task.index, self.percent(*test))
 
     def note(self, control: str, task: int, percent: float) -> None:
         self.measured.setdefault(control, {})[entry_name(task)] = percent
@@ -172,12 +189,21 @@ class ImpressLearn(MaskedMethod):
 
     def report(self) -> dict[str, Any]:
         means = {f"{name}_mean": sum(tasks.values()) / len(tasks) for name, tasks in self.measured.items()}
-        return {**super().report(), "basis_tasks": self.config.basis, **self.measured, **means}
+        curves = {"curves": {"new tasks": self.curve()}} if self.measured else {}
+        return {**super().report(), "basis_tasks": self.config.basis, **self.measured, **means, **curves}
+
+    def curve(self) -> dict[str, Any]:
+        """What was measured of the new tasks, over the angle where the benchmark has one, else over the task's number."""
+        angle = getattr(self.benchmark, "angle", None)
+        places = {entry_name(i): angle(i) if angle else i for i in range(self.config.basis, len(self.benchmark))}
+        lines = {name: [[places[task], percent] for task, percent in tasks.items()] for name, tasks in self.measured.items()}
+        names = {name: name.replace("_", " ") for name in lines}
+        return {"x": "angle (degrees)" if angle else "task", "y": "right (%)", "lines": {names[n]: lines[n] for n in lines}}
 
     def facts(self) -> dict[str, Any]:
         return {"alphas": self.alphas is not None, "measured": self.measured}
 
     def build(self, facts: dict[str, Any]) -> None:
         if facts["alphas"]:
-            self.begin_alphas()
+            self.make_alphas()
         self.measured = facts["measured"]
