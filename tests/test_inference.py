@@ -11,6 +11,7 @@ from subnet_pipelines.inference import (
     entropy,
     g_objective,
     infer_binary,
+    information,
     one_shot,
     weigh_combinations,
     whose_batch,
@@ -25,6 +26,16 @@ def test_entropy():
     torch.testing.assert_close(entropy(logits), expected)
     assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
     assert torch.autograd.gradcheck(entropy, logits)
+
+
+def test_information():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    p = logits.detach().softmax(1)
+    mutual = (p * (p / p.mean(0)).log()).sum(1).mean()  # sum over the joint distribution of row and class
+    assert information(logits).item() == pytest.approx(-mutual.item())
+    assert torch.autograd.gradcheck(information, logits)
+    assert information(50 * torch.eye(4)).item() == pytest.approx(-math.log(4))
+    assert information(50 * torch.eye(4)[[2, 2, 2]]).item() == pytest.approx(0, abs=1e-5)  # all the same class
 
 
 def test_g_objective_counts_all_and_learns_from_the_superfluous():

@@ -1,5 +1,5 @@
-"""Whose rows are these, where every task is a combination of masks? ImpressLearn's two answers without a task id, both by the entropy of
-the logits and without a label.
+"""Whose rows are these, where every task is a combination of masks? ImpressLearn's two answers without a task id, both by how sure the
+logits are and without a label.
 
 GN weighs the combinations of all learnt tasks by beta and goes down to it; basis-GN goes down to the coefficients over the masks
 themselves, and asks for no task.
@@ -35,6 +35,9 @@ class CombinationConfig(MethodConfig):
     """Epochs of gradient steps over a task's unlabelled test rows by which its combination is found; 0 is one gradient of one batch."""
     candidates: Literal["all", "new"] = "all"
     """Among whose combinations it is looked for: all learnt tasks', those of the basis being one mask each, or the new tasks'."""
+    inference_objective: Literal["entropy", "information"] = "entropy"
+    """What these steps go down: the mean entropy (the paper), or that less the entropy of the mean prediction, which is not low where all
+    rows get one class."""
     inference_step: Literal["simplex", "free"] = "simplex"
     """Exponentiated gradient, standardised over the candidates, or plain gradient steps on the weights of the combinations."""
     inference_lr: float = 0.5
@@ -42,7 +45,8 @@ class CombinationConfig(MethodConfig):
     inference_batch: int = 128
     """Unlabelled rows of a step."""
     basis_passes: int = 0
-    """At the end of a run show every basis task without labels, and learn coefficients by so many epochs of entropy alone (basis-GN)."""
+    """At the end of a run show every basis task without labels, and learn coefficients by so many epochs of the same objective
+    (basis-GN)."""
     basis_step: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """The optimizer of these coefficients."""
     basis_step_lr: float = 2e-3
@@ -76,6 +80,7 @@ class CombinationMethod(MaskedMethod):
         "inference",
         "passes",
         "candidates",
+        "inference_objective",
         "inference_step",
         "inference_lr",
         "inference_batch",
@@ -141,7 +146,7 @@ class CombinationMethod(MaskedMethod):
             return Found([best], best)
         shown = self.shown(order, c.passes) if c.passes else [[order[: c.inference_batch]]]
         candidates = self.alike(self.coefficients_of(tasks))
-        gradient = lambda alphas, rows: self.entropy_gradient(alphas, x[rows])  # noqa: E731
+        gradient = lambda alphas, rows: self.unlabelled_gradient(alphas, x[rows])  # noqa: E731
         weighed = inference.weigh_combinations(gradient, candidates, shown, c.inference_lr, c.inference_step)
         self.bank.activate(None)
         places = [inference.one_shot(weighed.first), *weighed.beta.argmax(1)[: c.passes]]
@@ -164,12 +169,15 @@ class CombinationMethod(MaskedMethod):
         return found
 
     @torch.enable_grad()
-    def entropy_gradient(self, alphas: Tensor, x: Tensor) -> Tensor:
-        """Of the mean entropy over the rows x to coefficients (layers, K) over all masks; norms take the rows' own statistics."""
+    def unlabelled_gradient(self, alphas: Tensor, x: Tensor) -> Tensor:
+        """Of the objective over the rows x to coefficients (layers, K) over all masks; norms take the rows' own statistics."""
         alphas = alphas.detach().requires_grad_()
         self.bank.superpose(alphas, over=self.bank.masks)
         with batch_statistics(self.norms):
-            return torch.autograd.grad(inference.entropy(self.network(x)).mean(), alphas)[0]
+            logits = self.network(x)
+        informed = self.config.inference_objective == "information"
+        value = inference.information(logits) if informed else inference.entropy(logits).mean()
+        return torch.autograd.grad(value, alphas)[0]
 
     # ---- a basis task without its mask ------------------------------------------------------------------------------
 
@@ -184,7 +192,7 @@ class CombinationMethod(MaskedMethod):
         opt, chosen, after = OPTIMIZERS[c.basis_step]([alphas], c.basis_step_lr), None, []
         for batches in self.shown(order, c.basis_passes):
             for rows in batches:
-                alphas.grad = self.entropy_gradient(alphas, x[rows])
+                alphas.grad = self.unlabelled_gradient(alphas, x[rows])
                 chosen = int(inference.one_shot(alphas.grad.sum(0))) if chosen is None else chosen
                 opt.step()
             after.append(alphas.detach().clone())
