@@ -82,7 +82,7 @@ def test_penalty_by_hand():
     method, benchmark = impresslearn(penalty=0.5)
     for name in ("task 0", "task 1"):
         method.bank.commit(name)
-    method.begin_alphas()
+    method.make_alphas()
     with torch.no_grad():
         method.alphas.copy_(torch.tensor([[0.5, 0.5], [1.0, -1.0], [0.0, 0.25]]))
     x, y = benchmark.test(0).tensors()
