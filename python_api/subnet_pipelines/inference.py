@@ -195,16 +195,16 @@ def weigh_combinations(
             if step == "free":
                 beta = beta - lr * grad
             else:
-                drift = drift - lr * _standardised(grad)
+                drift = drift - lr * standardised(grad)
                 beta = drift.softmax(0)
         after.append(beta)
     return Weighed(first, torch.stack(after))
 
 
-def _standardised(grad: Tensor) -> Tensor:
-    """Less its mean and over its deviation; 0 where all are alike."""
-    centred = grad - grad.mean()
-    deviation = centred.square().mean().sqrt()
+def standardised(grad: Tensor) -> Tensor:
+    """Each row less its mean and over its deviation, 0 where all of it are alike: (..., K) -> (..., K)."""
+    centred = grad - grad.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
     return torch.where(deviation > 0, centred / deviation, 0)
 
 

@@ -35,7 +35,7 @@ class CombinationConfig(MethodConfig):
     """Epochs of gradient steps over a task's unlabelled test rows by which its combination is found; 0 is one gradient of one batch."""
     candidates: Literal["all", "new"] = "all"
     """Among whose combinations it is looked for: all learnt tasks', those of the basis being one mask each, or the new tasks'."""
-    inference_objective: Literal["entropy", "information"] = "entropy"
+    inference_objective: Literal["entropy", "information"] = "information"
     """What these steps go down: the mean entropy (the paper), or that less the entropy of the mean prediction, which is not low where all
     rows get one class."""
     inference_step: Literal["simplex", "free"] = "simplex"
@@ -47,10 +47,10 @@ class CombinationConfig(MethodConfig):
     basis_passes: int = 0
     """At the end of a run show every basis task without labels, and learn coefficients by so many epochs of the same objective
     (basis-GN)."""
-    basis_step: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
-    """The optimizer of these coefficients."""
-    basis_step_lr: float = 2e-3
-    """Its rate."""
+    basis_step: Literal["simplex", "rmsprop", "adam", "sgd"] = "simplex"
+    """As inference_step simplex, in every layer over the masks, or the optimizer of these coefficients."""
+    basis_step_lr: float = 0.5
+    """The rate of either."""
 
     def check(self) -> None:
         super().check()
@@ -186,15 +186,19 @@ class CombinationMethod(MaskedMethod):
         """basis-GN on the rows x (n, ...): the place of the mask that SupSup's one-shot rule chooses by the first batch, and the
         coefficients (layers, K), from 1/K each, after each pass."""
         c = self.config
-        alphas = nn.Parameter(
-            torch.full((len(self.bank.layers()), len(self.bank.masks)), 1 / len(self.bank.masks), device=x.device)
-        )
-        opt, chosen, after = OPTIMIZERS[c.basis_step]([alphas], c.basis_step_lr), None, []
+        masks, simplex = len(self.bank.masks), c.basis_step == "simplex"
+        alphas = nn.Parameter(torch.full((len(self.bank.layers()), masks), 1 / masks, device=x.device))
+        opt = None if simplex else OPTIMIZERS[c.basis_step]([alphas], c.basis_step_lr)
+        drift, chosen, after = torch.zeros_like(alphas), None, []
         for batches in self.shown(order, c.basis_passes):
             for rows in batches:
                 alphas.grad = self.unlabelled_gradient(alphas, x[rows])
                 chosen = int(inference.one_shot(alphas.grad.sum(0))) if chosen is None else chosen
-                opt.step()
+                if simplex:
+                    drift = drift - c.basis_step_lr * inference.standardised(alphas.grad)
+                    alphas.data = drift.softmax(1)
+                else:
+                    opt.step()
             after.append(alphas.detach().clone())
         return chosen, after
 
