@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from streams import Contrary, Pictures, assert_same_run, broken_run
+from streams import Contrary, Pictures, Shuffled, assert_same_run, broken_run
 
 import subnet_kernels as sk
 import subnet_pipelines
@@ -185,7 +185,7 @@ def test_penalty_by_hand(fields, expected):
     method, benchmark = impresslearn(penalty=0.5, **fields)
     for name in ("task 0", "task 1"):
         method.bank.commit(name)
-    method.make_alphas()
+    method.make_alphas(method.basis)
     with torch.no_grad():
         method.alphas.copy_(torch.tensor([[0.5, 0.5], [1.0, -1.0], [0.0, 0.25]]))
     x, y = benchmark.test(0).tensors()
@@ -416,6 +416,7 @@ RESUMED = {
     "real": ({"mask": "real"}, [4, 9, 8, 2]),
     "signed, scaled": ({"mask": "signed", "scale_basis": True, "alpha_init": "optimal", "schedule": "cosine"}, [4, 9, 8, 2]),
     "a mix": ({"basis_seeds": 1, "basis_random": 1}, [4, 5, 8, 9]),
+    "smaller bases": ({"basis_random": 2, "sizes": [1, 3]}, [4, 2, 3, 2]),
     "seeds at once": ({"basis_kind": "homogeneous", "basis": 3, "parallel_tasks": 2}, [2, 5, 4]),
 }
 
@@ -454,6 +455,30 @@ def test_masks_trained_at_once_are_those_of_one_by_one(fields, parallel, tmp_pat
     assert not found[1][0].together.networks
 
 
+@pytest.mark.parametrize("mask", ["topk", "real"])
+def test_smaller_bases_are_those_of_their_own(mask, tmp_path):
+    """Coefficients over a smaller basis end as those of a run that has no other masks: same masks, same batches, same start."""
+    fields = {"tasks": 5, "stream": Shuffled, "new_tasks": 1, "own_mask": False, "mask": mask}
+    whole, benchmark = short(**fields, basis=4, sizes=[1, 2])
+    report = run(whole, benchmark, RunConfig(), tmp_path / "whole").method_report
+    assert whole.some_of_basis(2) == ["task 0", "task 2"]
+    assert whole.bank["task 4"].over == ("task 0", "task 1", "task 2", "task 3")
+    assert "task 4" in report["combination_of_1"]
+    small, benchmark = short(**fields, basis=2, basis_from="spread")
+    assert small.basis == ["task 0", "task 2"]
+    alone = run(small, benchmark, RunConfig(), tmp_path / "small").method_report
+    assert report["combination_of_2"] == alone["combination"]
+    curve = report["curves"]["size of the basis"]["lines"]["combination"]
+    assert curve == [[1, report["combination_of_1_mean"]], [2, report["combination_of_2_mean"]], [4, report["combination_mean"]]]
+
+
+def test_superfluous_outputs(tmp_path):
+    method, benchmark = short(outputs=5)
+    run(method, benchmark, RunConfig(), tmp_path)
+    x = benchmark.test(2).tensors()[0]
+    assert method.predict(x, 2).logits.shape == (len(x), 5)
+
+
 def test_a_spread_basis_cannot_grow(tmp_path):
     fields = {"new_tasks": 1, "basis_from": "spread", "controls": False}
     method, benchmark = short(tasks=3, **fields)
@@ -482,6 +507,10 @@ def test_a_spread_basis_cannot_grow(tmp_path):
         ({"erdos_renyi": 0.0}, "erdos_renyi must be positive"),
         ({"alpha_weight_decay": -1.0}, "alpha_weight_decay must not be negative"),
         ({"penalty": -1.0}, "penalty must not be negative"),
+        ({"sizes": [1, 2]}, "sizes must be numbers of masks from 1 to 1, got 2"),
+        ({"sizes": [1], "alpha_init": "optimal"}, "alpha_init must be equal where sizes gives smaller bases"),
+        ({"mask": "real", "basis_passes": 1}, "basis_passes must be 0 where mask is real"),
+        ({"outputs": 1}, "outputs must be at least the 2 classes of contrary, got 1"),
         ({"density": 0.0}, "density must be in"),
         ({"lr": 0.0}, "lr must be positive"),
         ({"width": 2.0}, "width must be 1 for model mlp"),

@@ -5,7 +5,17 @@ import math
 import pytest
 import torch
 
-from subnet_pipelines.inference import binary_survivors, entropy, g_objective, infer_binary, one_shot, whose_batch
+from subnet_pipelines.inference import (
+    binary_survivors,
+    collapse,
+    entropy,
+    g_objective,
+    infer_binary,
+    information,
+    one_shot,
+    weigh_combinations,
+    whose_batch,
+)
 
 NAN = math.nan
 
@@ -16,6 +26,16 @@ def test_entropy():
     torch.testing.assert_close(entropy(logits), expected)
     assert entropy(torch.zeros(1, 8)).item() == pytest.approx(math.log(8))
     assert torch.autograd.gradcheck(entropy, logits)
+
+
+def test_information():
+    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    p = logits.detach().softmax(1)
+    mutual = (p * (p / p.mean(0)).log()).sum(1).mean()  # sum over the joint distribution of row and class
+    assert information(logits).item() == pytest.approx(-mutual.item())
+    assert torch.autograd.gradcheck(information, logits)
+    assert information(50 * torch.eye(4)).item() == pytest.approx(-math.log(4))
+    assert information(50 * torch.eye(4)[[2, 2, 2]]).item() == pytest.approx(0, abs=1e-5)  # all the same class
 
 
 def test_g_objective_counts_all_and_learns_from_the_superfluous():
@@ -132,3 +152,80 @@ def test_whose_batch():
 def test_whose_batch_refuses(shape, allocated):
     with pytest.raises(ValueError, match=f"at least the {allocated} masks allocated"):
         whose_batch(torch.zeros(shape), allocated)
+
+
+# ---- combinations of masks ------------------------------------------------------------------------------------------
+
+
+def combined_network(j=5, k=4, dtype=torch.float64):
+    """A float64 network 6-5-3 of j combinations of k masks, each weighed by beta: (weights, masks, candidates (j, 2, k), rows (20, 6))."""
+    chance = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randn(shape, generator=chance, dtype=dtype)  # noqa: E731
+    weights = [draw(5, 6), draw(3, 5)]
+    masks = [(draw(k, *w.shape) > 0).to(dtype) for w in weights]
+    return weights, masks, draw(j, 2, k), draw(20, 6)
+
+
+def entropy_through(weights, x):
+    return entropy((x @ weights[0].T).relu() @ weights[1].T).mean()
+
+
+def test_collapsed_combinations_are_the_network_of_all_of_them():
+    weights, masks, candidates, x = combined_network()
+    beta = torch.linspace(0.1, 0.4, 5, dtype=torch.float64, requires_grad=True)
+    whole = [
+        sum(b * w * torch.tensordot(c[i], m, 1) for b, c in zip(beta, candidates)) for i, (w, m) in enumerate(zip(weights, masks))
+    ]
+    rows = collapse(beta, candidates)
+    assert rows.shape == (2, 4)
+    collapsed = [w * torch.tensordot(row, m, 1) for w, row, m in zip(weights, rows, masks)]
+    for one, other in zip(whole, collapsed):
+        torch.testing.assert_close(one, other, rtol=1e-13, atol=1e-13)
+    (expected,) = torch.autograd.grad(entropy_through(whole, x), beta)
+    torch.testing.assert_close(torch.autograd.grad(entropy_through(collapsed, x), beta)[0], expected, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("step", "lr"), [("simplex", 0.7), ("free", 0.05)])
+def test_combinations_are_weighed_as_by_the_uncollapsed_network(step, lr):
+    weights, masks, candidates, x = combined_network()
+    passes, asked = [x.split(7), x.flip(0).split(10)], []
+
+    def gradient(alphas, rows):
+        asked.append(alphas.shape)
+        alphas = alphas.detach().requires_grad_()
+        made = [w * torch.tensordot(row, m, 1) for w, row, m in zip(weights, alphas, masks)]
+        return torch.autograd.grad(entropy_through(made, rows), alphas)[0]
+
+    found = weigh_combinations(gradient, candidates, passes, lr, step)
+    beta, total, after, first = torch.full((5,), 0.2, dtype=torch.float64), torch.zeros(5, dtype=torch.float64), [], None
+    for rows in (rows for batches in passes for rows in [*batches, None]):
+        if rows is None:
+            after.append(beta)
+            continue
+        leaf = beta.clone().requires_grad_()
+        made = [
+            sum(b * w * torch.tensordot(c[i], m, 1) for b, c in zip(leaf, candidates))
+            for i, (w, m) in enumerate(zip(weights, masks))
+        ]
+        (grad,) = torch.autograd.grad(entropy_through(made, rows), leaf)
+        first = grad if first is None else first
+        total = total + (grad - grad.mean()) / grad.std(correction=0)
+        beta = (-lr * total).softmax(0) if step == "simplex" else beta - lr * grad
+    torch.testing.assert_close(found.first, first, rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(found.beta, torch.stack(after), rtol=1e-8, atol=1e-11)
+    assert asked == [(2, 4)] * 5  # one gradient a batch, to the masks' coefficients, however many combinations there are
+
+
+def test_simplex_steps_know_no_scale():
+    candidates = torch.randn(6, 2, 3, dtype=torch.float64)
+    slope = torch.randn(2, 3, dtype=torch.float64)
+    weigh = lambda scale: weigh_combinations(lambda alphas, rows: scale * slope, candidates, [[None] * 4], 0.5).beta  # noqa: E731
+    torch.testing.assert_close(weigh(1.0), weigh(1e4))
+    assert weigh(1.0).sum().item() == pytest.approx(1)
+    assert weigh(1.0).argmax() == torch.einsum("lk,jlk->j", slope, candidates).argmin()
+    assert torch.equal(weigh(0.0), torch.full((1, 6), 1 / 6, dtype=torch.float64))  # nothing to tell them apart by
+
+
+def test_another_step_is_refused():
+    with pytest.raises(ValueError, match="step must be simplex or free, got 'adam'"):
+        weigh_combinations(lambda alphas, rows: alphas, torch.ones(2, 1, 1), [[None]], 1.0, "adam")

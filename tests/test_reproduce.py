@@ -479,7 +479,7 @@ def test_points_belong_to_figures(table):
     found = read_table(table)
     over_points = [words for words in found.figures.values() if words["x"] == "point"]
     points = [(cell.benchmark, *cell.point) for cell in found.cells if cell.point is not None]
-    assert bool(points) == bool(over_points)
+    assert points or not over_points  # a sweep has points, whether a figure is drawn over them or not
     assert len(set(points)) == len(points)
 
 

@@ -3,14 +3,17 @@
 All masks run at once, weighted by coefficients alpha (`subnet_kernels.superpose`); the gradient of an objective of the logits to
 alpha says which mask to lean on. Everything here works on tensors alone and knows no model: the caller turns alphas into a gradient.
 
-Shape letters: B rows, C logits, K candidate tasks; `...` any leading dimensions, none where one decision serves the whole batch.
+A candidate may also be a combination of masks (ImpressLearn; Bhardwaj et al.): a coefficient for every layer and mask.
+
+Shape letters: B rows, C logits, K candidate tasks; `...` any leading dimensions, none where one decision serves the whole batch. Of
+combinations: J candidates over K masks in L layers.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +26,16 @@ def entropy(logits: Tensor) -> Tensor:
     """
     log_p = logits.log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1)
+
+
+def information(logits: Tensor) -> Tensor:
+    """Minus the information that rows give about their class: the mean entropy less the entropy of the mean softmax.
+
+    The entropy alone is small too where all rows get the same class; here that gains nothing. logits: (B, C) -> 0-dim, in nats,
+    differentiable.
+    """
+    mean = logits.log_softmax(-1).logsumexp(0) - math.log(len(logits))  # logarithm of the mean softmax
+    return entropy(logits).mean() + (mean.exp() * mean).sum()
 
 
 def g_objective(logits: Tensor, real: int) -> Tensor:
@@ -134,6 +147,65 @@ def infer_binary(
         finished = alive.sum(-1) == 1
         rounds += 1
     return Binary(alphas, alive.to(torch.uint8).argmax(-1), finished, rounds)
+
+
+def collapse(beta: Tensor, candidates: Tensor) -> Tensor:
+    """The coefficients over the masks that combinations weighed by beta come to: sum_j beta_j alpha^j, of which there are K a layer
+    however many combinations there are.
+
+    beta: (J,); candidates: (J, L, K) -> (L, K), differentiable.
+    """
+    return torch.einsum("j,jlk->lk", beta, candidates)
+
+
+class Weighed(NamedTuple):
+    """What `weigh_combinations` found."""
+
+    first: Tensor  # (J,): the gradient to beta of the first batch, at equal beta
+    beta: Tensor  # (passes, J): the weights after each pass
+
+
+Rows = TypeVar("Rows")
+
+
+def weigh_combinations(
+    gradient: Callable[[Tensor, Rows], Tensor],
+    candidates: Tensor,
+    passes: Iterable[Iterable[Rows]],
+    lr: float,
+    step: str = "simplex",
+) -> Weighed:
+    """Whose combination is it? Gradient steps on the weights beta of all of them, from 1/J each, a step a batch of unlabelled rows.
+
+    gradient: coefficients (L, K) and a batch -> the gradient of the objective to them, (L, K); candidates: (J, L, K); passes: the batches
+    of each; step: "simplex", exponentiated gradient: beta is the softmax of -lr times the sum of the gradients so far, each less its mean
+    and over its deviation over the candidates, so that lr knows no scale; "free": beta <- beta - lr * gradient.
+
+    A step asks for one gradient to K coefficients a layer, whatever J is: by the chain rule that to beta_j is its product with alpha^j.
+    Raises ValueError for another step.
+    """
+    if step not in ("simplex", "free"):
+        raise ValueError(f"weigh_combinations: step must be simplex or free, got {step!r}")
+    beta, after = candidates.new_full(candidates.shape[:1], 1 / len(candidates)), []
+    first, drift = None, torch.zeros_like(beta)
+    for batches in passes:
+        for rows in batches:
+            grad = torch.einsum("lk,jlk->j", gradient(collapse(beta, candidates), rows), candidates)
+            first = grad if first is None else first
+            if step == "free":
+                beta = beta - lr * grad
+            else:
+                drift = drift - lr * standardised(grad)
+                beta = drift.softmax(0)
+        after.append(beta)
+    return Weighed(first, torch.stack(after))
+
+
+def standardised(grad: Tensor) -> Tensor:
+    """Each row less its mean and over its deviation, 0 where all of it are alike: (..., K) -> (..., K)."""
+    centred = grad - grad.mean(-1, keepdim=True)
+    deviation = centred.square().mean(-1, keepdim=True).sqrt()
+    return torch.where(deviation > 0, centred / deviation, 0)
 
 
 def _equal(alive: Tensor, dtype: torch.dtype) -> Tensor:

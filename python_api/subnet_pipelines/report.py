@@ -261,8 +261,8 @@ def plot(path: Path, paint: Callable[[Any], None], **labels: Any) -> Path:
 
 
 def draw(result: Result, folder: Path) -> list[Path]:
-    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, recoveries of masks, how masks share weights, where
-    there are such; and the final accuracies."""
+    """PNGs of a run into the folder: the matrix, a curve per task, the used fraction, recoveries of masks, the method's own curves, how
+    masks share weights, where there are such; and the final accuracies."""
     made = []
 
     def save(name: str, paint: Callable[[Any], None], title: str, **labels: Any) -> None:
@@ -283,6 +283,9 @@ def draw(result: Result, folder: Path) -> list[Path]:
     if recovery := result.method_report.get("recovery"):
         labels = {"xlabel": "step of the recovery", "ylabel": f"of {recovery['gains']} gains, differ"}
         save("recovery.png", lambda axes: _recoveries(axes, recovery), "distance to the task's own mask", **labels)
+    for title, curve in result.method_report.get("curves", {}).items():
+        labels = {"xlabel": curve["x"], "ylabel": curve["y"]}
+        save(f"{title.replace(' ', '_')}.png", lambda axes, lines=curve["lines"]: lines_on(axes, lines), title, **labels)
     if reused := result.method_report.get("reuse"):
         shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
         save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
@@ -310,6 +313,26 @@ def _recoveries(axes: Any, recovery: dict[str, Any]) -> None:
         label = f"task {task}" + ("" if nearest == task else f", ends nearest to task {nearest}")
         axes.plot([sum(parts) for parts in zip(*ways)], "-" if nearest == task else "--", marker=".", label=label)
     axes.legend(fontsize=7)
+
+
+def lines_on(axes: Any, curves: dict[str, list]) -> None:
+    """A line each of label -> [(x, y), ...]."""
+    for label, points in curves.items():
+        axes.plot(*zip(*points), marker="." if len(points) <= 50 else None, label=label)
+    axes.legend(fontsize=6)
+
+
+def mean_curves(results: list[Result]) -> dict[str, dict[str, Any]]:
+    """The curves of several seeds' method reports as one, each point the mean over the seeds that have it."""
+    found: dict[str, dict[str, Any]] = {}
+    for title in dict.fromkeys(title for r in results for title in r.method_report.get("curves", {})):
+        each = [r.method_report["curves"][title] for r in results if title in r.method_report.get("curves", {})]
+        lines: dict[str, dict[float, list[float]]] = {}
+        for name, x, y in ((name, x, y) for curve in each for name, points in curve["lines"].items() for x, y in points):
+            lines.setdefault(name, {}).setdefault(x, []).append(y)
+        means = {name: [[x, statistics.fmean(ys)] for x, ys in points.items()] for name, points in lines.items()}
+        found[title] = {**each[0], "lines": means}
+    return found
 
 
 def draw_final(results: list[Result], folder: Path) -> Path:

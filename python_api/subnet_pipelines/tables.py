@@ -23,7 +23,7 @@ from typing import Any
 from subnet_kernels.files import write_atomic
 from subnet_pipelines.config import CONFIGS, FIDELITIES, nearest, read_yaml
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.report import STYLE, Result, common, figures, number, plot, spread, summarise
+from subnet_pipelines.report import STYLE, Result, common, figures, lines_on, mean_curves, number, plot, spread, summarise
 
 TABLES = CONFIGS / "tables"
 PAPER = {
@@ -46,8 +46,16 @@ SHOWN = (
     "huffman_cap",
     "seconds",
 )  # of ours, as in COLUMNS
-FIGURE = {"x": "point", "y": "acc", "xlabel": "", "ylabel": "ACC (%)", "log": False}  # what a figure may say, and what holds else
+FIGURE = {  # what a figure may say, and what holds else
+    "x": "point",
+    "y": "acc",
+    "xlabel": "",
+    "ylabel": "ACC (%)",
+    "log": False,
+    "lines": None,
+}
 AXES = {"point": set(SHOWN), "task": {"final"}, "epoch": {"loss", "val_loss", "val_accuracy"}}  # x of a figure -> its y
+# x `curve` has for y the title of one of the curves that methods report, of which `lines` may name some
 
 
 @dataclass(frozen=True)
@@ -99,7 +107,7 @@ def read_table(name: str) -> Table:
         if unknown := set(words) - set(FIGURE):
             raise Refusal(f"{TABLES / name / 'table.yaml'}: {unknown.pop()} is no key of a figure; known are {', '.join(FIGURE)}")
         shown[title] = words = {**FIGURE, **words}
-        if words["y"] not in AXES.get(words["x"], ()):
+        if words["x"] != "curve" and words["y"] not in AXES.get(words["x"], ()):
             raise Refusal(f"{TABLES / name / 'table.yaml'}: figure {title!r} has no {words['y']} over {words['x']}")
     cells = [read_cell(n, head["rows"], files[n]) for n in names if n in files]
     cells += sweep(head["cells"], head["sweep"], TABLES / name / "table.yaml") if "sweep" in head else []
@@ -161,7 +169,13 @@ def entry(
     `epoch_means`."""
     found = {"cell": cell.name, "row": cell.label, "method": cell.method, "fidelity": fidelity, "status": status, "why": why}
     found |= {"seeds": [r.seed for r in results], "paper": cell.paper, "ours": {}, "difference": None, "note": cell.note}
-    found |= {"used_fraction_per_task": None, "point": cell.point, "final": [], "epochs": epochs or {}}
+    found |= {
+        "used_fraction_per_task": None,
+        "point": cell.point,
+        "final": [],
+        "epochs": epochs or {},
+        "curves": mean_curves(results),
+    }
     found |= {"command": command, "environment": {}}
     if results:
         summary = summarise(results)
@@ -377,7 +391,7 @@ def draw(name: str, entries: list[dict[str, Any]], figures: dict[str, dict[str, 
         return []
     made = []
     for title, words in figures.items():
-        if curves := curves_of(words["x"], words["y"], mine):
+        if curves := curves_of(words["x"], words["y"], mine, words["lines"]):
             path = folder / f"{name}.{title.replace(' ', '-')}.png"
             labels = {"xlabel": words["xlabel"] or words["x"], "ylabel": words["ylabel"], "title": title}
             made.append(plot(path, lambda axes, curves=curves, words=words: _lines(axes, curves, words["log"]), **labels))
@@ -403,13 +417,20 @@ def draw(name: str, entries: list[dict[str, Any]], figures: dict[str, dict[str, 
     return made
 
 
-def curves_of(x: str, y: str, entries: list[dict[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """What a figure shows: label -> points. Over `point` a number of every cell that has one, else a curve of every cell."""
+def curves_of(
+    x: str, y: str, entries: list[dict[str, Any]], lines: list[str] | None = None
+) -> dict[str, list[tuple[float, float]]]:
+    """What a figure shows: label -> points. Over `point` a number of every cell that has one; of `curve` the lines, these or all, of that
+    title that a cell's method reports; else a curve of every cell."""
     found: dict[str, list[tuple[float, float]]] = {}
     several = len({e["fidelity"] for e in entries}) > 1
     for e in entries:
         mode = f" ({e['fidelity']})" if several else ""
-        if x == "point":
+        if x == "curve":
+            for name, points in e["curves"].get(y, {"lines": {}})["lines"].items():
+                if lines is None or name in lines:
+                    found[f"{e['row']}: {name}{mode}"] = [tuple(point) for point in points]
+        elif x == "point":
             if e["point"] and (value := e["ours"][y]["mean"]) is not None:
                 found.setdefault(e["point"][0] + mode, []).append((e["point"][1], value))
         else:
@@ -420,11 +441,9 @@ def curves_of(x: str, y: str, entries: list[dict[str, Any]]) -> dict[str, list[t
 
 
 def _lines(axes: Any, curves: dict[str, list[tuple[float, float]]], log: bool) -> None:
-    for label, points in curves.items():
-        axes.plot(*zip(*points), marker="." if len(points) <= 50 else None, label=label)
+    lines_on(axes, curves)
     if log:
         axes.set_xscale("log")
-    axes.legend(fontsize=6)
 
 
 def _accuracies(axes: Any, entries: list[dict[str, Any]]) -> None:

@@ -8,9 +8,9 @@ W_eff = W * sum_k alpha_k M_k, by cross-entropy and a penalty that keeps sum |al
 from __future__ import annotations
 
 import itertools
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -18,12 +18,15 @@ from torch import Tensor, nn
 
 import subnet_kernels as sk
 from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Split, Task, batches
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
-from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
+from subnet_pipelines.methods.base import Clock, Phase
+from subnet_pipelines.methods.combinations import CombinationConfig, CombinationMethod
+from subnet_pipelines.methods.controls import Controls
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
-from subnet_pipelines.methods.masked import MaskedMethod, entry_name
+from subnet_pipelines.methods.masked import entry_name
+from subnet_pipelines.methods.real_masks import RealMasks
 from subnet_pipelines.methods.supsup import wide
 from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
@@ -31,7 +34,7 @@ from subnet_pipelines.together import Together
 
 
 @dataclass(frozen=True)
-class ImpressLearnConfig(MethodConfig):
+class ImpressLearnConfig(CombinationConfig):
     """ImpressLearn; the defaults are the paper's for LeNet-300-100 on Rotated and Permuted MNIST, where it prints them."""
 
     epochs: int = 20
@@ -42,6 +45,8 @@ class ImpressLearnConfig(MethodConfig):
     """The network; all its layers are masked."""
     width: float = 1.0
     """Times the network's own width, where it can be had in others (lenet-300-100, fc-1024, gem-resnet-18, resnet-50)."""
+    outputs: int | None = None
+    """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone (the paper)."""
     norm: Literal["task", "batch"] = "task"
     """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, or those of
     the test batch."""
@@ -83,9 +88,12 @@ class ImpressLearnConfig(MethodConfig):
     """That rate over a mask's epochs: as it is, or down to 0."""
     parallel_tasks: int = 1
     """Masks of the basis that are trained at once, to the same masks as one by one."""
-    alpha_init: Literal["equal", "optimal"] = "equal"
-    """Where alpha starts: 1 / K each, or 1 for the mask that does best on the task's validation rows and 0 for all others (the capstone's
-    start_at_optimal, which for a basis task is its own mask)."""
+    sizes: list[int] | None = None
+    """Smaller bases, of so many masks each that lie evenly in the whole one: every new task learns coefficients over them too, which are
+    measured and not kept."""
+    alpha_init: Literal["equal", "optimal", "previous"] = "equal"
+    """Where alpha starts: 1 / K each; 1 for the mask that does best on the task's validation rows and 0 for all others (the capstone's
+    start_at_optimal, which for a basis task is its own mask); or the new task before this one, for a task that drifts."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """Of alpha: the paper's table says RMSprop on MNIST and Adam elsewhere, its text SGD."""
     lr: float = 2e-3
@@ -101,16 +109,18 @@ class ImpressLearnConfig(MethodConfig):
     hybrid: bool = False
     """A new task has a mask of its own in the last layer, trained with the alpha of the others."""
     controls: bool = True
-    """Beside each new task measure equal coefficients, every mask of the basis alone (the one that validation chooses; mean and deviation
-    of all, the wrong mask) and, under own_mask, a mask of its own."""
+    """Beside each new task measure equal coefficients, the first new task's coefficients, every mask of the basis alone (the first; the
+    one that validation chooses; mean and deviation of all, the wrong mask) and, under own_mask, a mask of its own."""
     own_mask: bool = True
-    """Under controls train a mask of its own for every new task, the ceiling, which takes as long as a mask of the basis."""
+    """Under controls train a mask of its own for new tasks, the ceiling, which takes as long as a mask of the basis."""
+    own_mask_every: int = 1
+    """That for the first new task and every so many-th after it."""
 
     def check(self) -> None:
         super().check()
         if not 0 < self.density <= 1:
             raise Refusal(f"density must be in (0, 1], got {self.density}")
-        for name in ("basis", "basis_epochs", "backbone_epochs", "parallel_tasks"):
+        for name in ("basis", "basis_epochs", "backbone_epochs", "parallel_tasks", "own_mask_every"):
             if getattr(self, name) < 1:
                 raise Refusal(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("basis_seeds", "basis_random", "penalty", "alpha_weight_decay", "basis_weight_decay"):
@@ -127,12 +137,16 @@ class ImpressLearnConfig(MethodConfig):
             raise Refusal("basis_random goes with a trained basis; in a random one basis counts all masks")
         if self.basis_from == "spread" and self.new_tasks is None:
             raise Refusal("basis_from spread needs new_tasks, to know the tasks that the basis is spread over")
+        if self.sizes is not None and self.alpha_init != "equal":
+            raise Refusal(f"alpha_init must be equal where sizes gives smaller bases, got {self.alpha_init}")
+        if self.mask == "real" and self.basis_passes:
+            raise Refusal("basis_passes must be 0 where mask is real: basis-GN runs binary and signed masks at once")
         if self.mask == "real" and (self.hybrid or self.parallel_tasks > 1):
             word = "hybrid must be false" if self.hybrid else "parallel_tasks must be 1"
             raise Refusal(f"{word} where mask is real: its weights are made layer by layer in PyTorch, for one network")
 
 
-class ImpressLearn(MaskedMethod):
+class ImpressLearn(RealMasks, Controls, CombinationMethod):
     """A basis of masks, and coefficients over them for every new task."""
 
     name = "impresslearn"
@@ -146,7 +160,10 @@ class ImpressLearn(MaskedMethod):
 
     def __init__(self, config: ImpressLearnConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.benchmark = benchmark
+        if config.outputs is not None and config.outputs < benchmark.classes:
+            raise Refusal(f"outputs must be at least the {benchmark.classes} classes of {benchmark.name}, got {config.outputs}")
+        if config.mask == "real" and not benchmark.scenario.test_id:
+            raise Refusal(f"mask must be topk or signed in scenario {benchmark.config.scenario}, where combinations run at once")
         self.basis_tasks, self.new_tasks = tasks_of(config, benchmark)
         self.seeds = {"heterogeneous": 1 + config.basis_seeds, "homogeneous": config.basis, "random": 0}[
             config.basis_kind
@@ -154,6 +171,9 @@ class ImpressLearn(MaskedMethod):
         self.random = [f"random {k}" for k in range(config.basis if config.basis_kind == "random" else config.basis_random)]
         self.basis = [entry_name(task) for task in self.basis_tasks]  # names of its masks, in the order of their coefficients
         self.basis += [mask_name(0, k) for k in range(1, self.seeds)] + self.random
+        for size in config.sizes or ():
+            if not 0 < size < len(self.basis):
+                raise Refusal(f"sizes must be numbers of masks from 1 to {len(self.basis) - 1}, got {size}")
         share = config.density if config.erdos_renyi is None else sk.ErdosRenyi(config.erdos_renyi)
         init = "kaiming_normal" if config.backbone == "trained" else config.backbone
         with seeded(seed, "init"):
@@ -165,13 +185,13 @@ class ImpressLearn(MaskedMethod):
             self.together = Together(self.model, self.run_live)
         self.static_step = config.parallel_tasks == 1 and self.seeds <= 1  # else a step has a batch of each mask
         self.alphas: nn.Parameter | None = None
+        self.over = self.basis  # the masks that alphas weigh
         self.dense: nn.Module | None = None  # the backbone while it is trained
-        self.measured: dict[str, dict[str, Any]] = {}  # control -> new task -> percent, or that of each mask
-        self.values: dict[str, Tensor] = {}  # of real masks: those of the basis, dense, {layer: float32 (K, *shape)}
-        self.made: tuple[str | None, dict[str, Tensor]] = (None, {})  # whose weights of real masks were made last
 
     def make_network(self) -> nn.Module:
-        network = MODELS[self.config.model](self.benchmark.classes, *self.benchmark.input_shape, **wide(self.config))
+        network = MODELS[self.config.model](
+            self.config.outputs or self.benchmark.classes, *self.benchmark.input_shape, **wide(self.config)
+        )
         return (use_running_statistics if self.config.norm == "task" else use_batch_statistics)(network)
 
     def plan(self, task: Task) -> list[Phase]:
@@ -267,7 +287,8 @@ class ImpressLearn(MaskedMethod):
         self.run_live()
         self.gather_norms(task, self.model, self.network)
         self.run_live()
-        self.bank.commit(name, tensors=self.live_values() if self.config.mask == "real" else None)
+        tensors = self.live_values() if self.config.mask == "real" else None
+        self.bank.commit(name, tensors=tensors, information=self.own_information(task))
 
     def draw_masks(self, task: Task) -> None:
         """The masks that nobody trains: the top-k of fresh scores, which is any choice of k weights as likely as any other."""
@@ -279,20 +300,29 @@ class ImpressLearn(MaskedMethod):
     # ---- new tasks: coefficients over the masks ---------------------------------------------------------------------
 
     def plan_alpha(self, task: Task) -> list[Phase]:
+        """A mask of its own to compare with, coefficients over smaller bases, and those that are kept."""
         c = self.config
         own = self.mask_phase(task.index, "control mask", lambda: self.measure_own(task))
-        alpha = Phase(
-            "alpha",
+        phases = [own] if c.controls and c.own_mask and self.new_tasks.index(task.index) % c.own_mask_every == 0 else []
+        phases += [
+            self.alpha_phase(f"alpha over {size}", task, self.some_of_basis(size), partial(self.measure_over, task))
+            for size in c.sizes or ()
+        ]
+        return [*phases, self.alpha_phase("alpha", task, self.basis, partial(self.commit_alphas, task))]
+
+    def alpha_phase(self, name: str, task: Task, over: list[str], then: Callable[[], None]) -> Phase:
+        c = self.config
+        return Phase(
+            name,
             epochs=c.epochs,
             steps=c.iterations,
             batch_size=c.batch_size,
             optimizer=self.alpha_optimizer,
             schedule=cosine() if c.schedule == "cosine" else None,
-            first=lambda: self.begin_alphas(task),
-            then=lambda: self.commit_alphas(task),
+            first=lambda: self.begin_alphas(task, over),
+            then=then,
             order=1,
         )
-        return [own, alpha] if c.controls and c.own_mask else [alpha]
 
     def alpha_optimizer(self) -> torch.optim.Optimizer:
         """Of alpha, and of the last layer's scores in a hybrid, at the rate of a mask."""
@@ -302,33 +332,37 @@ class ImpressLearn(MaskedMethod):
             groups.append({"params": [self.bank.layers()[-1].scores], "lr": c.basis_lr, "weight_decay": c.basis_weight_decay})
         return OPTIMIZERS[c.optimizer](groups, c.lr)
 
-    def begin_alphas(self, task: Task) -> None:
+    def begin_alphas(self, task: Task, over: list[str]) -> None:
         c = self.config
         if absent := [name for name in self.basis if name not in self.bank.masks]:
             raise Refusal(
                 f"the basis must have {absent[0]!r}, which the stream has passed: a spread basis cannot grow with tasks"
             )
-        best = self.measure_basis(task) if c.controls or c.alpha_init == "optimal" else None
-        self.make_alphas()
-        if c.controls:
+        whole = len(over) == len(self.basis)
+        best = self.measure_basis(task) if whole and (c.controls or c.alpha_init == "optimal") else None
+        self.make_alphas(over)
+        if whole and c.controls:
             self.mix()
             self.gather_norms(task, self.model, self.network)
             self.note("equal", task, self.percent(self.benchmark.test(task.index)))
         with seeded(self.seed, "scores of the last layer", task.index):
             self.bank.begin(scores="init" if c.hybrid else "keep")
-        if c.alpha_init == "optimal":
-            with torch.no_grad():
-                self.alphas.zero_()[:, best] = len(self.basis) if c.scale_basis else 1
+        with torch.no_grad():
+            if c.alpha_init == "optimal":
+                self.alphas.zero_()[:, best] = len(over) if c.scale_basis else 1
+            elif c.alpha_init == "previous" and task.index > self.new_tasks[0]:
+                before = self.bank[entry_name(task.index - 1)].alphas[:, : len(over)]
+                self.alphas.copy_(before * len(over) if c.scale_basis else before)
 
-    def make_alphas(self) -> None:
-        """Equal coefficients (layers, K)."""
-        masks = len(self.basis)
+    def make_alphas(self, over: list[str]) -> None:
+        """Equal coefficients (layers, K) of these masks."""
+        self.over, masks = over, len(over)
         start = 1.0 if self.config.scale_basis else 1 / masks
         self.alphas = nn.Parameter(torch.full((len(self.bank.layers()), masks), start, device=self.device))
 
     def coefficients(self) -> Tensor:
         """What the masks are weighed by (layers, K); a hybrid's last row means nothing."""
-        return self.alphas / len(self.basis) if self.config.scale_basis else self.alphas
+        return self.alphas / len(self.over) if self.config.scale_basis else self.alphas
 
     def mix(self) -> None:
         """Run as the combination that is learnt."""
@@ -337,10 +371,10 @@ class ImpressLearn(MaskedMethod):
         else:
             live = self.bank.layer_names[-1:] if self.config.hybrid else ()
             self.bank.activate(None)
-            self.bank.superpose(self.coefficients(), over=self.basis, live=live)
+            self.bank.superpose(self.coefficients(), over=self.over, live=live)
 
     def ready(self, clock: Clock) -> None:
-        if clock.phase != "alpha":
+        if not clock.phase.startswith("alpha"):
             super().ready(clock)
         elif self.bank.is_live or self.bank.active is not None:
             self.mix()
@@ -349,13 +383,13 @@ class ImpressLearn(MaskedMethod):
         if clock.phase == "backbone":
             return self.dense(batch.x)
         self.ready(clock)
-        if clock.phase == "alpha" and self.config.scale_basis:
+        if clock.phase.startswith("alpha") and self.config.scale_basis:
             self.mix()  # anew, as the coefficients are computed anew
         return self.network(batch.x)
 
     def loss(self, batch: Batch, clock: Clock) -> Tensor:
         loss = super().loss(batch, clock)
-        if clock.phase == "alpha" and self.config.penalty:
+        if clock.phase.startswith("alpha") and self.config.penalty:
             weighed = self.coefficients()[:-1] if self.config.hybrid else self.coefficients()
             loss = loss + self.config.penalty * (weighed.abs().sum(1) - 1).square().sum()
         return loss
@@ -365,14 +399,25 @@ class ImpressLearn(MaskedMethod):
         self.mix()
         self.gather_norms(task, self.model, self.network)
         name, alphas, over = entry_name(task.index), self.coefficients(), self.basis
+        information = self.own_information(task)
         if self.config.hybrid:
             alphas, over = self.with_last_layer(name, alphas)
         self.bank.activate(None)
-        self.bank.commit(name, alphas=alphas, over=over)
+        self.bank.commit(name, alphas=alphas, over=over, information=information)
         self.alphas = None
         if self.config.controls:
-            with self.bank.as_task(name):
-                self.note("combination", task, self.percent(self.benchmark.test(task.index)))
+            for control, entry in (("combination", name), ("fixed_combination", entry_name(self.new_tasks[0]))):
+                with self.bank.as_task(entry):
+                    self.note(control, task, self.percent(self.benchmark.test(task.index)))
+
+    @torch.no_grad()
+    def measure_over(self, task: Task) -> None:
+        """What coefficients over a smaller basis reach."""
+        self.mix()
+        self.gather_norms(task, self.model, self.network)
+        self.note(f"combination_of_{len(self.over)}", task, self.percent(self.benchmark.test(task.index)))
+        self.bank.activate(None)
+        self.alphas = None
 
     def with_last_layer(self, name: str, alphas: Tensor) -> tuple[Tensor, list[str]]:
         """A combination whose last layer is the live mask's: that is kept as an entry that is empty elsewhere, and has the last column."""
@@ -384,83 +429,6 @@ class ImpressLearn(MaskedMethod):
         alphas[-1] = 0
         alphas[-1, -1] = 1
         return alphas, [*self.basis, f"{name}, last layer"]
-
-    # ---- real-valued masks ------------------------------------------------------------------------------------------
-
-    def network(self, x: Tensor) -> Tensor:
-        if self.config.mask == "real":
-            self.bank.substitute(self.real_weights())
-        return self.model(x)
-
-    def real_weights(self) -> dict[str, Tensor]:
-        """Effective weights of the active entry, of the combination that is learnt, or of the live mask, in the graph of what learns."""
-        name, layers = self.bank.active, dict(zip(self.bank.layer_names, self.bank.layers()))
-        if name is None and self.alphas is None:
-            return {key: layer.weight * live_value(layer) for key, layer in layers.items()}
-        if name is not None and self.made[0] == name:
-            return self.made[1]
-        if name is not None and self.bank[name].alphas is None:
-            made = {key: layer.weight * self.value_of(name, key) for key, layer in layers.items()}
-        else:
-            alphas = self.coefficients() if name is None else self.bank[name].alphas
-            made = {
-                key: layer.weight * torch.tensordot(row, self.values_of(key), 1)
-                for (key, layer), row in zip(layers.items(), alphas)
-            }
-        if name is not None:
-            self.made = name, made
-        return made
-
-    def live_values(self) -> dict[str, Tensor]:
-        """The values of the live mask on the weights that it opens, {"values/" layer: real_dtype (open,)}."""
-        dtype, found = getattr(torch, self.config.real_dtype), {}
-        for key, layer in zip(self.bank.layer_names, self.bank.layers()):
-            found[f"values/{key}"] = live_value(layer).detach()[unpacked(layer)].to(dtype)
-        return found
-
-    def value_of(self, name: str, key: str) -> Tensor:
-        """A mask of the basis in one layer, float32 (*shape)."""
-        entry, layer = self.bank[name], dict(zip(self.bank.layer_names, self.bank.layers()))[key]
-        mask = sk.unpack(self.bank.bits(name)[key], layer.weight.shape)
-        return torch.zeros_like(layer.weight).masked_scatter_(mask, entry.tensors[f"values/{key}"].to(layer.weight))
-
-    def values_of(self, key: str) -> Tensor:
-        """All masks of the basis in one layer, float32 (K, *shape): made once."""
-        if key not in self.values:
-            self.values[key] = torch.stack([self.value_of(name, key) for name in self.basis])
-        return self.values[key]
-
-    # ---- controls ---------------------------------------------------------------------------------------------------
-
-    def measure_own(self, task: Task) -> None:
-        self.run_live()
-        self.gather_norms(task, self.model, self.network)
-        self.note("own_mask", task, self.percent(self.benchmark.test(task.index)))
-
-    def measure_basis(self, task: Task) -> int:
-        """The place of the mask that does best on the validation rows, by default the training rows; under controls all are tested."""
-        test, chosen, accuracy = self.benchmark.test(task.index), [], []
-        for name in self.basis:
-            with self.bank.as_task(name):
-                chosen.append(self.percent(task.val or task.train))
-                accuracy += [self.percent(test)] if self.config.controls else []
-        best = max(range(len(chosen)), key=chosen.__getitem__)
-        if self.config.controls:
-            self.note("nearest_mask", task, accuracy[best])
-            self.note("wrong_mask", task, statistics.fmean(accuracy))
-            self.note("wrong_mask_std", task, statistics.stdev(accuracy) if len(accuracy) > 1 else 0.0)
-            self.note("each_mask", task, dict(zip(self.basis, accuracy)))
-        return best
-
-    def note(self, control: str, task: Task, found: Any) -> None:
-        self.measured.setdefault(control, {})[entry_name(task.index)] = found
-
-    @torch.no_grad()
-    def percent(self, split: Split) -> float:
-        self.eval()
-        x, y = split.tensors()
-        right = sum((self.network(batch.x).argmax(1) == batch.y).sum() for batch in batches(x, y, None, None, 1000))
-        return 100 * right.item() / len(y)
 
     # ---- what is reported and kept ----------------------------------------------------------------------------------
 
@@ -475,17 +443,15 @@ class ImpressLearn(MaskedMethod):
                 capacity[name] += 100 * values / (4 * total)
         if self.config.backbone == "trained":
             capacity["seed_only_cap"] = None  # no seed gives these weights
-        numbers = {name: tasks for name, tasks in self.measured.items() if name != "each_mask"}
-        means = {f"{name}_mean": statistics.fmean(tasks.values()) for name, tasks in numbers.items()}
         stream = {"basis_tasks": self.basis_tasks, "new_tasks": self.new_tasks, "basis_masks": len(self.basis)}
-        return {**report, **stream, "alphas_per_task": layers * len(self.basis), **self.measured, **means}
+        return {**report, **stream, "alphas_per_task": layers * len(self.basis), **self.controls_report()}
 
     def facts(self) -> dict[str, Any]:
-        return {"alphas": self.alphas is not None, "dense": self.dense is not None, "measured": self.measured}
+        return {"alphas": self.alphas is not None and self.over, "dense": self.dense is not None, "measured": self.measured}
 
     def build(self, facts: dict[str, Any]) -> None:
         if facts["alphas"]:
-            self.make_alphas()
+            self.make_alphas(facts["alphas"])
         if facts["dense"]:
             self.dense = self.make_network().to(self.device)
         self.measured = facts["measured"]
@@ -505,14 +471,3 @@ def tasks_of(config: ImpressLearnConfig, benchmark: Benchmark) -> tuple[list[int
         raise Refusal(f"basis must leave new tasks: it takes {count} and they {new}, {benchmark.name} has {total} tasks")
     spread = config.basis_from == "spread"
     return [k * before // count if spread else k for k in range(count)], list(range(before, total))
-
-
-def unpacked(layer: sk.SubnetLayer) -> Tensor:
-    """The live mask, bool (*shape)."""
-    return sk.unpack(layer.bits, layer.scores.shape)
-
-
-def live_value(layer: sk.SubnetLayer) -> Tensor:
-    """The live real mask (*shape): the score over its initial bound where it is open; gradients go straight through to every score."""
-    value = layer.scores * layer.scores[0].numel() ** 0.5
-    return value + (value.detach() * unpacked(layer) - value.detach())
