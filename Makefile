@@ -4,7 +4,7 @@ VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.setup-stamp
 # What an installed environment depends on: when one of these changes, setup runs again.
-INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h)
+INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/host/*.cpp)
 
 .PHONY: setup demo test test-long bench cuda resources gpu-check lint format clean
 
@@ -12,7 +12,7 @@ setup: $(STAMP)
 
 $(STAMP): $(INPUTS)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools ninja
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch numpy setuptools ninja pybind11
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --no-build-isolation --editable ".[pipelines,dev]"
 	@touch $(STAMP)
 

@@ -6,6 +6,7 @@ SUBNET_KERNELS_BUILD=auto  (default) the CPU library where torch and a C++ compi
                      cpu   the CPU library, or fail
                      cuda  the CPU and the CUDA library, or fail; torch need not have CUDA, nor the machine a GPU
 
+The mask codec goes with the CPU library where pybind11 is importable; it is for one version of Python, which the others are not.
 The environment is read, never the hardware. torch must be importable to compile: ``pip install --no-build-isolation .``
 """
 
@@ -14,7 +15,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Extension, setup
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))
 import build as csrc_build
@@ -37,6 +38,7 @@ CPU_FLAGS = [
     "-Werror=return-type",
     *csrc_build.STABLE_ABI,
 ]
+CODEC_FLAGS = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror=return-type"]
 
 
 def extensions():
@@ -90,11 +92,19 @@ def extensions():
         extra_compile_args={"cxx": CPU_FLAGS},
         py_limited_api=True,
     )
-    return {
-        "ext_modules": [cpu],
-        "cmdclass": {"build_ext": OptionalBuild},
-        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
-    }
+    made = {"ext_modules": [cpu], "cmdclass": {"build_ext": OptionalBuild}}
+    try:
+        import pybind11
+    except ImportError:
+        return {**made, "options": {"bdist_wheel": {"py_limited_api": "cp310"}}}
+    codec = Extension(
+        "subnet_kernels._codec",
+        ["csrc/host/codec.cpp"],
+        include_dirs=[pybind11.get_include()],
+        extra_compile_args={"cxx": CODEC_FLAGS},
+        language="c++",
+    )
+    return {**made, "ext_modules": [cpu, codec]}
 
 
 setup(**extensions())

@@ -51,6 +51,7 @@ def report() -> str:
         path = _library.LOADED.get(library)
         state = f"loaded from {path}" if path else f"off: {_library.MISSING[library]}"
         lines.append(f"{library}: {state}" + (f", instruction set {cpu_isa()}" if path and library == "_C_cpu" else ""))
+    lines.append(f"codec: {_codec()}")
     served = f"{triton.installed()}, serves {len(triton.REGISTERED)} ops on CUDA" if triton.REGISTERED else _unused()
     lines.append(f"triton: {served}")
     width = max(map(len, ops()))
@@ -58,6 +59,14 @@ def report() -> str:
     lines += [f"{name:{width}} {tier['cpu']:10} {tier['cuda']}" for name, tier in ops().items()]
     lines += ["", "reference: the op's definition in plain PyTorch, exact and slow; no kernel of it is compiled for that device"]
     return "\n".join(lines)
+
+
+def _codec() -> str:
+    try:
+        from subnet_kernels import _codec as module
+    except ImportError as error:
+        return f"off: {error}"
+    return f"loaded from {module.__file__}"
 
 
 def _unused() -> str:

@@ -1,0 +1,91 @@
+"""Masks near their entropy: packed bits, coded given what the decoder knows already (csrc/host/codec.cpp, the layout in docs/codec.md).
+
+A task's mask over weights that earlier tasks use too is far from random once one knows which those are: on a weight that is in use it
+is open more often than on a free one. `context` is up to three such facts, packed as masks are; each combination of them has a
+probability of its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from subnet_kernels import reference
+
+PLANES = 3  # of context, at most
+
+
+def encode(bits: Tensor, n: int, context: Sequence[Tensor] = (), *, threads: int | None = None) -> bytes:
+    """Code the mask of n weights in about its conditional entropy given the context.
+
+    bits: uint8 (bytes,) on the CPU, as `pack` makes them; context: at most three more of the same shape, which `decode` must be given
+    too; threads: default `torch.get_num_threads()`, and as many blocks of 64 KB run at once. A mask that does not shrink is kept as it
+    is, so the result takes at most 24 bytes more, and 11 a block. The same bytes on every machine. Raises ValueError where an argument
+    does not fit, RuntimeError where the codec has not been compiled.
+    """
+    planes = [_bytes(plane, n, f"context {k} of encode") for k, plane in enumerate(_few(context, "encode"))]
+    given = _bytes(bits, n, "bits of encode")
+    tail = given[n // 8 :].copy()
+    tail[:1] >>= n % 8
+    if tail.any():
+        raise ValueError(f"encode: bits must have zero padding after the {n} weights")
+    return _compiled().encode(given, n, planes, _threads(threads))
+
+
+def decode(data: bytes | memoryview, n: int, context: Sequence[Tensor] = (), *, threads: int | None = None) -> Tensor:
+    """The mask of n weights that `encode` coded: uint8 (bytes,).
+
+    Nothing that `data` says is believed before it is checked: where the bytes are not those of `encode` it raises ValueError, in time and
+    memory of the order of n. Every block has a checksum, and so has the header.
+    """
+    planes = [_bytes(plane, n, f"context {k} of decode") for k, plane in enumerate(_few(context, "decode"))]
+    out = torch.zeros(reference.nbytes(n), dtype=torch.uint8)
+    _compiled().decode(data, n, planes, out.numpy(), _threads(threads))
+    return out
+
+
+def entropy(bits: Tensor, n: int, context: Sequence[Tensor] = ()) -> float:
+    """Bits that no code with one probability a context can go below: the sum over contexts of n_c H(ones_c / n_c). As in `encode`."""
+    opened = reference.unpack(bits, (n,))
+    which = torch.zeros(n, dtype=torch.int64)
+    for k, plane in enumerate(_few(context, "entropy")):
+        which |= reference.unpack(plane, (n,)).to(torch.int64) << k
+    total = 0.0
+    for size, ones in zip(torch.bincount(which).tolist(), torch.bincount(which, opened.to(torch.float64)).tolist()):
+        for count in (ones, size - ones):
+            total -= count * math.log2(count / size) if count else 0.0
+    return total
+
+
+def _few(context: Sequence[Tensor], where: str) -> Sequence[Tensor]:
+    if len(context) > PLANES:
+        raise ValueError(f"{where}: context must have at most {PLANES} masks, got {len(context)}")
+    return context
+
+
+def _bytes(bits: Tensor, n: int, what: str):
+    if not isinstance(n, int) or n < 0:
+        raise ValueError(f"{what}: n must be a number of weights, got {n!r}")
+    shape = (reference.nbytes(n),)
+    if not isinstance(bits, Tensor) or bits.dtype != torch.uint8 or bits.shape != shape or bits.device.type != "cpu":
+        got = f"{bits.dtype} {tuple(bits.shape)} on {bits.device}" if isinstance(bits, Tensor) else type(bits).__name__
+        raise ValueError(f"{what} must be uint8 {shape} on the CPU for {n} weights, got {got}")
+    return bits.contiguous().numpy()
+
+
+def _threads(threads: int | None) -> int:
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads must be at least 1, got {threads}")
+    return torch.get_num_threads() if threads is None else threads
+
+
+def _compiled() -> ModuleType:
+    try:
+        from subnet_kernels import _codec
+    except ImportError as error:
+        raise RuntimeError(f"the mask codec is not compiled: install with a C++ compiler and pybind11 there ({error})") from None
+    return _codec
