@@ -71,3 +71,52 @@ def bench_one_shot(tasks, thread_count):
     print(f"  masks of {took:,} bytes, as floats {dense:,}: {dense / took:.1f} times")
     record("one_shot", case, times, {"mask_bytes": took, "float_bytes": dense}, targets)
     assert dense >= 30 * took, "below 30 times the bytes"
+
+
+@pytest.mark.parametrize("tasks", [100, 250])
+def bench_alpha_step(tasks, thread_count):
+    """A step of ImpressLearn: RMSprop on a coefficient for each layer and mask, masks of density .1, beside the dense network's gradients.
+
+    Expected on one thread of 250 masks: 100 times the published expression, and at most 1.5 of the dense forward and backward.
+    """
+    bank, x, y = sk.MaskBank(lenet()), torch.randn(ROWS, WIDTHS[0]), torch.randint(0, 10, (ROWS,))
+    masks = [torch.rand(tasks, o, i) < 0.1 for i, o in itertools.pairwise(WIDTHS)]
+    for k in range(tasks):
+        bank.commit(str(k), bits={name: reference.pack(mask[k]) for name, mask in zip(bank.layer_names, masks)})
+    weights, floats = [layer.weight.detach() for layer in bank.layers()], [mask.float() for mask in masks]
+    del masks
+    dense = nn.Sequential(*(nn.Linear(i, o, bias=False) for i, o in itertools.pairwise(WIDTHS)))
+
+    def published(alphas):
+        h = x
+        for i, (weight, stacked) in enumerate(zip(weights, floats)):
+            h = F.linear(h.relu() if i else h, superpose_published(weight, stacked, alphas[i]))
+        return h
+
+    def dense_logits():
+        h = x
+        for i, layer in enumerate(dense):
+            h = layer(h.relu() if i else h)
+        return h
+
+    ours, theirs = (nn.Parameter(torch.full((len(weights), tasks), 1 / tasks)) for _ in range(2))
+    bank.superpose(ours)
+
+    def step(logits, opt):
+        opt.zero_grad()
+        F.cross_entropy(logits(), y).backward()
+        opt.step()
+
+    mine, other = (torch.optim.RMSprop([alphas], 2e-3) for alphas in (ours, theirs))
+    calls = {"alpha_step": lambda: step(lambda: bank.model(x), mine)}
+    calls["dense forward + backward"] = lambda: F.cross_entropy(dense_logits(), y).backward()
+    F.cross_entropy(bank.model(x), y).backward()
+    F.cross_entropy(published(theirs), y).backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-3, atol=1e-6)
+    if thread_count < 2:
+        calls["published (SupSup)"] = lambda: step(lambda: published(theirs), other)
+    times = measure(calls, rounds=3, slow=1)
+    targets = targets_on(thread_count, {"published (SupSup)": 100, "dense forward + backward": 1 / 1.5} if tasks == 250 else {})
+    case = f"LeNet-300-100, {ROWS} rows, K={tasks} float32"
+    print("\n" + table(f"alpha_step, {case}", times, "alpha_step", targets))
+    record("alpha_step", case, times, {"density": 0.1}, targets)

@@ -472,6 +472,20 @@ def test_smaller_bases_are_those_of_their_own(mask, tmp_path):
     assert curve == [[1, report["combination_of_1_mean"]], [2, report["combination_of_2_mean"]], [4, report["combination_mean"]]]
 
 
+def test_masks_of_other_angles(tmp_path):
+    """Alone, over the angle between mask and task the short way round: 20 and 350 degrees are 30 apart."""
+    method, benchmark = short(tasks=4, own_mask=False)
+    benchmark.angle = [0, 350, 20, 10].__getitem__
+    report = run(method, benchmark, RunConfig(), tmp_path).method_report
+    each = report["each_mask"]
+    assert report["curves"]["a mask alone"]["lines"]["mask of another angle"] == [
+        [10, each["task 3"]["task 0"]],
+        [20, (each["task 2"]["task 0"] + each["task 3"]["task 1"]) / 2],
+        [30, each["task 2"]["task 1"]],
+    ]
+    assert report["curves"]["new tasks"]["x"] == "angle (degrees)"
+
+
 def test_superfluous_outputs(tmp_path):
     method, benchmark = short(outputs=5)
     run(method, benchmark, RunConfig(), tmp_path)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ class Controls(MaskedMethod):
     """The part of ImpressLearn that measures beside a new task."""
 
     basis: list[str]  # names of the masks that new tasks combine
+    basis_tasks: list[int]
     new_tasks: list[int]
 
     def __init__(self, config, benchmark: Benchmark, seed: int):
@@ -68,16 +71,32 @@ class Controls(MaskedMethod):
         return {**self.measured, **means, **({"curves": self.curves(numbers)} if numbers else {})}
 
     def curves(self, numbers: dict[str, dict[str, float]]) -> dict[str, Any]:
-        """What was measured of the new tasks, over the angle where the benchmark has one and else the task's number; and its means over the
-        size of the basis, where there are smaller ones."""
+        """Lines for the page: what was measured of the new tasks, over the angle where the benchmark has one and else the task's number;
+        every mask of the basis alone, over the angle between it and the task; and means over the size of the basis, where there are
+        smaller ones."""
         angle = getattr(self.benchmark, "angle", None)
         places = {entry_name(i): angle(i) if angle else i for i in self.new_tasks}
         words = {name: name.replace("_", " ") for name in numbers if name != "wrong_mask_std" and "_of_" not in name}
         lines = {shown: [[places[task], percent] for task, percent in numbers[name].items()] for name, shown in words.items()}
         found = {"new tasks": {"x": "angle (degrees)" if angle else "task", "y": "right (%)", "lines": lines}}
+        if angle and (alone := self.by_distance(angle)):
+            found["a mask alone"] = {
+                "x": "degrees between mask and task",
+                "y": "right (%)",
+                "lines": {"mask of another angle": alone},
+            }
         if self.config.sizes is not None:
             found["size of the basis"] = {"x": "masks", "y": "right (%)", "lines": self.by_size(numbers)}
         return found
+
+    def by_distance(self, angle: Callable[[int], float]) -> list[list[float]]:
+        """[degrees, mean percent right] of the basis' masks on new tasks that are so far from their own."""
+        found: dict[float, list[float]] = {}
+        for new, own in itertools.product(self.new_tasks, self.basis_tasks):
+            alone = self.measured.get("each_mask", {}).get(entry_name(new), {})
+            if entry_name(own) in alone:
+                found.setdefault(round(abs((angle(new) - angle(own) + 180) % 360 - 180), 6), []).append(alone[entry_name(own)])
+        return [[degrees, statistics.fmean(found[degrees])] for degrees in sorted(found)]
 
     def by_size(self, numbers: dict[str, dict[str, float]]) -> dict[str, list]:
         """Means over the new tasks, a line each of what is measured over smaller bases; a mask of its own is the same over all."""
