@@ -84,7 +84,7 @@ def test_exhaustive_search_takes_the_surest(objective, rows, learnt):
     for i in range(5):
         method.bank.activate(f"task {i}")
         logits = method.model(x[order[:rows]])
-        own = method.bank[f"task {i}"].facts["information"]
+        own = method.bank[f"task {i}"].tensors["information"].item()
         doubts.append(entropy(logits).mean().item() if objective == "entropy" else information(logits).item() - own)
     method.bank.activate(None)
     assert method.find(x, order).tasks == [min(range(5), key=doubts.__getitem__)]
@@ -96,7 +96,7 @@ def test_how_sure_an_entry_is_of_its_own_rows(learnt):
     for i in (0, 4):
         method.bank.activate(f"task {i}")
         logits = method.model(benchmark.task(i).train.tensors()[0])
-        assert method.bank[f"task {i}"].facts["information"] == pytest.approx(information(logits).item(), abs=1e-5)
+        assert method.bank[f"task {i}"].tensors["information"].item() == pytest.approx(information(logits).item(), abs=1e-5)
     method.bank.activate(None)
 
 

@@ -173,15 +173,15 @@ class CombinationMethod(MaskedMethod):
         name = entry_name(task)
         with self.bank.as_task(name):
             doubt = self.objective(torch.cat([self.network(x[some]) for some in rows.split(1000)])).item()
-        return doubt - (self.bank[name].facts["information"] if self.config.inference_objective == "information" else 0)
+        return doubt - (self.bank[name].tensors["information"].item() if self.config.inference_objective == "information" else 0)
 
     @torch.no_grad()
-    def own_information(self, task: Task) -> float:
-        """The information objective of as many training rows of a task, through whatever is active."""
+    def own_information(self, task: Task) -> Tensor:
+        """The information objective of as many training rows of a task, through whatever is active, 0-dim."""
         self.eval()
         x, y = task.train.tensors()
         rows = torch.randperm(len(y), generator=stream(self.seed, "own rows", task.index))[: self.config.inference_rows]
-        return inference.information(torch.cat([self.network(x[some]) for some in rows.to(x.device).split(1000)])).item()
+        return inference.information(torch.cat([self.network(x[some]) for some in rows.to(x.device).split(1000)]))
 
     def shown(self, order: Tensor, passes: int) -> list[list[Tensor]]:
         """Row numbers of the batches of each pass; a last batch of one row, which has no statistics, is left out."""

@@ -287,8 +287,8 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.run_live()
         self.gather_norms(task, self.model, self.network)
         self.run_live()
-        tensors = self.live_values() if self.config.mask == "real" else None
-        self.bank.commit(name, tensors=tensors, information=self.own_information(task))
+        tensors = self.live_values() if self.config.mask == "real" else {}
+        self.bank.commit(name, tensors={**tensors, "information": self.own_information(task)})
 
     def draw_masks(self, task: Task) -> None:
         """The masks that nobody trains: the top-k of fresh scores, which is any choice of k weights as likely as any other."""
@@ -399,11 +399,11 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.mix()
         self.gather_norms(task, self.model, self.network)
         name, alphas, over = entry_name(task.index), self.coefficients(), self.basis
-        information = self.own_information(task)
+        tensors = {"information": self.own_information(task)}
         if self.config.hybrid:
             alphas, over = self.with_last_layer(name, alphas)
         self.bank.activate(None)
-        self.bank.commit(name, alphas=alphas, over=over, information=information)
+        self.bank.commit(name, alphas=alphas, over=over, tensors=tensors)
         self.alphas = None
         if self.config.controls:
             for control, entry in (("combination", name), ("fixed_combination", entry_name(self.new_tasks[0]))):
@@ -436,7 +436,8 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         report, layers = super().report(), len(self.bank.layers()) - self.config.hybrid
         capacity, total = report["capacity"], sum(layer.weight.numel() for layer in self.bank.layers())
         if self.config.mask == "real":
-            values = sum(t.numel() * t.element_size() for name in self.bank.masks for t in self.bank[name].tensors.values())
+            kept = [t for name in self.bank.masks for key, t in self.bank[name].tensors.items() if key.startswith("values/")]
+            values = sum(t.numel() * t.element_size() for t in kept)
             capacity["value_bytes"] = values
             capacity["bits_per_weight"] += 8 * values / total / max(len(self.bank), 1)
             for name in ("measured_cap", "seed_only_cap"):
