@@ -107,7 +107,7 @@ def bench_alpha_step(tasks, thread_count):
         F.cross_entropy(logits(), y).backward()
         opt.step()
 
-    mine, other = (torch.optim.RMSprop([alphas], 2e-3) for alphas in (ours, theirs))
+    mine, other = (torch.optim.RMSprop([alphas], 2e-3, capturable=alphas.is_cuda) for alphas in (ours, theirs))
     calls = {"alpha_step": lambda: step(lambda: bank.model(x), mine)}
     calls["dense forward + backward"] = lambda: F.cross_entropy(dense_logits(), y).backward()
     F.cross_entropy(bank.model(x), y).backward()

@@ -72,12 +72,19 @@ def capture(call: Callable[[], object], pool: tuple[int, int]) -> torch.cuda.CUD
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
+        forget_capture()
         return None
     finally:
         if collecting:
             gc.enable()
     torch.cuda.synchronize()
     return graph
+
+
+def forget_capture() -> None:
+    """Give the card's generator a new state: one that a capture took and did not give back draws nothing any more."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    generator.graphsafe_set_state(torch.Generator("cuda").manual_seed(generator.initial_seed()).graphsafe_get_state())
 
 
 def between_events(go: Callable[[], object]) -> float:
