@@ -19,7 +19,7 @@ from subnet_kernels import bank, reference
 from subnet_kernels.bank import MaskBank
 from subnet_pipelines import METHODS
 from subnet_pipelines.benchmarks import SCENARIOS
-from subnet_pipelines.benchmarks.base import Visit, batches
+from subnet_pipelines.benchmarks.base import Split, Visit, batches
 from subnet_pipelines.methods.base import Clock
 
 FIELDS = {
@@ -95,7 +95,7 @@ def main(name: str) -> int:
         method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream(SERVED.get(name, "GG"), on), 1)
         x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)
         for index in range(3):
-            rows = SimpleNamespace(tensors=lambda: (x, y))
+            rows = Split(x, y, None, lambda rows: rows)
             task = SimpleNamespace(index=index, train=rows, val=rows)
             t = torch.full((1,), index, device=on).expand(50)
             for phase in method.plan(task):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, fields
+import typing
+from dataclasses import dataclass, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +19,18 @@ from test_benchmarks import small_mnist
 
 import subnet_pipelines
 from subnet_pipelines import BENCHMARKS, METHODS, Refusal, RunConfig, cli
+from subnet_pipelines.bounds import (
+    Count,
+    Fraction,
+    NotNegative,
+    Part,
+    Positive,
+    Several,
+    Share,
+    Whole,
+    bounds_of,
+    check_bounds,
+)
 from subnet_pipelines.cli import main
 from subnet_pipelines.config import CONFIGS, Settings, convert, sentences
 
@@ -399,6 +413,48 @@ def test_every_field_has_a_sentence_and_every_preset_its_fields(name):
     assert all(sentences(cls.Config).get(n, "").endswith(".") for n in names)
     assert set(cls.FIDELITY) == {"sound", "code", "paper"}
     assert all(set(preset) <= names for preset in cls.FIDELITY.values())
+
+
+@pytest.mark.parametrize("name", [*METHODS, *BENCHMARKS])
+def test_every_bound_is_kept(name):
+    config = ({**METHODS, **BENCHMARKS}[name]).Config()
+    config.check()
+    bounded = {
+        field: bound
+        for cls in reversed(type(config).__mro__)
+        for field, kind in typing.get_type_hints(cls, include_extras=True).items()
+        for bound, _ in bounds_of(kind, -1)
+    }
+    assert {"epochs", "batch_size"} <= bounded.keys() or {"tasks", "val_fraction"} <= bounded.keys()
+    for field, bound in bounded.items():
+        with pytest.raises(Refusal, match=f"{field} must {re.escape(bound.must)}, got -1"):
+            replace(config, **{field: -1}).check()
+
+
+@pytest.mark.parametrize(
+    ("kind", "good", "bad"),
+    [
+        (Count, 1, 0),
+        (Several, 2, 1),
+        (Whole, 0, -1),
+        (Positive, 1e-9, 0.0),
+        (NotNegative, 0.0, -1e-9),
+        (Share, 1.0, 0.0),
+        (Share, 1e-9, 1.1),
+        (Part, 0.5, 1.0),
+        (Part, 0.5, 0.0),
+        (Fraction, 0.0, 1.0),
+        (Fraction, 0.9, -0.1),
+        (Positive | None, None, 0.0),
+        (Share | dict[str, Share], 0.1, {"a": 0.1, "*": 0.0}),
+        (list[Count] | None, [1, 2], [1, 0]),
+    ],
+)
+def test_a_bound_holds_where_its_type_says_so(kind, good, bad):
+    config = make_dataclass("Config", [("field", kind)], frozen=True)
+    check_bounds(config(good))
+    with pytest.raises(Refusal, match="field must"):
+        check_bounds(config(bad))
 
 
 @pytest.mark.parametrize("method", METHODS)

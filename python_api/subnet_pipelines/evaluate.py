@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Benchmark, batches
+from subnet_pipelines.bounds import Count, check_bounds
 from subnet_pipelines.chance import stream
-from subnet_pipelines.errors import NotLearnt, Refusal
+from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.interrupt import Stop
 from subnet_pipelines.methods.base import Clock, Method
 
@@ -22,7 +23,7 @@ class RunConfig:
 
     eval_rows: Literal["auto", "all", "last"] = "auto"
     """Measure every learnt task after each task (all), or only the one just learnt until the end (last); auto is all up to 50 tasks."""
-    eval_batch: int = 500
+    eval_batch: Count = 500
     """Rows of a test batch."""
     eval_future: bool = False
     """Measure tasks not learnt yet too, for forward transfer."""
@@ -33,8 +34,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise Refusal where a field is out of range."""
-        if self.eval_batch < 1:
-            raise Refusal(f"eval_batch must be at least 1, got {self.eval_batch}")
+        check_bounds(self)
 
 
 def evaluate(method: Method, benchmark: Benchmark, j: int, batch_size: int, stop: Stop | None = None) -> dict[str, float | None]:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from subnet_pipelines.bounds import Count, Fraction, check_bounds
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
@@ -102,11 +103,10 @@ class Split:
     def __len__(self) -> int:
         return len(self.y) if self.index is None else len(self.index)
 
-    def tensors(self) -> tuple[Tensor | Late, Tensor]:
-        """The whole split as the model sees it: x float (m, ...), y int64 (m,)."""
-        if self.index is None:
-            return self.view(self.x), self.y
-        return self.view(self.x[self.index]), self.y[self.index]
+    def tensors(self, places: Tensor | None = None) -> tuple[Tensor | Late, Tensor]:
+        """The split as the model sees it, or the rows at these places int64 (m,) of it: x float (m, ...), y int64 (m,)."""
+        rows = Rows(self.x, self.y, self.index).pick(places)
+        return self.view(self.x if rows.index is None else self.x[rows.index]), rows.labels()
 
     def marked(self, task: int | None) -> tuple[Tensor | Late, Tensor, Tensor | None]:
         """`tensors()` and the task of each row, int64 (m,), or None where it is hidden."""
@@ -195,7 +195,7 @@ def batches(
 class BenchmarkConfig:
     """Settings that every benchmark has."""
 
-    tasks: int = 10
+    tasks: Count = 10
     """Length of the stream: its first N tasks."""
     scenario: Literal["GG", "GNs", "GNu", "NNs", "NNu"] = "GG"
     """Who is told the task: given in training and at test (GG), in training only with shared or unshared labels (GNs, GNu), never (NNs);
@@ -204,20 +204,19 @@ class BenchmarkConfig:
     """Under NNs the task of each stretch of the stream, in which tasks may come back; null is every task once, and then `returns`."""
     returns: int | None = None
     """Under NNs the stream ends with so many of its tasks again, drawn from the run's seed among all but the last; null is none."""
-    uneven: float | None = None
+    uneven: Fraction | None = None
     """Under NNs visits are longer or shorter than a phase by up to this share of it, drawn from the run's seed; null is all alike."""
-    val_fraction: float = 0.1
+    val_fraction: Fraction = 0.1
     """Share of the training rows kept for validation; 0 trains on all of them."""
     val_split: Literal["balanced", "first", "shuffle", "train"] = "balanced"
     """Validation rows: drawn class by class from the run's seed; the first rows of the file (WSN's code on Permuted MNIST); the first of
     sklearn's shuffle at the run's seed (WSN's code on CIFAR and 5-Datasets); the training rows again (WSN's code on Omniglot)."""
-    eval_images: int | None = None
+    eval_images: Count | None = None
     """Test on N rows a task, drawn class by class from the run's seed; all where null."""
 
     def check(self) -> None:
         """Raise Refusal where a field is out of range."""
-        if self.tasks < 1:
-            raise Refusal(f"tasks must be at least 1, got {self.tasks}")
+        check_bounds(self)
         if self.scenario == "NNu":
             raise Refusal(
                 "scenario NNu is none (SupSup's table 1): labels that are not shared tell by themselves that a task is new, which makes "
@@ -234,12 +233,6 @@ class BenchmarkConfig:
             raise Refusal("visits and returns both say how the stream goes on; give one")
         if self.returns is not None and not 0 <= self.returns < self.tasks:
             raise Refusal(f"returns must be at least 0 and fewer than the {self.tasks} tasks, got {self.returns}")
-        if self.uneven is not None and not 0 <= self.uneven < 1:
-            raise Refusal(f"uneven must be in [0, 1), got {self.uneven}")
-        if not 0 <= self.val_fraction < 1:
-            raise Refusal(f"val_fraction must be in [0, 1), got {self.val_fraction}")
-        if self.eval_images is not None and self.eval_images < 1:
-            raise Refusal(f"eval_images must be at least 1, got {self.eval_images}")
 
 
 def balanced(y: Tensor, count: int, generator: torch.Generator) -> Tensor:

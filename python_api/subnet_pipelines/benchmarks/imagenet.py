@@ -23,6 +23,7 @@ from subnet_pipelines.benchmarks.files import data_folder, progress_bar
 from subnet_pipelines.benchmarks.images import ClassesConfig, Normal, at_most
 from subnet_pipelines.benchmarks.pictures import TOGETHER, sentence
 from subnet_pipelines.benchmarks.tiny_imagenet import MEAN, STD
+from subnet_pipelines.bounds import Count
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
@@ -226,17 +227,12 @@ class ImageNetConfig(ClassesConfig):
 
     tasks: int = 100
     """Length of the stream: its first N tasks."""
-    classes_per_task: int = 10
+    classes_per_task: Count = 10
     """Classes of a task."""
     order: Literal["stream", "numpy", "sorted"] = "stream"
     """Order of the classes: drawn from the run's seed, numpy's permutation at 1 whatever the seed (SupSup's code), or by name."""
     augment: Literal["none", "crop-flip"] = "crop-flip"
     """What training does to its pictures: takes their middle as the test does, or parts of 8 to 100 % of their area, and flips."""
-
-    def check(self) -> None:
-        super().check()
-        if self.classes_per_task < 1:
-            raise Refusal(f"classes_per_task must be at least 1, got {self.classes_per_task}")
 
 
 class ImageNetSplit(Benchmark):

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task, batches
+from subnet_pipelines.bounds import Count, check_bounds
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.models import gather_statistics
@@ -75,21 +76,16 @@ class Phase:
 class MethodConfig:
     """Settings that every method has."""
 
-    epochs: int = 5
+    epochs: Count = 5
     """Epochs of the main phase."""
-    iterations: int | None = None
+    iterations: Count | None = None
     """Steps of the main phase instead of epochs."""
-    batch_size: int = 10
+    batch_size: Count = 10
     """Rows of a training batch."""
 
     def check(self) -> None:
         """Raise Refusal where a field is out of range."""
-        if self.epochs < 1:
-            raise Refusal(f"epochs must be at least 1, got {self.epochs}")
-        if self.iterations is not None and self.iterations < 1:
-            raise Refusal(f"iterations must be at least 1, got {self.iterations}")
-        if self.batch_size < 1:
-            raise Refusal(f"batch_size must be at least 1, got {self.batch_size}")
+        check_bounds(self)
 
 
 class Method(nn.Module):

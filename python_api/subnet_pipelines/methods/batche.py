@@ -16,9 +16,10 @@ from torch.func import functional_call, grad, vmap
 
 from subnet_pipelines import inference
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, Positive
 from subnet_pipelines.capacity import with_own_numbers
 from subnet_pipelines.chance import seeded, stream
-from subnet_pipelines.errors import NotLearnt, Refusal
+from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
 from subnet_pipelines.methods.dense import Network, ScheduledConfig, WeightInit, initialise, make_network, training, wrap_layers
 from subnet_pipelines.models import batch_norms
@@ -60,7 +61,7 @@ class BatchEConfig(ScheduledConfig):
     """The weights learn with the first task and its context, or stay at their random values."""
     lr: float = 1e-2
     """Rate of the contexts over weights as they are (the authors' code has .1 over random ones)."""
-    trunk_lr: float = 1e-4
+    trunk_lr: Positive = 1e-4
     """Rate of weights and context in the first task, where the weights learn."""
     inference: Literal["replicated", "one-shot"] = "replicated"
     """Without a task id: every row through all contexts, or the gradient to the coefficients of all contexts superposed equally."""
@@ -68,19 +69,10 @@ class BatchEConfig(ScheduledConfig):
     """What is to be small in the right task: the entropy (H), or the largest probability with a minus (M)."""
     inference_unit: Literal["row", "n", "batch"] = "row"
     """Who decides together: every row for itself, unit_rows rows, or a batch of batch_size rows."""
-    unit_rows: int = 16
+    unit_rows: Count = 16
     """Rows of a unit under inference_unit n."""
-    deciding_rows: int | None = None
+    deciding_rows: Count | None = None
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
-
-    def check(self) -> None:
-        super().check()
-        if self.trunk_lr <= 0:
-            raise Refusal(f"trunk_lr must be positive, got {self.trunk_lr}")
-        if self.unit_rows < 1:
-            raise Refusal(f"unit_rows must be at least 1, got {self.unit_rows}")
-        if self.deciding_rows is not None and self.deciding_rows < 1:
-            raise Refusal(f"deciding_rows must be at least 1, got {self.deciding_rows}")
 
 
 class BatchE(Method):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from subnet_pipelines import inference
 from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.bounds import Count, Positive, Several, Whole
 from subnet_pipelines.chance import stream
-from subnet_pipelines.errors import NotLearnt, Refusal
+from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.methods.base import MethodConfig, Prediction
 from subnet_pipelines.methods.dense import OPTIMIZERS
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
@@ -32,9 +33,9 @@ class CombinationConfig(MethodConfig):
     inference: Literal["gradient", "exhaustive"] = "exhaustive"
     """Gradient steps on the weights of all combinations (GN, the paper), or every combination tried: the one that is surest wins, measured
     under inference_objective information by how sure it was of its own training rows."""
-    inference_rows: int | None = 512
+    inference_rows: Count | None = 512
     """Unlabelled test rows that every combination is tried on; null is all of a task."""
-    passes: int = 5
+    passes: Whole = 5
     """Epochs of gradient steps over a task's unlabelled test rows by which its combination is found; 0 is one gradient of one batch."""
     candidates: Literal["all", "new"] = "all"
     """Among whose combinations it is looked for: all learnt tasks', those of the basis being one mask each, or the new tasks'."""
@@ -43,30 +44,17 @@ class CombinationConfig(MethodConfig):
     rows get one class."""
     inference_step: Literal["simplex", "free"] = "simplex"
     """Exponentiated gradient, standardised over the candidates, or plain gradient steps on the weights of the combinations."""
-    inference_lr: float = 0.5
+    inference_lr: Positive = 0.5
     """The rate of these steps."""
-    inference_batch: int = 128
+    inference_batch: Several = 128
     """Unlabelled rows of a step."""
-    basis_passes: int = 0
+    basis_passes: Whole = 0
     """At the end of a run show every basis task without labels, and learn coefficients by so many epochs of the same objective
     (basis-GN)."""
     basis_step: Literal["simplex", "rmsprop", "adam", "sgd"] = "simplex"
     """As inference_step simplex, in every layer over the masks, or the optimizer of these coefficients."""
-    basis_step_lr: float = 0.5
+    basis_step_lr: Positive = 0.5
     """The rate of either."""
-
-    def check(self) -> None:
-        super().check()
-        for name in ("passes", "basis_passes"):
-            if getattr(self, name) < 0:
-                raise Refusal(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("inference_lr", "basis_step_lr"):
-            if getattr(self, name) <= 0:
-                raise Refusal(f"{name} must be positive, got {getattr(self, name)}")
-        if self.inference_rows is not None and self.inference_rows < 1:
-            raise Refusal(f"inference_rows must be at least 1, got {self.inference_rows}")
-        if self.inference_batch < 2:
-            raise Refusal(f"inference_batch must be at least 2, got {self.inference_batch}")
 
 
 class Found(NamedTuple):
@@ -179,9 +167,9 @@ class CombinationMethod(MaskedMethod):
     def own_information(self, task: Task) -> Tensor:
         """The information objective of as many training rows of a task, through whatever is active, 0-dim."""
         self.eval()
-        x, y = task.train.tensors()
-        rows = torch.randperm(len(y), generator=stream(self.seed, "own rows", task.index))[: self.config.inference_rows]
-        return inference.information(torch.cat([self.network(x[some]) for some in rows.to(x.device).split(1000)]))
+        rows = torch.randperm(len(task.train), generator=stream(self.seed, "own rows", task.index))[: self.config.inference_rows]
+        parts = (task.train.tensors(some)[0] for some in rows.to(self.device).split(1000))
+        return inference.information(torch.cat([self.network(x) for x in parts]))
 
     def shown(self, order: Tensor, passes: int) -> list[list[Tensor]]:
         """Row numbers of the batches of each pass; a last batch of one row, which has no statistics, is left out."""

@@ -11,8 +11,8 @@ from torch import nn
 
 from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.bounds import Count, NotNegative, Positive
 from subnet_pipelines.chance import seeded
-from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import MethodConfig, Phase
 from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import Plateau, cosine
@@ -46,21 +46,14 @@ class DenseConfig(MethodConfig):
     which a row's logits depend on the rows beside it."""
     optimizer: Literal["adam", "sgd"] = "adam"
     """Made afresh for each phase."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Its learning rate."""
     lr_min: float = 1e-6
     """A phase ends where the rate falls below it."""
-    patience: int = 6
+    patience: Count = 6
     """Epochs without a better validation loss before the rate is halved."""
     select: Literal["last", "best"] = "best"
     """Keep the weights of the last epoch, or of the least validation loss."""
-
-    def check(self) -> None:
-        super().check()
-        if self.lr <= 0:
-            raise Refusal(f"lr must be positive, got {self.lr}")
-        if self.patience < 1:
-            raise Refusal(f"patience must be at least 1, got {self.patience}")
 
 
 @dataclass(frozen=True)
@@ -69,13 +62,8 @@ class ScheduledConfig(DenseConfig):
 
     schedule: Literal["plateau", "cosine"] = "plateau"
     """The rate over a phase: halved where validation stalls, and constant without validation rows, or down to 0 along half a cosine."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """L2 of what learns, in the optimizer (SupSup's code has 1e-4 wherever its scripts use Adam or SGD, none of which names it)."""
-
-    def check(self) -> None:
-        super().check()
-        if self.weight_decay < 0:
-            raise Refusal(f"weight_decay must not be negative, got {self.weight_decay}")
 
 
 def make_network(config: DenseConfig, outputs: int, benchmark: Benchmark, seed: int, *purpose: str | int) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.func import functional_call, grad, vmap
 from torch.nn.utils import clip_grad_norm_, parameters_to_vector
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, NotNegative, Positive
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock
@@ -30,23 +31,14 @@ CHUNK = 1 << 25  # numbers of gradients of single rows that are there at once
 class EWCConfig(FinetuneConfig):
     """EWC; lambda, the merge and the Fisher of batches are HAT's code's. WSN's paper prints 92.01 +- .56 % on Permuted MNIST, not how."""
 
-    strength: float = 5000.0
+    strength: NotNegative = 5000.0
     """lambda, the weight of the penalty."""
     fisher: Literal["batch", "row"] = "batch"
     """Squared gradients of the mean loss of batches, times their rows (HAT's code, whose lambda goes with it), or of single rows."""
-    fisher_batch: int = 20
+    fisher_batch: Count = 20
     """Rows of a batch under fisher batch."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Largest norm of a step's gradient; HAT's code, which trains by SGD of .05, has 100."""
-
-    def check(self) -> None:
-        super().check()
-        if self.strength < 0:
-            raise Refusal(f"strength must not be negative, got {self.strength}")
-        if self.fisher_batch < 1:
-            raise Refusal(f"fisher_batch must be at least 1, got {self.fisher_batch}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise Refusal(f"clip_norm must be positive, got {self.clip_norm}")
 
 
 class EWC(Finetune):

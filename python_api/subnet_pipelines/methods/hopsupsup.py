@@ -20,8 +20,9 @@ from subnet_kernels import optim
 from subnet_kernels.convert import signed_constant_
 from subnet_kernels.layers import DENSE, SubnetLayer
 from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.bounds import Count, Fraction, NotNegative, Positive, Several
 from subnet_pipelines.chance import seeded, stream
-from subnet_pipelines.errors import NotLearnt, Refusal
+from subnet_pipelines.errors import NotLearnt
 from subnet_pipelines.inference import entropy
 from subnet_pipelines.methods.base import MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
@@ -127,46 +128,29 @@ class HopSupSupConfig(MethodConfig):
     """Epochs of a task, where iterations is null."""
     batch_size: int = 128
     """Rows of a training batch."""
-    width: int = 2048
+    width: Several = 2048
     """d, the width of the two hidden layers, and so of the Hopfield networks."""
-    lr: float = 0.1
+    lr: Positive = 0.1
     """SGD's rate for the scores, all 0 at a task's begin (the authors' cosine moves after an epoch, and they train for one)."""
-    momentum: float = 0.9
+    momentum: Fraction = 0.9
     """Its momentum."""
-    weight_decay: float = 1e-4
+    weight_decay: NotNegative = 1e-4
     """L2 of the scores."""
     matrix_dtype: Literal["float32", "float16"] = "float32"
     """What the upper triangles of the Hopfield matrices are stored in; the arithmetic is float32's."""
-    recovery_batch: int = 64
+    recovery_batch: Several = 64
     """Rows of a step of the recovery, which goes once over the test rows of a task."""
-    recovery_tries: int = 1
+    recovery_tries: Count = 1
     """Recoveries of a task, each from its rows in another order, of which the mask counts whose logits have the least entropy; the authors
     make one."""
-    recovery_lr: float = 500.0
+    recovery_lr: Positive = 500.0
     """SGD's rate in the recovery."""
-    recovery_momentum: float = 0.9
+    recovery_momentum: Fraction = 0.9
     """Its momentum."""
-    recovery_weight_decay: float = 1e-4
+    recovery_weight_decay: NotNegative = 1e-4
     """L2 of the recovery's scores."""
-    gamma: float = 1.5e-3
+    gamma: NotNegative = 1.5e-3
     """Weight of the energy, which grows from 0 to it while the weight of the entropy falls from 1 to 0."""
-
-    def check(self) -> None:
-        super().check()
-        for name in ("width", "recovery_batch"):
-            if getattr(self, name) < 2:
-                raise Refusal(f"{name} must be at least 2, got {getattr(self, name)}")
-        if self.recovery_tries < 1:
-            raise Refusal(f"recovery_tries must be at least 1, got {self.recovery_tries}")
-        for name in ("lr", "recovery_lr"):
-            if getattr(self, name) <= 0:
-                raise Refusal(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("momentum", "recovery_momentum"):
-            if not 0 <= getattr(self, name) < 1:
-                raise Refusal(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("weight_decay", "recovery_weight_decay", "gamma"):
-            if getattr(self, name) < 0:
-                raise Refusal(f"{name} must not be negative, got {getattr(self, name)}")
 
     @property
     def descent(self) -> Descent:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import subnet_kernels as sk
 from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, NotNegative, Positive, Share, Whole
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, Phase
@@ -27,7 +28,7 @@ from subnet_pipelines.methods.controls import Controls
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
 from subnet_pipelines.methods.masked import entry_name
 from subnet_pipelines.methods.real_masks import RealMasks
-from subnet_pipelines.methods.supsup import wide
+from subnet_pipelines.methods.supsup import outputs_of, wide
 from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
 from subnet_pipelines.together import Together
@@ -43,7 +44,7 @@ class ImpressLearnConfig(CombinationConfig):
     """Rows of a training batch."""
     model: Network = "lenet-300-100"
     """The network; all its layers are masked."""
-    width: float = 1.0
+    width: Positive = 1.0
     """Times the network's own width, where it can be had in others (lenet-300-100, fc-1024, gem-resnet-18, resnet-50)."""
     outputs: int | None = None
     """Width of the last layer: the classes, and superfluous neurons beyond them; null is the classes alone (the paper)."""
@@ -53,40 +54,40 @@ class ImpressLearnConfig(CombinationConfig):
     backbone: Literal["kaiming_normal", "signed_constant", "trained"] = "kaiming_normal"
     """The fixed weights: normal of variance 2 / fan_in (the paper), +-sqrt(2 / fan_in), or those first, then trained densely on the first
     task that is learnt."""
-    backbone_epochs: int = 10
+    backbone_epochs: Count = 10
     """Epochs of a trained backbone."""
-    backbone_lr: float = 1e-3
+    backbone_lr: Positive = 1e-3
     """Adam's rate for it."""
-    basis: int = 10
+    basis: Count = 10
     """Masks of the basis of kind basis_kind."""
     basis_kind: Literal["heterogeneous", "homogeneous", "random"] = "heterogeneous"
     """A mask each for so many tasks, so many masks of the first task from other scores, or so many that nobody trained."""
-    basis_seeds: int = 0
+    basis_seeds: Whole = 0
     """Further masks of the first task, beside a heterogeneous basis."""
-    basis_random: int = 0
+    basis_random: Whole = 0
     """Further masks that nobody trained, beside a heterogeneous or homogeneous basis."""
     basis_from: Literal["first", "spread"] = "first"
     """Whose masks a heterogeneous basis has: the first tasks', or those of tasks spread evenly over all but the new ones."""
-    new_tasks: int | None = None
+    new_tasks: Count | None = None
     """The last so many tasks of the stream are new ones, what lies between them and the basis is passed over; null: all but the basis."""
     mask: Literal["topk", "signed", "real"] = "topk"
     """A mask's entries on the top-k of the scores' sizes, 0 elsewhere: 1; the sign of the score; or the score itself, over its initial
     bound 1 / sqrt(fan_in)."""
     real_dtype: Literal["float16", "float32"] = "float16"
     """What the values of real masks are kept in."""
-    density: float = 0.1
+    density: Share = 0.1
     """Kept share of every layer in a mask."""
-    erdos_renyi: float | None = None
+    erdos_renyi: Positive | None = None
     """s of the Erdos-Renyi rule in place of density (the capstone): a layer keeps min(.5, s (out + in) / (out in kernel))."""
-    basis_epochs: int = 15
+    basis_epochs: Count = 15
     """Epochs of a mask (not printed)."""
-    basis_lr: float = 1e-3
+    basis_lr: Positive = 1e-3
     """Adam's rate for the scores of a mask (not printed)."""
-    basis_weight_decay: float = 0.0
+    basis_weight_decay: NotNegative = 0.0
     """L2 of the scores, in Adam (SupSup's code has 1e-4 on Split CIFAR-100)."""
     basis_schedule: Literal["constant", "cosine"] = "constant"
     """That rate over a mask's epochs: as it is, or down to 0."""
-    parallel_tasks: int = 1
+    parallel_tasks: Count = 1
     """Masks of the basis that are trained at once, to the same masks as one by one."""
     sizes: list[int] | None = None
     """Smaller bases, of so many masks each that lie evenly in the whole one: every new task learns coefficients over them too, which are
@@ -96,13 +97,13 @@ class ImpressLearnConfig(CombinationConfig):
     start_at_optimal, which for a basis task is its own mask); or the new task before this one, for a task that drifts."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """Of alpha: the paper's table says RMSprop on MNIST and Adam elsewhere, its text SGD."""
-    lr: float = 2e-3
+    lr: Positive = 2e-3
     """Its rate."""
-    alpha_weight_decay: float = 0.0
+    alpha_weight_decay: NotNegative = 0.0
     """L2 of alpha, in the optimizer: .1 in the paper's table where it has Adam, 1e-4 in the capstone's code."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate of alpha over a task: as it is, or down to 0 (the capstone)."""
-    penalty: float = 0.0
+    penalty: NotNegative = 0.0
     """lambda of lambda * sum over layers of (sum_k |alpha_k| - 1)^2; the paper has 0 on MNIST and .005 elsewhere, the capstone none."""
     scale_basis: bool = False
     """Weigh a mask by alpha / K, alpha starting at 1: the capstone's poster has this 1/|B|, its code has it in the start of alpha alone."""
@@ -113,24 +114,11 @@ class ImpressLearnConfig(CombinationConfig):
     one that validation chooses; mean and deviation of all, the wrong mask) and, under own_mask, a mask of its own."""
     own_mask: bool = True
     """Under controls train a mask of its own for new tasks, the ceiling, which takes as long as a mask of the basis."""
-    own_mask_every: int = 1
+    own_mask_every: Count = 1
     """That for the first new task and every so many-th after it."""
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.density <= 1:
-            raise Refusal(f"density must be in (0, 1], got {self.density}")
-        for name in ("basis", "basis_epochs", "backbone_epochs", "parallel_tasks", "own_mask_every"):
-            if getattr(self, name) < 1:
-                raise Refusal(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("basis_seeds", "basis_random", "penalty", "alpha_weight_decay", "basis_weight_decay"):
-            if getattr(self, name) < 0:
-                raise Refusal(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("lr", "basis_lr", "backbone_lr", "width", "erdos_renyi"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise Refusal(f"{name} must be positive, got {getattr(self, name)}")
-        if self.new_tasks is not None and self.new_tasks < 1:
-            raise Refusal(f"new_tasks must be at least 1, got {self.new_tasks}")
         if self.basis_seeds and self.basis_kind != "heterogeneous":
             raise Refusal(f"basis_seeds goes with a heterogeneous basis; in a {self.basis_kind} one basis counts all masks")
         if self.basis_random and self.basis_kind == "random":
@@ -160,8 +148,6 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
 
     def __init__(self, config: ImpressLearnConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        if config.outputs is not None and config.outputs < benchmark.classes:
-            raise Refusal(f"outputs must be at least the {benchmark.classes} classes of {benchmark.name}, got {config.outputs}")
         if config.mask == "real" and not benchmark.scenario.test_id:
             raise Refusal(f"mask must be topk or signed in scenario {benchmark.config.scenario}, where combinations run at once")
         self.basis_tasks, self.new_tasks = tasks_of(config, benchmark)
@@ -189,9 +175,8 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.dense: nn.Module | None = None  # the backbone while it is trained
 
     def make_network(self) -> nn.Module:
-        network = MODELS[self.config.model](
-            self.config.outputs or self.benchmark.classes, *self.benchmark.input_shape, **wide(self.config)
-        )
+        outputs = outputs_of(self.config, self.benchmark)
+        network = MODELS[self.config.model](outputs, *self.benchmark.input_shape, **wide(self.config))
         return (use_running_statistics if self.config.norm == "task" else use_batch_statistics)(network)
 
     def plan(self, task: Task) -> list[Phase]:

@@ -24,11 +24,12 @@ from torch import Tensor
 from subnet_kernels.files import write_atomic
 from subnet_pipelines import inference
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, Part, Several, Share, Whole
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.checkpoint import KEEP
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, Phase, Prediction
-from subnet_pipelines.methods.supsup import SupSup, SupSupConfig
+from subnet_pipelines.methods.supsup import SupSup, SupSupConfig, outputs_of
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class NNsConfig(SupSupConfig):
     """New scores are drawn: a mask that starts from others' could not be told from them."""
     parallel_tasks: Literal[1] = 1
     """One mask learns at a time."""
-    check_every: int = 100
+    check_every: Count = 100
     """Batches between two looks at whose they are."""
-    grace: int = 0
+    grace: Whole = 0
     """Batches that a new mask learns before the next look, at least, so that looks may be more frequent than a mask is quick to know."""
     check_objective: Literal["H", "G"] = "H"
     """What a look differentiates: the entropy (H, the paper and the authors' code), or G; `objective` is that of the test."""
@@ -62,37 +63,25 @@ class NNsConfig(SupSupConfig):
     return_threshold: float | None = None
     """Another mask than the one that learns takes a batch where it has at least this / n, as it had a whole visit to learn its task; null:
     threshold."""
-    drop: float | None = None
+    drop: Part | None = None
     """A batch is of a new task, too, where the gradient prefers the mask that learns, but by less than this part of the last look's n p - 1
     (p: its share of the softmax); null does not compare."""
-    candidates: int = 5
+    candidates: Several = 5
     """Untrained masks fill the candidates of a look up to so many."""
-    budget: int = 2500
+    budget: Count = 2500
     """Masks that may be allocated."""
     when_spent: Literal["skip", "reuse"] = "skip"
     """What becomes of a new task when the budget is spent: its batches are skipped until the next look (in the authors' code all later
     batches of the run are), or the likeliest mask learns them."""
-    merge: float | None = None
+    merge: Share | None = None
     """A look merges the two masks that the gradient prefers where they agree on this share of the batch's rows; null never does."""
 
     def check(self) -> None:
         super().check()
-        if self.check_every < 1:
-            raise Refusal(f"check_every must be at least 1, got {self.check_every}")
-        if self.grace < 0:
-            raise Refusal(f"grace must not be negative, got {self.grace}")
         if self.threshold <= 1:
             raise Refusal(f"threshold must exceed 1, which n equal candidates have n times, got {self.threshold}")
         if self.return_threshold is not None and self.return_threshold <= 1:
             raise Refusal(f"return_threshold must exceed 1, which n equal candidates have n times, got {self.return_threshold}")
-        if self.drop is not None and not 0 < self.drop < 1:
-            raise Refusal(f"drop must be in (0, 1), got {self.drop}")
-        if self.candidates < 2:
-            raise Refusal(f"candidates must be at least 2, got {self.candidates}")
-        if self.budget < 1:
-            raise Refusal(f"budget must be at least 1, got {self.budget}")
-        if self.merge is not None and not 0 < self.merge <= 1:
-            raise Refusal(f"merge must be in (0, 1], got {self.merge}")
 
 
 def mask_name(number: int) -> str:
@@ -112,7 +101,7 @@ class NNs(SupSup):
 
     def __init__(self, config: NNsConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        if config.check_objective == "G" and (config.outputs or self.classes) == self.classes:
+        if config.check_objective == "G" and outputs_of(config, benchmark) == self.classes:
             raise Refusal(f"outputs must exceed the {self.classes} classes for objective G, which reads the superfluous neurons")
         self.visits = [visit.task for visit in benchmark.visits()]  # for the report alone
         self.masks: list[int] = []  # numbers of the masks, in the bank's order

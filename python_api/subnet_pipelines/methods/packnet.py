@@ -13,6 +13,7 @@ import torch
 
 import subnet_kernels as sk
 from subnet_pipelines.benchmarks.base import Benchmark, Task
+from subnet_pipelines.bounds import Count, Positive, Share
 from subnet_pipelines.capacity import packnet_cap
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
@@ -28,21 +29,12 @@ class PackNetConfig(DenseConfig):
     norm: Literal["task", "batch"] = "task"
     """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, or those of
     the test batch (WSN's code)."""
-    keep: float | None = None
+    keep: Share | None = None
     """Share of the free weights of every layer that a task keeps; null is 1 / tasks (WSN's tables, but for Omniglot's .02)."""
-    retrain_epochs: int | None = None
+    retrain_epochs: Count | None = None
     """Epochs after pruning; null is half of epochs, rounded up (PackNet's code: 20 and 10), of iterations where those are given."""
-    retrain_lr: float | None = None
+    retrain_lr: Positive | None = None
     """Learning rate after pruning; null is a tenth of lr (PackNet's code)."""
-
-    def check(self) -> None:
-        super().check()
-        if self.keep is not None and not 0 < self.keep <= 1:
-            raise Refusal(f"keep must be in (0, 1], got {self.keep}")
-        if self.retrain_epochs is not None and self.retrain_epochs < 1:
-            raise Refusal(f"retrain_epochs must be at least 1, got {self.retrain_epochs}")
-        if self.retrain_lr is not None and self.retrain_lr <= 0:
-            raise Refusal(f"retrain_lr must be positive, got {self.retrain_lr}")
 
 
 class PackNet(MaskedMethod):

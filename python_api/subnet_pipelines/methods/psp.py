@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import NotNegative
 from subnet_pipelines.chance import seeded, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, Phase, Prediction
@@ -69,13 +70,11 @@ class PSPConfig(FinetuneConfig):
     """Of the weights; made afresh for each task."""
     lr: float = 1e-4
     """Its learning rate."""
-    momentum: float = 0.0
+    momentum: NotNegative = 0.0
     """Its momentum (the authors' scripts say .5, which never reaches RMSprop)."""
 
     def check(self) -> None:
         super().check()
-        if self.momentum < 0:
-            raise Refusal(f"momentum must not be negative, got {self.momentum}")
         if self.momentum and self.optimizer == "adam":
             raise Refusal(f"momentum must be 0 for optimizer adam, which has its own, got {self.momentum}")
 

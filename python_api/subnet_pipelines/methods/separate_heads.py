@@ -11,8 +11,8 @@ from typing import Any, Literal
 from torch import nn
 
 from subnet_pipelines.benchmarks.base import Task
+from subnet_pipelines.bounds import Positive
 from subnet_pipelines.capacity import with_own_numbers
-from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
 from subnet_pipelines.methods.dense import Network, ScheduledConfig, training
 from subnet_pipelines.methods.finetune import Finetune, FinetuneConfig
@@ -39,13 +39,8 @@ class SeparateHeadsConfig(ScheduledConfig, FinetuneConfig):
     """What is below the heads learns with the first task, or stays at its random values."""
     lr: float = 1e-2
     """Rate of a head over the trunk as it is."""
-    trunk_lr: float = 1e-3
+    trunk_lr: Positive = 1e-3
     """Rate of trunk and head in the first task, where the trunk learns."""
-
-    def check(self) -> None:
-        super().check()
-        if self.trunk_lr <= 0:
-            raise Refusal(f"trunk_lr must be positive, got {self.trunk_lr}")
 
 
 class SeparateHeads(Finetune):

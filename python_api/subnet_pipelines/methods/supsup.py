@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import subnet_kernels as sk
 from subnet_pipelines import calibration, inference
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, NotNegative, Positive, Several, Share
 from subnet_pipelines.capacity import csc_bytes
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
@@ -39,7 +40,7 @@ class SupSupConfig(MethodConfig):
     """Rows of a training batch, and of a unit under inference_unit batch."""
     model: Network = "lenet-300-100"
     """The network."""
-    width: float = 1.0
+    width: Positive = 1.0
     """Times the network's own width, where it can be had in others (lenet-300-100, fc-1024, gem-resnet-18, resnet-50)."""
     head: Literal["masked", "dense"] = "masked"
     """The last layer: fixed and masked as the others are (the authors' code), or learnt, one for each task, as in WSN's comparison."""
@@ -51,9 +52,9 @@ class SupSupConfig(MethodConfig):
     mask: Literal["threshold", "topk", "signed"] = "threshold"
     """A weight is open where its score is >= 0 (the authors' code on MNIST), or where its size is among the top-k of its layer (the paper);
     signed: the same, and open weights of negative score change their sign."""
-    density: float = 0.5
+    density: Share = 0.5
     """Kept share of every layer under mask topk and signed."""
-    erdos_renyi: float | None = None
+    erdos_renyi: Positive | None = None
     """s of the Erdos-Renyi rule in place of density: a layer keeps min(.5, s (out + in) / (out in kernel)) of its weights."""
     weight_init: Literal["signed_constant", "kaiming_normal"] = "signed_constant"
     """The fixed weights: +-sqrt(2 / fan), or normal of that deviation."""
@@ -66,9 +67,9 @@ class SupSupConfig(MethodConfig):
     masks (the paper)."""
     optimizer: Literal["rmsprop", "adam", "sgd"] = "rmsprop"
     """Of the scores; made afresh for each task."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Its learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """L2 of the scores, in the optimizer (the authors' code has 1e-4 on Split CIFAR-100, where its scripts do not name it)."""
     schedule: Literal["constant", "cosine"] = "constant"
     """The rate over a task: as it is, or down to 0 (the authors' code in scenario GG)."""
@@ -76,25 +77,21 @@ class SupSupConfig(MethodConfig):
     """What one-shot and binary inference differentiate: logsumexp that only superfluous neurons feel (G), or the entropy (H)."""
     inference: Literal["one-shot", "binary", "exhaustive"] = "one-shot"
     """The task of least gradient at equal coefficients; halving the candidates; or every mask tried, that of least entropy winning."""
-    log_base: int = 2
+    log_base: Several = 2
     """Binary inference keeps one in log_base of the candidates each round."""
     inference_unit: Literal["row", "n", "batch"] = "row"
     """Who decides together: every row for itself, unit_rows rows, or a batch of batch_size rows."""
-    unit_rows: int = 16
+    unit_rows: Count = 16
     """Rows of a unit under inference_unit n."""
-    deciding_rows: int | None = None
+    deciding_rows: Count | None = None
     """First rows of a unit that decide for all of it; null is all of them (the authors' code lets one decide for 128)."""
-    parallel_tasks: int = 1
+    parallel_tasks: Count = 1
     """Tasks that are trained at once, to the same masks as one by one: their products are their own, selection and update one call."""
     outsiders: Literal["none", "noise", "fashion-mnist"] = "none"
     """At the end of a run compare the confidence on test rows with that on inputs of no task: even noise, or Fashion-MNIST."""
 
     def check(self) -> None:
         super().check()
-        if not 0 < self.density <= 1:
-            raise Refusal(f"density must be in (0, 1], got {self.density}")
-        if self.erdos_renyi is not None and self.erdos_renyi <= 0:
-            raise Refusal(f"erdos_renyi must be positive, got {self.erdos_renyi}")
         if self.mask == "threshold" and (self.erdos_renyi is not None or self.scale_fan):
             word = "scale_fan" if self.scale_fan else "erdos_renyi"
             raise Refusal(f"{word} needs a kept share, which mask topk or signed has and mask threshold has not")
@@ -102,20 +99,6 @@ class SupSupConfig(MethodConfig):
             raise Refusal(
                 f"transfer must be none where {self.parallel_tasks} tasks are trained at once: a task then has no earlier ones"
             )
-        if self.width <= 0:
-            raise Refusal(f"width must be positive, got {self.width}")
-        if self.lr <= 0:
-            raise Refusal(f"lr must be positive, got {self.lr}")
-        if self.weight_decay < 0:
-            raise Refusal(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.log_base < 2:
-            raise Refusal(f"log_base must be at least 2, got {self.log_base}")
-        if self.unit_rows < 1:
-            raise Refusal(f"unit_rows must be at least 1, got {self.unit_rows}")
-        if self.deciding_rows is not None and self.deciding_rows < 1:
-            raise Refusal(f"deciding_rows must be at least 1, got {self.deciding_rows}")
-        if self.parallel_tasks < 1:
-            raise Refusal(f"parallel_tasks must be at least 1, got {self.parallel_tasks}")
 
 
 class SupSup(MaskedMethod):
@@ -132,9 +115,7 @@ class SupSup(MaskedMethod):
     def __init__(self, config: SupSupConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
         self.classes = benchmark.classes
-        outputs = config.outputs or benchmark.classes
-        if outputs < self.classes:
-            raise Refusal(f"outputs must be at least the {self.classes} classes of {benchmark.name}, got {outputs}")
+        outputs = outputs_of(config, benchmark)
         if not benchmark.scenario.test_id and config.objective == "G" and outputs == self.classes:
             raise Refusal(f"outputs must exceed the {self.classes} classes for objective G, which reads the superfluous neurons")
         if not benchmark.scenario.test_id and config.head == "dense":
@@ -310,7 +291,7 @@ class SupSup(MaskedMethod):
     # ---- what is reported and kept ----------------------------------------------------------------------------------
 
     def report(self) -> dict[str, Any]:
-        return {**super().report(), "outputs": self.config.outputs or self.classes}
+        return {**super().report(), "outputs": outputs_of(self.config, self.benchmark)}
 
     def final_report(self) -> dict[str, Any]:
         report, masks = super().final_report(), self.bank.masks
@@ -349,6 +330,13 @@ class SupSup(MaskedMethod):
 
     def load(self, state: dict[str, Any]) -> None:
         super().load(self.with_fixed(state))  # which reads the bank, and compares its hash of the weights
+
+
+def outputs_of(config: Any, benchmark: Benchmark) -> int:
+    """Width of the last layer. Raises Refusal where that is less than the classes."""
+    if config.outputs is not None and config.outputs < benchmark.classes:
+        raise Refusal(f"outputs must be at least the {benchmark.classes} classes of {benchmark.name}, got {config.outputs}")
+    return benchmark.classes if config.outputs is None else config.outputs
 
 
 def wide(config: SupSupConfig) -> dict[str, float]:

@@ -18,6 +18,7 @@ from torch import Tensor
 import subnet_kernels as sk
 from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import Count, NotNegative, Positive, Share
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, MethodConfig, Phase
@@ -37,7 +38,7 @@ class WSNConfig(MethodConfig):
     norm: Literal["task", "batch"] = "task"
     """What batch norms use at test: statistics that each task gathers over its training rows at its end and keeps for itself, or those of
     the test batch (WSN's code), by which a row's logits depend on the rows beside it."""
-    density: float | dict[str, float] = 0.1
+    density: Share | dict[str, Share] = 0.1
     """c, the kept share of every masked layer; the paper's rows are .03, .05, .1, .3 and .5. By layer: body.0=.3,*=.1, names or globs of
     which the first that fits counts."""
     ties: Literal["last", "first", "all"] = "last"
@@ -46,36 +47,22 @@ class WSNConfig(MethodConfig):
     """Scores go on from the task before (WSN's code), or are drawn anew."""
     optimizer: Literal["adam", "adamw", "sgd"] = "adam"
     """Of weights, scores and head; made afresh for each task."""
-    lr: float = 1e-3
+    lr: Positive = 1e-3
     """Its learning rate."""
-    weight_decay: float = 0.0
+    weight_decay: NotNegative = 0.0
     """Its weight decay, which moves no frozen weight: decoupled (adamw), or added to the gradients."""
-    clip_norm: float | None = None
+    clip_norm: Positive | None = None
     """Largest norm of all gradients of a step together; null clips nothing."""
     amp: Literal["none", "bf16"] = "none"
     """Run the network under autocast to bfloat16, in training and at test; weights and scores stay float32."""
     lr_min: float = 1e-6
     """A task ends where the rate falls below it."""
-    patience: int = 6
+    patience: Count = 6
     """Epochs without a better validation loss before the rate is halved."""
     select: Literal["last", "best"] = "best"
     """Keep the weights of the last epoch, or of the least validation loss."""
     stored_mask: Literal["restored", "last_step"] = "restored"
     """The mask that is validated and kept: of the scores that are kept, or of the last training step (WSN's code)."""
-
-    def check(self) -> None:
-        super().check()
-        for share in self.density.values() if isinstance(self.density, dict) else [self.density]:
-            if not 0 < share <= 1:
-                raise Refusal(f"density must be in (0, 1], got {share}")
-        if self.lr <= 0:
-            raise Refusal(f"lr must be positive, got {self.lr}")
-        if self.weight_decay < 0:
-            raise Refusal(f"weight_decay must not be negative, got {self.weight_decay}")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise Refusal(f"clip_norm must be positive, got {self.clip_norm}")
-        if self.patience < 1:
-            raise Refusal(f"patience must be at least 1, got {self.patience}")
 
 
 class WSN(MaskedMethod):
