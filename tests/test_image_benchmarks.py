@@ -14,7 +14,7 @@ import torch.nn as nn
 from streams import broken_run
 
 from subnet_pipelines import BENCHMARKS, Refusal, RunConfig, run
-from subnet_pipelines.benchmarks import cifar, omniglot
+from subnet_pipelines.benchmarks import cifar, cifar_few, omniglot
 from subnet_pipelines.benchmarks.base import batches
 from subnet_pipelines.benchmarks.images import CropFlip, Normal
 from subnet_pipelines.chance import seeded, stream
@@ -420,6 +420,84 @@ def test_streams_on_a_gpu(name, data):
             assert task.val.tensors()[0].device.type == benchmark.test(i).tensors()[0].device.type == device.type
         assert torch.equal(seen[0][1], seen[1][1])
         torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-6)
+
+
+# ---- CIFAR-100 with few rows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory) -> Path:
+    """All hundred classes, thirty training rows of each."""
+    folder = tmp_path_factory.mktemp("hundred")
+    sets.write_cifar100(folder, classes=100, train=30, test=2)
+    return folder
+
+
+FEW = {"cifar100-few": 10, "cifar100-few-20": 20, "cifar100-few-40": 40}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_cifar100_few(name, hundred):
+    """The classes of the authors' lists in their order, a few rows of each, and of a class in two tasks other rows."""
+    cls = BENCHMARKS[name]
+    benchmark = cls(cls.Config(rows_per_class=5, val_fraction=0.2), 1, hundred)
+    assert len(benchmark) == FEW[name]
+    assert all(len(set(group)) == 10 for group in benchmark.groups)
+    (raw, labels), (raw_test, labels_test) = cifar.load_cifar100(hundred)
+    where = {picture.numpy().tobytes(): (row, int(labels[row, 1])) for row, picture in enumerate(raw)}
+    seen: set[int] = set()
+    for i in range(FEW[name]):
+        task, test = benchmark.task(i), benchmark.test(i)
+        halves = [[where[split.x[row].numpy().tobytes()] for row in split.index] for split in (task.train, task.val)]
+        for split, found, each in zip((task.train, task.val), halves, (4, 1)):
+            assert [c for _, c in found] == [benchmark.groups[i][y] for y in split.tensors()[1].tolist()]
+            assert split.tensors()[1].bincount().tolist() == [each] * 10
+        rows = {row for found in halves for row, _ in found}
+        assert len(rows) == 50
+        assert not seen & rows
+        seen |= rows
+        x, y = test.tensors()
+        assert len(x) == 20
+        places = torch.cat([(labels_test[:, 1] == c).nonzero().flatten() for c in benchmark.groups[i]])
+        assert torch.equal(test.x, raw_test[places])
+        assert [benchmark.groups[i][label] for label in y.tolist()] == labels_test[places, 1].tolist()
+
+
+def test_cifar100_few_is_the_papers_data(hundred):
+    """Two tasks by hand, and its sizes: 170, 30 and all test rows of ten classes; the second ten tasks have the other superclasses."""
+    assert (cifar_few.TEN[0], cifar_few.TEN[9]) == ((4, 1, 54, 9, 0, 5, 6, 3, 12, 8), (87, 71, 38, 75, 99, 98, 93, 80, 96, 89))
+    assert sorted(chain(*cifar_few.TEN)) == list(range(100))
+    assert sorted(chain(*cifar_few.FORTY[:20])) == sorted([*range(100)] * 2)
+    assert sorted(chain(*cifar_few.FORTY)) == sorted([*range(100)] * 4)
+    benchmark = BENCHMARKS["cifar100-few"](cifar_few.FewConfig(), 1, hundred)
+    assert [len(split) for split in (benchmark.task(0).train, benchmark.task(0).val, benchmark.test(0))] == [170, 30, 20]
+
+
+@pytest.mark.parametrize("whose", ["train", "each"])
+def test_cifar100_few_is_standardised(whose, hundred):
+    benchmark = BENCHMARKS["cifar100-few"](cifar_few.FewConfig(tasks=2, standardise=whose), 1, hundred)
+    for i in range(2):
+        task = benchmark.task(i)
+        for split in (task.train, task.val, benchmark.test(i)):
+            mean, std = moments(split.tensors()[0])
+            exact = whose == "each" or split is task.train
+            assert (mean == pytest.approx([0, 0, 0], abs=1e-4)) == exact
+            assert (std == pytest.approx([1, 1, 1], abs=1e-4)) == exact
+
+
+def test_cifar100_few_has_rows_again_where_there_are_no_others(tmp_path):
+    sets.write_cifar100(tmp_path, classes=100, train=3, test=1)
+    benchmark = BENCHMARKS["cifar100-few-20"](cifar_few.Few20Config(val_fraction=0.1), 1, tmp_path)
+    assert [len(benchmark.task(i).train) + len(benchmark.task(i).val) for i in range(20)] == [30] * 20
+    one, two = (BENCHMARKS["cifar100-few"](cifar_few.FewConfig(rows_per_class=2), seed, tmp_path) for seed in (1, 2))
+    assert not torch.equal(one.task(0).train.x, two.task(0).train.x)
+    with pytest.raises(Refusal, match="rows_per_class must be at least 1, got 0"):
+        cifar_few.FewConfig(rows_per_class=0).check()
+    with pytest.raises(Refusal, match="tasks must be at most the 10 of cifar100-few, got 11"):
+        BENCHMARKS["cifar100-few"](cifar_few.FewConfig(tasks=11), 1, tmp_path)
+    sets.write_cifar100(tmp_path / "some", classes=50, train=3, test=1)
+    with pytest.raises(Refusal, match="cifar100-few: class 54, of task 0, has no training picture"):
+        BENCHMARKS["cifar100-few"](cifar_few.FewConfig(), 1, tmp_path / "some")
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
