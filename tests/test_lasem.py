@@ -74,14 +74,14 @@ def by_hand(method, way, x):
 def one_by_one(method, batch, masks):
     """Posterior, losses and gradients as the authors' program makes them: every network by itself, twice."""
     with torch.no_grad():
-        logits = torch.stack([method.scores(by_hand(method, way, batch.x)) for way in method.ways], 1)
-        right = logits.softmax(2).gather(2, batch.y[:, None, None].expand(-1, len(method.ways), 1))[:, :, 0]
-        likelihood = right.mean(0) if method.config.likelihood == "mean" else right.prod(0)
+        logits = torch.stack([method.scores(by_hand(method, way, batch.x)) for way in method.ways])
+        right = logits.softmax(2)[:, torch.arange(len(batch.y)), batch.y]
+        likelihood = right.mean(1) if method.config.likelihood == "mean" else right.prod(1)
         posterior = method.prior * likelihood / (method.prior * likelihood).sum()
     names, total = [n for n, _ in method.named_parameters()], {}
     losses = []
     for c, way in enumerate(method.ways):
-        loss = F.cross_entropy(method.scores(by_hand(method, way, batch.x) * masks[:, c]), batch.y)
+        loss = F.cross_entropy(method.scores(by_hand(method, way, batch.x) * masks[c]), batch.y)
         losses.append(loss.detach())
         for i in range(len(way)) if method.config.sharing == "tf" else ():
             factors = [u for n, u in method.added[i].items() if n != "bias"]
@@ -102,7 +102,7 @@ def at_once(method, batch, masks, monkeypatch):
 
 
 def masks_for(method, batch):
-    shape = (len(batch.y), len(method.ways), method.width)
+    shape = (len(method.ways), len(batch.y), method.width)
     with seeded(1, "masks"):
         return 2.0 * (torch.rand(shape) < 0.5).to(batch.x.dtype)
 
@@ -130,10 +130,10 @@ def stacked(method, batch, masks):
     x, ways = batch.x, len(method.ways)
     for i, layer in enumerate(method.net.layers):
         both = [F.conv2d(x, *kernel_by_hand(method, i, share), padding=layer.kernel // 2).relu() for share in (True, False)]
-        x = torch.stack([F.max_pool2d(half, layer.pool) if layer.pool > 1 else half for half in both], 1).flatten(0, 1)
-    logits = method.scores(x.flatten(1).view(len(batch.y), ways, -1) * masks)
+        x = torch.cat([F.max_pool2d(half, layer.pool) if layer.pool > 1 else half for half in both])
+    logits = method.scores(x.flatten(1).view(ways, len(batch.y), -1) * masks)
     posterior = one_by_one(method, batch, masks)[0]
-    losses = [F.cross_entropy(logits[:, c], batch.y) for c in range(ways)]
+    losses = [F.cross_entropy(logits[c], batch.y) for c in range(ways)]
     method.zero_grad()
     (torch.stack(losses) @ posterior).backward()
     return {n: p.grad.clone() for n, p in method.named_parameters()}
@@ -158,8 +158,8 @@ def test_the_tree_rounds_no_worse_than_eager(monkeypatch):
 
 
 def test_configurations():
-    assert configurations([1, 1]) == [(True, True), (True, False), (False, True), (False, False)]
-    assert configurations([1, 2]) == [(True, True, True), (True, False, False), (False, True, True), (False, False, False)]
+    assert configurations([1, 1]) == [(True, True), (False, True), (True, False), (False, False)]
+    assert configurations([1, 2]) == [(True, True, True), (False, True, True), (True, False, False), (False, False, False)]
     assert named("shared", 4) == (True,) * 4
     assert named("specific", 2) == (False, False)
     assert named("bottom-1", 4) == (True, False, False, False)
@@ -192,8 +192,8 @@ def test_networks():
 
 
 def logits_of(probabilities):
-    """Logits (B, ways, 2) whose first class has these probabilities (B, ways)."""
-    p = torch.tensor(probabilities)
+    """Logits (ways, B, 2) whose first class has these probabilities (B, ways)."""
+    p = torch.tensor(probabilities).T
     return torch.stack([p, 1 - p], 2).log()
 
 
@@ -242,9 +242,9 @@ def test_a_step_of_em(fields, monkeypatch):
         start = step % 4 == 0 and method.config.prior_since == "epoch"
         prior = torch.full((4,), 0.25) if start else method.prior.clone()
         with torch.no_grad():
-            logits = torch.stack([method.scores(flat(method, way, batch.x)) for way in method.ways], 1)
-        right = logits.softmax(2).gather(2, batch.y[:, None, None].expand(-1, 4, 1))[:, :, 0]
-        joint = prior * (right.mean(0) if method.config.likelihood == "mean" else right.prod(0))
+            logits = torch.stack([method.scores(flat(method, way, batch.x)) for way in method.ways])
+        right = logits.softmax(2)[:, torch.arange(7), batch.y]
+        joint = prior * (right.mean(1) if method.config.likelihood == "mean" else right.prod(1))
         loss = method.step(batch, opt, clock)["loss"]
         assert loss > 0
         torch.testing.assert_close(posteriors[-1], joint / joint.sum(), rtol=1e-4, atol=1e-6)
@@ -435,10 +435,10 @@ def test_search_keeps_the_best_configuration(tmp_path, monkeypatch):
     for task in range(2):
         first, *others = starts[4 * task : 4 * task + 4]
         assert all(torch.equal(first[n], other[n]) for other in others for n in first)
-    assert result.method_report["configurations"] == ["10", "00"]
+    assert result.method_report["configurations"] == ["01", "00"]
     assert result.method_report["peak"] == [2.0, 8.0]
     assert torch.equal(method.learnt[0]["head.0.weight"], ends[1]["head.0.weight"])
-    assert torch.equal(starts[4]["shared.0.weight"], ends[1]["shared.0.weight"])
+    assert torch.equal(starts[4]["shared.1.weight"], ends[1]["shared.1.weight"])
 
 
 @pytest.mark.parametrize(

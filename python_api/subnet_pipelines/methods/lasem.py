@@ -261,20 +261,20 @@ class LASEM(Method):
         made = tree(self.net, self.groups, shared, own, batch.x)
         with torch.no_grad():
             posterior = self.posterior(self.scores(made.detach()), batch.y)
-        logits = self.scores(self.dropped(made))
-        each = F.cross_entropy(logits.flatten(0, 1), batch.y[:, None].expand(-1, len(self.ways)).flatten(), reduction="none")
-        loss = each.view(-1, len(self.ways)).mean(0) @ posterior
+        logits, y = self.scores(self.dropped(made)), batch.y.expand(len(self.ways), -1)
+        each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        loss = posterior @ each.view_as(y).mean(1)
         for probability, added in zip(posterior @ self.shares, self.added):
             if (penalty := self.rule.penalty(added)) is not None:
                 loss = loss + self.config.orthogonality * probability * penalty
         return loss, posterior
 
     def posterior(self, logits: Tensor, y: Tensor) -> Tensor:
-        """P(way | batch) (ways,), of logits (B, ways, classes) and labels int64 (B,)."""
-        right = logits.log_softmax(2).gather(2, y[:, None, None].expand(-1, len(self.ways), 1)).squeeze(2)
+        """P(way | batch) (ways,), of logits (ways, B, classes) and labels int64 (B,)."""
+        right = logits.log_softmax(2).gather(2, y.expand(len(self.ways), -1)[:, :, None]).squeeze(2)
         if self.config.likelihood == "product":
-            return (self.prior.log() + right.sum(0)).softmax(0)
-        joint = self.prior * right.exp().mean(0)
+            return (self.prior.log() + right.sum(1)).softmax(0)
+        joint = self.prior * right.exp().mean(1)
         return joint / (joint.sum() + 1e-30)
 
     def take(self, posterior: Tensor) -> None:

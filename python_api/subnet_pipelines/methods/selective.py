@@ -2,8 +2,8 @@
 
 A configuration says of every layer whether it is shared. Networks that begin alike have equal activations up to where they part, so the
 2^d configurations of d layers are a tree: evaluated layer by layer it costs 2^(d+1) - 2 layers where one network after another costs
-d 2^d. A layer's two kernels are one convolution of twice the channels, and what it makes of a node, as it lies in memory, is its two
-children: no activation is copied from one layer to the next.
+d 2^d. All nodes of a layer are one batch, and a layer's two kernels are one convolution of twice the channels, which makes the two
+children of every node: a layer is one convolution, whatever its depth.
 
 How a shared layer gets its kernel: as it is (HPS, hard parameter sharing), from a core tensor and factors of the task's own (TF, Bulat
 et al., AAAI 2020), or from a knowledge base by a deconvolution and a contraction of the task's own (DF-CNN, Lee et al., IJCAI 2019).
@@ -172,12 +172,12 @@ SHARING: dict[str, type[Plain]] = {"hps": Plain, "tf": Tucker, "df-cnn": Deconvo
 
 
 def configurations(groups: Sequence[int]) -> list[tuple[bool, ...]]:
-    """Every way to share groups of consecutive layers or not, the first group slowest: a bool a layer, True is shared; all shared is first.
+    """Every way to share groups of consecutive layers or not, a bool a layer, True is shared: the first is all shared.
 
-    groups: layers of each.
+    groups: layers of each; bit g of a way's number says that group g is the task's own.
     """
-    chosen = itertools.product((True, False), repeat=len(groups))
-    return [tuple(share for share, size in zip(way, groups) for _ in range(size)) for way in chosen]
+    ways = [[number >> g & 1 == 0 for g in range(len(groups))] for number in range(1 << len(groups))]
+    return [tuple(share for share, size in zip(way, groups) for _ in range(size)) for way in ways]
 
 
 def named(name: str, layers: int) -> tuple[bool, ...]:
@@ -217,31 +217,38 @@ def widths(net: Net, shape: Sequence[int]) -> tuple[list[int], int]:
 
 
 def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
-    """x (N, I, H, W) through a layer of that kernel -> (N, O, ceil(H / pool), ceil(W / pool)). Maxima first: ReLU is then less work."""
+    """x (N, I, H, W), channels last, through a layer of that kernel -> (N, O, ceil(H / pool), ceil(W / pool)), channels last too.
+
+    Maxima come first: ReLU is then less work, and may overwrite what no backward reads.
+    """
+    weight = weight.contiguous(memory_format=torch.channels_last)
     x = F.conv2d(x, weight, bias, padding=layer.kernel // 2, groups=groups)
-    return (F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x).relu()
+    return (F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x).relu_()
+
+
+def pictures(net: Net, x: Tensor) -> Tensor:
+    """x (B, ...) as the first layer reads it: (B, channels, height, width), channels last, the layout that convolutions are fastest in."""
+    return (x.reshape(len(x), -1, 1, 1) if net.flat else x).contiguous(memory_format=torch.channels_last)
 
 
 def features(net: Net, kernels: Sequence[Kernel], x: Tensor) -> Tensor:
     """x (B, ...) through a kernel a layer -> (B, features)."""
-    x = x.reshape(len(x), -1, 1, 1) if net.flat else x
+    x = pictures(net, x)
     for layer, (weight, bias) in zip(net.layers, kernels):
         x = convolve(x, layer, weight, bias)
     return x.flatten(1)
 
 
 def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequence[Kernel], x: Tensor) -> Tensor:
-    """x (B, ...) through all configurations of the groups -> (B, 2^len(groups), features), in the order of `configurations`.
+    """x (B, ...) through all configurations of the groups -> (2^len(groups), B, features), in the order of `configurations`.
 
     shared, own: a layer's kernel where it is shared, and where it is the task's own.
     """
-    batch, borders = len(x), {0, *itertools.accumulate(groups)}
-    x = x.reshape(batch, -1, 1, 1) if net.flat else x
-    for i, (layer, one, two) in enumerate(zip(net.layers, shared, own)):
-        weight, bias = (torch.cat(pair) for pair in zip(one, two))
-        if i in borders:  # every node parts
-            x = x.reshape(-1, weight.shape[1], *x.shape[2:])
-            x = convolve(x, layer, weight, bias)
-        else:  # the two children of the group's first layer, side by side, each go on by themselves
+    rows, borders, x = len(x), {0, *itertools.accumulate(groups)}, pictures(net, x)
+    for i, (layer, *kernels) in enumerate(zip(net.layers, shared, own)):
+        weight, bias = (torch.cat(pair) for pair in zip(*kernels))
+        if i in borders:  # every node parts: its children come to lie one half of the batch apart
+            x = convolve(x if i == 0 else torch.cat(x.chunk(2, 1)), layer, weight, bias)
+        else:  # within a group the two children, side by side, each go on by themselves
             x = convolve(x, layer, weight, bias, groups=2)
-    return x.reshape(batch, 1 << len(groups), -1)
+    return torch.cat(x.chunk(2, 1)).flatten(1).view(-1, rows, x.shape[1:].numel() // 2)
