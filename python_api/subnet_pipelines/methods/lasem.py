@@ -103,6 +103,7 @@ class LASEM(Method):
 
     name = "lasem"
     Config = LASEMConfig
+    static_step = True
     FIDELITY = {"sound": {}, "code": {"squares": "one"}, "paper": {"likelihood": "product", "prior": "counts"}}
 
     def __init__(self, config: LASEMConfig, benchmark: Benchmark, seed: int):
@@ -124,6 +125,8 @@ class LASEM(Method):
             "led", torch.empty(len(self.ways), device=self.device)
         )  # batches of each way as the likeliest, and one
         self.register_buffer("shares", torch.tensor(self.ways).float().to(self.device), persistent=False)
+        self.register_buffer("made", torch.zeros((), dtype=torch.int64, device=self.device))  # steps of the task in training
+        self.static_step = config.prior_since == "task"  # else the host knows when an epoch begins
         self.forget_posteriors()
         self.known = [False] * layers  # which shared layers some task has trained for all
         self.before: list[dict[str, Tensor]] = []  # what was shared when the task began
@@ -169,6 +172,7 @@ class LASEM(Method):
                     layer[name].copy_(tensor)
         self.before = [{name: p.detach().clone() for name, p in layer.items()} for layer in self.shared]
         self.forget_posteriors()
+        self.made.zero_()
         self.history.fill_(torch.nan)
 
     def learning(self, way: tuple[bool, ...] | None) -> list[nn.Parameter]:
@@ -239,7 +243,7 @@ class LASEM(Method):
         opt.step()
         if self.by_em:
             self.take(posterior)
-            self.history[clock.step * POINTS // clock.steps] = self.prior @ self.shares
+            self.note(clock.steps)
         return {"loss": loss.detach()}
 
     def loss_of(self, way: tuple[bool, ...], batch: Batch) -> Tensor:
@@ -264,7 +268,7 @@ class LASEM(Method):
         logits, y = self.scores(self.dropped(made)), batch.y.expand(len(self.ways), -1)
         each = F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
         loss = posterior @ each.view_as(y).mean(1)
-        for probability, added in zip(posterior @ self.shares, self.added):
+        for probability, added in zip(torch.mv(self.shares.T, posterior), self.added):
             if (penalty := self.rule.penalty(added)) is not None:
                 loss = loss + self.config.orthogonality * probability * penalty
         return loss, posterior
@@ -285,6 +289,12 @@ class LASEM(Method):
         else:
             seen = self.led.sum() - len(self.ways)
             self.prior += (posterior - self.prior) / seen
+
+    def note(self, steps: int) -> None:
+        """Keep P(shared) at this point of a phase of so many steps. The count is a tensor, as a recorded step must find its place too."""
+        point = self.made * POINTS // steps
+        self.history.index_copy_(0, point.view(1), torch.mv(self.shares.T, self.prior)[None])
+        self.made += 1
 
     def forget_posteriors(self) -> None:
         """All configurations are alike."""
