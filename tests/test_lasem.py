@@ -13,7 +13,7 @@ from subnet_pipelines import METHODS, NotLearnt, Refusal, RunConfig, run
 from subnet_pipelines.benchmarks.base import Batch, BenchmarkConfig
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.methods.base import Clock
-from subnet_pipelines.methods.selective import NETS, SHARING, configurations, named, widths
+from subnet_pipelines.methods.selective import NETS, SHARING, Layer, Net, configurations, named, widths
 
 
 @pytest.fixture(autouse=True)
@@ -64,9 +64,11 @@ def kernel_by_hand(method, i, share):
 
 def by_hand(method, way, x):
     """Features of one configuration, layer after layer."""
+    before = None
     for i, layer in enumerate(method.net.layers):
         weight, bias = kernel_by_hand(method, i, way[i])
-        x = F.conv2d(x, weight, bias, padding=layer.kernel // 2).relu()
+        read, x = x, F.conv2d(x, weight, bias, padding=layer.kernel // 2).relu()
+        x, before = x + before if layer.skip else x, read
         x = F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x
     return x.flatten(1)
 
@@ -125,6 +127,22 @@ def test_the_tree_is_all_networks_one_by_one(sharing, groups, monkeypatch):
         torch.testing.assert_close(loss, losses @ posterior, rtol=1e-12, atol=0)
 
 
+BLOCKS = Net((Layer(4, 3, 2), Layer(4, 3), Layer(4, 3, skip=True), Layer(4, 3), Layer(4, 3, 2, skip=True), Layer(6, 3, 2)), (5,))
+
+
+@pytest.mark.parametrize("groups", [[6], [3, 3], [4, 2], [2, 1, 3], [1, 1, 2, 2], [1, 3, 1, 1], None], ids=str)
+def test_the_tree_of_a_network_with_shortcuts(groups, monkeypatch):
+    """A shortcut begins in the same group, in the one before, or where a group before that ended."""
+    monkeypatch.setitem(NETS, "lasem-cifar", BLOCKS)
+    method, batch = pictured(groups=groups)
+    masks = masks_for(method, batch)
+    posterior, _, gradients = one_by_one(method, batch, masks)
+    found, _, ours = at_once(method, batch, masks, monkeypatch)
+    torch.testing.assert_close(found, posterior, rtol=1e-12, atol=1e-15)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def stacked(method, batch, masks):
     """All networks in plain PyTorch with sums as long as the tree's: a layer is two convolutions over its nodes' rows."""
     x, ways = batch.x, len(method.ways)
@@ -176,6 +194,13 @@ def test_networks():
     assert widths(NETS["lasem-cifar"], (3, 32, 32)) == ([3, 32, 32, 64], 8 * 8 * 64)
     assert widths(NETS["lasem-office-home"], (3, 128, 128))[1] == 4 * 4 * 256
     assert widths(NETS["lasem-stl"], (3, 96, 96))[1] == 4 * 4 * 128
+    resnet = NETS["lasem-resnet-18"]
+    assert widths(resnet, (3, 32, 32))[1] == 2 * 2 * 512
+    assert [sum(c.channels == n for c in resnet.layers) for n in (64, 128, 256, 512)] == [5, 4, 4, 4]
+    inputs = widths(resnet, (3, 32, 32))[0]
+    assert [i for i, layer in enumerate(resnet.layers) if layer.skip] == [2, 4, 8, 12, 16]
+    for i in (2, 4, 8, 12, 16):  # a shortcut has the shape of what it is added to
+        assert (inputs[i - 1], resnet.layers[i - 1].pool, resnet.layers[i].pool) == (resnet.layers[i].channels, 1, 1)
     method = pictured((3, 32, 32))[0]
     weights = 3 * 32 * 9 + 32 * 32 * 9 + 32 * 64 * 9 + 64 * 64 * 9
     assert sum(p.numel() for p in method.shared.parameters()) == weights + 32 + 32 + 64 + 64
@@ -466,6 +491,8 @@ def test_resumes_to_the_same_bits(fields, tmp_path):
         ({"configuration": "bottom-2"}, r"configuration must be .* N from 1 to 1, .* got 'bottom-2'"),
         ({"groups": [1, 2]}, r"groups must be sizes that sum to the 2 layers of mlp, got \[1, 2\]"),
         ({"groups": [2, 0]}, "groups must be sizes that sum to the 2 layers"),
+        ({"model": "lasem-resnet-18"}, "groups must leave at most 10 choices, whose configurations are 1024; got 17"),
+        ({"model": "lasem-resnet-18", "groups": [5, 4, 4, 4], "sharing": "tf"}, "sharing must be hps for lasem-resnet-18"),
         ({"dropout": 1.0}, r"dropout and smoothing must be in \[0, 1\), got 1.0 and 0.9"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr_decay": -1.0}, "lr_decay must not be negative, got -1.0"),

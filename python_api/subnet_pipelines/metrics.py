@@ -45,7 +45,7 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def ratio(last: float | None, peak: float | None) -> float | None:
-    """The forgetting ratio (Lee et al., ICML 2021): mean final accuracy over mean peak accuracy, 1 where nothing was lost; None where one is None or 0."""
+    """The forgetting ratio (Lee et al., ICML 2021): mean final over mean peak accuracy, 1 where nothing was lost; None in, None out."""
     return last / peak if last is not None and peak else None
 
 

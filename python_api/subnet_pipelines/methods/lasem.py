@@ -30,6 +30,7 @@ from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Pr
 from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, Start, configurations, features, named, tree, widths
 
 POINTS = 100  # of a task's training, at which the probability of sharing is kept
+MOST = 10  # choices among which all configurations are evaluated
 ROWS = 500  # of a test batch, where the accuracy at the best epoch is measured
 
 
@@ -39,7 +40,7 @@ class LASEMConfig(MethodConfig):
 
     epochs: int = 2000
     """Epochs of a task."""
-    model: Literal["mlp", "lasem-cifar", "lasem-office-home", "lasem-stl"] = "lasem-cifar"
+    model: Literal["mlp", "lasem-cifar", "lasem-office-home", "lasem-stl", "lasem-resnet-18"] = "lasem-cifar"
     """The network."""
     sharing: Literal["hps", "tf", "df-cnn"] = "hps"
     """How a shared layer gets its kernel: as it is, from a core and the task's factors, or from a base by the task's deconvolution."""
@@ -87,6 +88,10 @@ class LASEMConfig(MethodConfig):
             named(self.configuration, layers)
         if self.groups is not None and (min(self.groups, default=0) < 1 or sum(self.groups) != layers):
             raise Refusal(f"groups must be sizes that sum to the {layers} layers of {self.model}, got {self.groups}")
+        if self.configuration in ("em", "search") and (choices := len(self.groups or [1] * layers)) > MOST:
+            raise Refusal(f"groups must leave at most {MOST} choices, whose configurations are {1 << MOST}; got {choices}")
+        if self.model == "lasem-resnet-18" and self.sharing != "hps":
+            raise Refusal(f"sharing must be hps for lasem-resnet-18, as in the paper, got {self.sharing}")
         if not 0 <= self.dropout < 1 or not 0 <= self.smoothing < 1:
             raise Refusal(f"dropout and smoothing must be in [0, 1), got {self.dropout} and {self.smoothing}")
         for name in ("lr", "eps", "weight_std"):
@@ -118,31 +123,27 @@ class LASEM(Method):
             raise Refusal(
                 f"configuration search compares accuracies on validation rows, but val_fraction of {benchmark.name} is 0"
             )
-        fresh = self.fresh(0)
+        fresh, count = self.fresh(0), len(self.ways)
         self.shared, self.own, self.added, self.head = (parameters(part, self.device) for part in fresh)
-        self.register_buffer("prior", torch.empty(len(self.ways), device=self.device))
-        self.register_buffer(
-            "led", torch.empty(len(self.ways), device=self.device)
-        )  # batches of each way as the likeliest, and one
+        self.register_buffer("prior", torch.empty(count, device=self.device))
+        self.register_buffer("led", torch.empty(count, device=self.device))  # batches that a way led by its posterior, and one
         self.register_buffer("shares", torch.tensor(self.ways).float().to(self.device), persistent=False)
         self.register_buffer("made", torch.zeros((), dtype=torch.int64, device=self.device))  # steps of the task in training
         self.static_step = config.prior_since == "task"  # else the host knows when an epoch begins
         self.forget_posteriors()
-        self.known = [False] * layers  # which shared layers some task has trained for all
-        self.before: list[dict[str, Tensor]] = []  # what was shared when the task began
-        self.learnt: list[dict[str, Tensor]] = []  # of each task: what it keeps for itself
-        self.chosen: list[list[bool]] = []  # of each task: which layers it shares
-        self.peaks: list[float] = []  # of each task: test accuracy at its best epoch on validation rows, percent
-        self.history = torch.full(
-            (POINTS, layers), torch.nan, device=self.device
-        )  # P(shared) of each layer, in the task in training
-        self.paths: list[list[list[float]]] = []  # of each task: its history
         self.index, self.trying = 0, 0  # of the task in training, of the configuration among ways where one is trained by itself
-        self.tries: list[
-            list[float | None]
-        ] = []  # under search: accuracy on validation rows, and peak, of each configuration so far
-        self.winner: dict[str, Tensor] = {}  # and the tensors of the best of them
+        self.known = [False] * layers  # which layers some task has shared
+        self.before: list[dict[str, Tensor]] = []  # what was shared when the task began
+        self.history = torch.full((POINTS, layers), torch.nan, device=self.device)  # P(shared), in the task in training
         self.at_best: dict[str, Tensor] | None = None  # tensors of the best epoch, from the last step to the end of a phase
+        # Of each task: what it keeps for itself, which layers it shares, its test accuracy at its best epoch, and its history.
+        self.learnt: list[dict[str, Tensor]] = []
+        self.chosen: list[list[bool]] = []
+        self.peaks: list[float | None] = []
+        self.paths: list[list[list[float]]] = []
+        # Under search: accuracies of each way so far at its best epoch, on validation and test rows, and the best way's tensors.
+        self.tries: list[list[float]] = []
+        self.winner: dict[str, Tensor] = {}
 
     # ---- tensors ----------------------------------------------------------------------------------------------------
 

@@ -24,13 +24,17 @@ from subnet_pipelines.errors import Refusal
 
 
 class Layer(NamedTuple):
-    """A convolution of so many channels, kernel x kernel, over a border of zeros; ReLU; pool x pool maxima. base: DF-CNN's knowledge base
-    channels, and those that the deconvolution makes of it."""
+    """A convolution of so many channels, kernel x kernel, over a border of zeros; ReLU; pool x pool maxima.
+
+    base: channels of DF-CNN's knowledge base, and those that the deconvolution makes of it; skip: what the layer before reads is added,
+    past the ReLU, to what this one makes.
+    """
 
     channels: int
     kernel: int
     pool: int = 1
     base: tuple[int, int] = (16, 24)
+    skip: bool = False
 
 
 class Net(NamedTuple):
@@ -56,6 +60,13 @@ NETS = {  # by name; all but the first are those of LASEM's code (Lifelong-ML/LA
             Layer(64, 3, 3, (48, 96)), Layer(128, 3, 1, (64, 128)), Layer(128, 3, 3, (96, 192)),
         ),
         (128, 16),
+    ),
+    "lasem-resnet-18": Net(
+        tuple(
+            Layer(width, 7 if i == 0 else 3, 2 if i in (0, 5, 9, 13) else 1, skip=i in (2, 4, 8, 12, 16))
+            for i, width in enumerate([64] * 5 + [128] * 4 + [256] * 4 + [512] * 4)
+        ),
+        (1000,),
     ),
 }  # fmt: skip
 
@@ -216,14 +227,17 @@ def widths(net: Net, shape: Sequence[int]) -> tuple[list[int], int]:
     return inputs, channels * height * width
 
 
-def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1) -> Tensor:
+def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
     """x (N, I, H, W), channels last, through a layer of that kernel -> (N, O, ceil(H / pool), ceil(W / pool)), channels last too.
 
-    Maxima come first: ReLU is then less work, and may overwrite what no backward reads.
+    skip (N, O, H, W), where there is one, is added past the ReLU. Otherwise maxima come first: ReLU is then less work, and may overwrite
+    what no backward reads.
     """
     weight = weight.contiguous(memory_format=torch.channels_last)
     x = F.conv2d(x, weight, bias, padding=layer.kernel // 2, groups=groups)
-    return (F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x).relu_()
+    x = x if skip is None else x.relu_() + skip
+    x = F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x
+    return x.relu_() if skip is None else x
 
 
 def pictures(net: Net, x: Tensor) -> Tensor:
@@ -233,9 +247,9 @@ def pictures(net: Net, x: Tensor) -> Tensor:
 
 def features(net: Net, kernels: Sequence[Kernel], x: Tensor) -> Tensor:
     """x (B, ...) through a kernel a layer -> (B, features)."""
-    x = pictures(net, x)
+    x, before = pictures(net, x), None
     for layer, (weight, bias) in zip(net.layers, kernels):
-        x = convolve(x, layer, weight, bias)
+        before, x = x, convolve(x, layer, weight, bias, skip=before if layer.skip else None)
     return x.flatten(1)
 
 
@@ -244,11 +258,25 @@ def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequenc
 
     shared, own: a layer's kernel where it is shared, and where it is the task's own.
     """
-    rows, borders, x = len(x), {0, *itertools.accumulate(groups)}, pictures(net, x)
+    rows, borders, x, before = len(x), {0, *itertools.accumulate(groups)}, pictures(net, x), None
     for i, (layer, *kernels) in enumerate(zip(net.layers, shared, own)):
         weight, bias = (torch.cat(pair) for pair in zip(*kernels))
-        if i in borders:  # every node parts: its children come to lie one half of the batch apart
-            x = convolve(x if i == 0 else torch.cat(x.chunk(2, 1)), layer, weight, bias)
-        else:  # within a group the two children, side by side, each go on by themselves
-            x = convolve(x, layer, weight, bias, groups=2)
-    return torch.cat(x.chunk(2, 1)).flatten(1).view(-1, rows, x.shape[1:].numel() // 2)
+        parts, skip = i in borders, None
+        if layer.skip:
+            skip = both(before) if i - 1 in borders else before
+            skip = both(apart(skip)) if parts else skip
+        if parts and i:
+            x = apart(x)
+        before, x = x, convolve(x, layer, weight, bias, 1 if parts else 2, skip)  # in a group each child goes on by itself
+    return apart(x).flatten(1).view(-1, rows, x.shape[1:].numel() // 2)
+
+
+def apart(x: Tensor) -> Tensor:
+    """The two children of every node, side by side in the channels (N, 2 C, H, W), as nodes that part in their turn: (2 N, C, H, W), one
+    half of the batch apart."""
+    return torch.cat(x.chunk(2, 1))
+
+
+def both(x: Tensor) -> Tensor:
+    """What a node reads, (N, C, H, W), for each of its children: (N, 2 C, H, W)."""
+    return torch.cat([x, x], 1)
