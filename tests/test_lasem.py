@@ -185,7 +185,7 @@ def test_configurations():
     assert named("alternating", 4) == (False, True, False, True)
     assert named("1001", 4) == (True, False, False, True)
     for wrong in ("bottom-4", "top-0", "some", "10", "bottom-x", "12", "bottom"):
-        with pytest.raises(Refusal, match="configuration must be em, search, shared"):
+        with pytest.raises(Refusal, match="configuration must be em, darts, search, shared"):
             named(wrong, 4)
 
 
@@ -292,6 +292,43 @@ def flat(method, way, x):
     return x
 
 
+# ---- DARTS ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sharing", ["hps", "df-cnn"])
+def test_a_step_of_darts(sharing, monkeypatch):
+    """The logits' step, by the loss before it, and then the weights', by the loss with the new logits; a layer is the softmax's mixture."""
+    monkeypatch.setitem(NETS, "lasem-cifar", BLOCKS)
+    method, batch = pictured(sharing=sharing, configuration="darts", dropout=0.0, lr=0.1)
+    with torch.no_grad():
+        method.logits_of_layers.copy_(torch.randn_like(method.logits_of_layers))
+
+    def loss(logits):
+        x, before = batch.x, None
+        for i, (layer, p) in enumerate(zip(method.net.layers, logits.softmax(1)[:, 1])):
+            parts = []
+            for share in (True, False):
+                y = F.conv2d(x, *kernel_by_hand(method, i, share), padding=layer.kernel // 2).relu()
+                y = y + before if layer.skip else y
+                parts.append(F.max_pool2d(y, layer.pool, ceil_mode=True) if layer.pool > 1 else y)
+            before, x = x, p * parts[0] + (1 - p) * parts[1]
+        return F.cross_entropy(method.scores(x.flatten(1)), batch.y)
+
+    learning = [p for p in method.learning(None) if p is not method.logits_of_layers]
+    assert len(learning) == len(method.learning(None)) - 1
+    opt, start = method.optimizer(method.learning(None)), method.logits_of_layers.detach().clone()
+    (slope,) = torch.autograd.grad(loss(method.logits_of_layers), [method.logits_of_layers])
+    after = start - 0.1 * slope / ((0.1 * slope**2).sqrt() + method.config.eps)
+    expected = loss(after)
+    gradients = torch.autograd.grad(expected, learning)
+    found = method.step(batch, opt, Clock(0))["loss"]
+    torch.testing.assert_close(method.logits_of_layers.detach(), after, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-9, atol=0)
+    for p, gradient in zip(learning, gradients):
+        torch.testing.assert_close(p.grad, gradient, rtol=1e-8, atol=1e-12)
+    assert method.best() == tuple((after[:, 1] > after[:, 0]).tolist())
+
+
 # ---- what a task keeps ---------------------------------------------------------------------------------------------
 
 
@@ -368,7 +405,9 @@ def test_fixed_configurations(configuration, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"likelihood": "product", "prior": "counts"}, {"sharing": "tf"}, {"sharing": "df-cnn"}], ids=str
+    "fields",
+    [{}, {"likelihood": "product", "prior": "counts"}, {"sharing": "tf"}, {"sharing": "df-cnn"}, {"configuration": "darts"}],
+    ids=str,
 )
 def test_it_learns(fields, tmp_path):
     method, benchmark = made(stream=Shuffled, epochs=8, tasks=2, **fields)
@@ -468,7 +507,7 @@ def test_search_keeps_the_best_configuration(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"configuration": "search"}, {"configuration": "em", "keep": "best"}, {"sharing": "tf"}], ids=str
+    "fields", [{"configuration": "search"}, {"keep": "best"}, {"sharing": "tf"}, {"configuration": "darts"}], ids=str
 )
 def test_resumes_to_the_same_bits(fields, tmp_path):
     def make():
@@ -493,6 +532,7 @@ def test_resumes_to_the_same_bits(fields, tmp_path):
         ({"groups": [2, 0]}, "groups must be sizes that sum to the 2 layers"),
         ({"model": "lasem-resnet-18"}, "groups must leave at most 10 choices, whose configurations are 1024; got 17"),
         ({"model": "lasem-resnet-18", "groups": [5, 4, 4, 4], "sharing": "tf"}, "sharing must be hps for lasem-resnet-18"),
+        ({"configuration": "darts", "sharing": "tf"}, "sharing must be hps or df-cnn for configuration darts"),
         ({"dropout": 1.0}, r"dropout and smoothing must be in \[0, 1\), got 1.0 and 0.9"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr_decay": -1.0}, "lr_decay must not be negative, got -1.0"),

@@ -4,8 +4,9 @@ A task chooses for every layer whether to share it with the tasks before or to h
 each by the posterior that the batch gives it (EM); in the end the likeliest is kept. Layers chosen shared drop the task's own copy, layers
 chosen as its own give the shared ones back as they were. Later tasks move what is shared, so earlier ones do forget.
 
-Where paper and code (Lifelong-ML/LASEM c4ec052) differ, `likelihood` and `prior` say so. Fixed configurations and a search through all of
-them, each trained by itself, are settings of `configuration`.
+Where paper and code (Lifelong-ML/LASEM c4ec052) differ, `likelihood` and `prior` say so. What the paper compares with are settings of
+`configuration`: fixed ones, a search through all of them, each trained by itself, and DARTS's selection (Liu et al., ICLR 2019), by which
+every layer is a mixture of the shared one and the task's own, whose two logits learn before the weights do on each batch.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
-from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, Start, configurations, features, named, tree, widths
+from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, Start, configurations, features, mixed, named, tree, widths
 
 POINTS = 100  # of a task's training, at which the probability of sharing is kept
 MOST = 10  # choices among which all configurations are evaluated
@@ -45,8 +46,8 @@ class LASEMConfig(MethodConfig):
     sharing: Literal["hps", "tf", "df-cnn"] = "hps"
     """How a shared layer gets its kernel: as it is, from a core and the task's factors, or from a base by the task's deconvolution."""
     configuration: str = "em"
-    """Which layers are shared: chosen by EM; by a search through all configurations on validation rows; or fixed: shared, specific,
-    bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
+    """Which layers are shared: chosen by EM; by DARTS's selection, of the first order; by a search through all configurations on validation
+    rows; or fixed: shared, specific, bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
     groups: list[int] | None = None
     """Sizes of groups of consecutive layers that are shared together or not at all, under em and search; null is each by itself."""
     likelihood: Literal["mean", "product"] = "mean"
@@ -84,8 +85,10 @@ class LASEMConfig(MethodConfig):
     def check(self) -> None:
         super().check()
         layers = len(NETS[self.model].layers)
-        if self.configuration not in ("em", "search"):
+        if self.configuration not in ("em", "darts", "search"):
             named(self.configuration, layers)
+        if self.configuration == "darts" and self.sharing == "tf":
+            raise Refusal("sharing must be hps or df-cnn for configuration darts, as in the paper, got tf")
         if self.groups is not None and (min(self.groups, default=0) < 1 or sum(self.groups) != layers):
             raise Refusal(f"groups must be sizes that sum to the {layers} layers of {self.model}, got {self.groups}")
         if self.configuration in ("em", "search") and (choices := len(self.groups or [1] * layers)) > MOST:
@@ -117,8 +120,11 @@ class LASEM(Method):
         self.start, layers = Start(config.weight_std, config.bias), len(self.net.layers)
         self.inputs, self.width = widths(self.net, benchmark.input_shape)
         self.groups = config.groups or [1] * layers
-        self.by_em, searched = config.configuration == "em", config.configuration in ("em", "search")
-        self.ways = configurations(self.groups) if searched else [named(config.configuration, layers)]
+        self.by_em, self.by_darts = config.configuration == "em", config.configuration == "darts"
+        if self.by_em or config.configuration == "search":
+            self.ways = configurations(self.groups)
+        else:  # DARTS tries none by itself
+            self.ways = [named("shared" if self.by_darts else config.configuration, layers)]
         if config.configuration == "search" and benchmark.config.val_fraction == 0:
             raise Refusal(
                 f"configuration search compares accuracies on validation rows, but val_fraction of {benchmark.name} is 0"
@@ -127,9 +133,12 @@ class LASEM(Method):
         self.shared, self.own, self.added, self.head = (parameters(part, self.device) for part in fresh)
         self.register_buffer("prior", torch.empty(count, device=self.device))
         self.register_buffer("led", torch.empty(count, device=self.device))  # batches that a way led by its posterior, and one
+        self.logits_of_layers = nn.Parameter(
+            torch.zeros(layers, 2, device=self.device)
+        )  # DARTS's: of the task's own, of the shared
         self.register_buffer("shares", torch.tensor(self.ways).float().to(self.device), persistent=False)
         self.register_buffer("made", torch.zeros((), dtype=torch.int64, device=self.device))  # steps of the task in training
-        self.static_step = config.prior_since == "task"  # else the host knows when an epoch begins
+        self.static_step = config.prior_since == "task" and not self.by_darts  # else the host knows when an epoch begins
         self.forget_posteriors()
         self.index, self.trying = 0, 0  # of the task in training, of the configuration among ways where one is trained by itself
         self.known = [False] * layers  # which layers some task has shared
@@ -173,12 +182,13 @@ class LASEM(Method):
                     layer[name].copy_(tensor)
         self.before = [{name: p.detach().clone() for name, p in layer.items()} for layer in self.shared]
         self.forget_posteriors()
+        self.logits_of_layers.zero_()
         self.made.zero_()
         self.history.fill_(torch.nan)
 
     def learning(self, way: tuple[bool, ...] | None) -> list[nn.Parameter]:
         """What a task's optimizer gets: of a configuration what it uses, None is of all."""
-        found = list(self.head.parameters())
+        found = [*self.head.parameters(), *([self.logits_of_layers] if self.by_darts else [])]
         for i, (shared, own, added) in enumerate(zip(self.shared, self.own, self.added)):
             found += [*shared.values(), *added.values()] if way is None or way[i] else []
             found += own.values() if way is None or not way[i] else []
@@ -197,7 +207,7 @@ class LASEM(Method):
     def plan(self, task: Task) -> list[Phase]:
         c = self.config
         if c.configuration != "search":
-            way = None if self.by_em else self.ways[0]
+            way = None if self.by_em or self.by_darts else self.ways[0]
             return [self.phase("train", task, way, lambda: self.begin(task.index), self.end)]
         phases = []
         for number, way in enumerate(self.ways):
@@ -234,18 +244,32 @@ class LASEM(Method):
 
     def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
         opt.zero_grad()
-        if not self.by_em:
-            loss = self.loss_of(self.ways[self.trying], batch)
-        else:
+        if self.by_darts:
+            self.mixture_loss(batch).backward(inputs=[self.logits_of_layers])
+            opt.step()  # of the logits alone: nothing else has a gradient
+            opt.zero_grad()
+            loss = self.mixture_loss(batch)
+            loss.backward(inputs=[p for group in opt.param_groups for p in group["params"] if p is not self.logits_of_layers])
+        elif self.by_em:
             if self.config.prior_since == "epoch" and clock.batch == 0:
                 self.forget_posteriors()
             loss, posterior = self.expected(batch)
-        loss.backward()
+            loss.backward()
+        else:
+            loss = self.loss_of(self.ways[self.trying], batch)
+            loss.backward()
         opt.step()
         if self.by_em:
             self.take(posterior)
+        if self.by_em or self.by_darts:
             self.note(clock.steps)
         return {"loss": loss.detach()}
+
+    def mixture_loss(self, batch: Batch) -> Tensor:
+        """The training loss of DARTS's network, 0-dim."""
+        shared, own = self.kernels((True,) * len(self.net.layers)), self.kernels((False,) * len(self.net.layers))
+        made = mixed(self.net, shared, own, self.logits_of_layers.softmax(1)[:, 1], batch.x)
+        return F.cross_entropy(self.scores(self.dropped(made)), batch.y)
 
     def loss_of(self, way: tuple[bool, ...], batch: Batch) -> Tensor:
         """A configuration's training loss, 0-dim."""
@@ -261,8 +285,7 @@ class LASEM(Method):
 
         Dropout comes after the last layer: both steps use the same features, and only the head runs twice.
         """
-        everywhere = (True,) * len(self.net.layers)
-        shared, own = self.kernels(everywhere), self.kernels([not share for share in everywhere])
+        shared, own = self.kernels((True,) * len(self.net.layers)), self.kernels((False,) * len(self.net.layers))
         made = tree(self.net, self.groups, shared, own, batch.x)
         with torch.no_grad():
             posterior = self.posterior(self.scores(made.detach()), batch.y)
@@ -294,7 +317,8 @@ class LASEM(Method):
     def note(self, steps: int) -> None:
         """Keep P(shared) at this point of a phase of so many steps. The count is a tensor, as a recorded step must find its place too."""
         point = self.made * POINTS // steps
-        self.history.index_copy_(0, point.view(1), torch.mv(self.shares.T, self.prior)[None])
+        shared = self.logits_of_layers.detach().softmax(1)[:, 1] if self.by_darts else torch.mv(self.shares.T, self.prior)
+        self.history.index_copy_(0, point.view(1), shared.float()[None])
         self.made += 1
 
     def forget_posteriors(self) -> None:
@@ -315,7 +339,9 @@ class LASEM(Method):
     # ---- validation and the end of a task ---------------------------------------------------------------------------
 
     def best(self) -> tuple[bool, ...]:
-        """The configuration in training, under EM the likeliest, for which the host waits."""
+        """The configuration in training; under EM the likeliest and under DARTS that of the greater logits, for which the host waits."""
+        if self.by_darts:
+            return tuple((self.logits_of_layers[:, 1] > self.logits_of_layers[:, 0]).tolist())
         return self.ways[int(self.prior.argmax()) if self.by_em else self.trying]
 
     def logits(self, batch: Batch, clock: Clock) -> Tensor:
@@ -397,7 +423,7 @@ class LASEM(Method):
         self.learnt.append({name: p.detach().clone() for name, p in kept.items()})
         self.chosen.append(list(way))
         self.peaks.append(peak)
-        self.paths.append(self.path() if self.by_em else [])
+        self.paths.append(self.path() if self.by_em or self.by_darts else [])
 
     def path(self) -> list[list[float]]:
         """P(shared) of every layer at the points of the task's training that were passed."""

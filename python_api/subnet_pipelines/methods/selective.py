@@ -204,7 +204,7 @@ def named(name: str, layers: int) -> tuple[bool, ...]:
     if len(name) == layers and set(name) <= {"0", "1"}:
         return tuple(digit == "1" for digit in name)
     raise Refusal(
-        f"configuration must be em, search, shared, specific, bottom-N or top-N with N from 1 to {layers - 1}, alternating, or "
+        f"configuration must be em, darts, search, shared, specific, bottom-N or top-N with N from 1 to {layers - 1}, alternating, or "
         f"{layers} digits 0 and 1, got {name!r}"
     )
 
@@ -250,6 +250,19 @@ def features(net: Net, kernels: Sequence[Kernel], x: Tensor) -> Tensor:
     x, before = pictures(net, x), None
     for layer, (weight, bias) in zip(net.layers, kernels):
         before, x = x, convolve(x, layer, weight, bias, skip=before if layer.skip else None)
+    return x.flatten(1)
+
+
+def mixed(net: Net, shared: Sequence[Kernel], own: Sequence[Kernel], shares: Tensor, x: Tensor) -> Tensor:
+    """x (B, ...) through layers that make shares (d,) of what the shared kernel makes, and the rest of what the task's own does (DARTS).
+
+    -> (B, features).
+    """
+    x, before = pictures(net, x), None
+    for layer, share, *kernels in zip(net.layers, shares, shared, own):
+        weight, bias = (torch.cat(pair) for pair in zip(*kernels))
+        one, two = convolve(x, layer, weight, bias, skip=both(before) if layer.skip else None).chunk(2, 1)
+        before, x = x, torch.lerp(two, one, share)
     return x.flatten(1)
 
 
