@@ -14,7 +14,7 @@ import torch.nn as nn
 from streams import broken_run
 
 from subnet_pipelines import BENCHMARKS, Refusal, RunConfig, run
-from subnet_pipelines.benchmarks import cifar, cifar_few, omniglot
+from subnet_pipelines.benchmarks import cifar, cifar_few, omniglot, stl10
 from subnet_pipelines.benchmarks.base import batches
 from subnet_pipelines.benchmarks.images import CropFlip, Normal
 from subnet_pipelines.chance import seeded, stream
@@ -498,6 +498,68 @@ def test_cifar100_few_has_rows_again_where_there_are_no_others(tmp_path):
     sets.write_cifar100(tmp_path / "some", classes=50, train=3, test=1)
     with pytest.raises(Refusal, match="cifar100-few: class 54, of task 0, has no training picture"):
         BENCHMARKS["cifar100-few"](cifar_few.FewConfig(), 1, tmp_path / "some")
+
+
+# ---- STL-10 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stl(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stl")
+    sets.write_stl10(folder / "stl10_binary")
+    return folder
+
+
+def test_stl10(stl):
+    """Three classes a task, never the same three; pictures upright; noise and colours of the task's own, the same at every look."""
+    (x, y), (x_test, y_test) = stl10.load_stl10(stl)
+    assert torch.equal(x, torch.from_numpy(sets.pictures(sets.labels_of(10, 8), (3, 96, 96), 60)))
+    assert (x_test.shape, y.tolist(), y_test.bincount().tolist()) == ((30, 3, 96, 96), [*range(10)] * 8, [3] * 10)
+    benchmark = BENCHMARKS["stl10-split"](stl10.STL10Config(val_fraction=0.25), 1, stl)
+    assert (len(benchmark), benchmark.classes, benchmark.input_shape) == (20, 3, (3, 96, 96))
+    assert len({frozenset(group) for group in benchmark.groups}) == 20
+    assert {mean for mean, _ in benchmark.noise} == {-2, -1, 0, 1}
+    assert {std for _, std in benchmark.noise} == {0, 1}
+    plain = BENCHMARKS["stl10-split"](stl10.STL10Config(val_fraction=0.25, disturb=False), 1, stl)
+    for i in (0, 1, 2):
+        task, test = benchmark.task(i), benchmark.test(i)
+        assert [len(split) for split in (task.train, task.val, test)] == [18, 6, 9]
+        assert not places(task.train) & places(task.val)
+        (mean, std), order = benchmark.noise[i], benchmark.colours[i]
+        for split, other in ((task.train, plain.task(i).train), (task.val, plain.task(i).val), (test, plain.test(i))):
+            (seen, labels), (clean, same) = split.tensors(), other.tensors()
+            assert torch.equal(seen, split.tensors()[0])
+            assert torch.equal(labels, same)
+            assert (clean.min() >= -0.5, clean.max() <= 0.5) == (True, True)
+            noise = (seen - clean[:, order]).double()
+            assert float(noise.mean()) == pytest.approx(0.025 * mean, abs=5e-4)
+            assert float(noise.std()) == pytest.approx(0.025 * std, abs=5e-4)
+            rows = split.x if split.index is None else split.x[split.index]
+            lines = {
+                picture.numpy().tobytes(): int(c) for picture, c in zip(*((x, y) if split is not test else (x_test, y_test)))
+            }
+            assert [lines[picture.numpy().tobytes()] for picture in rows] == [benchmark.groups[i][c] for c in labels.tolist()]
+
+
+def test_stl10_files_that_are_wrong(tmp_path):
+    with pytest.raises(Refusal, match=r"STL-10 .*stl10_binary lacks train_X.bin, train_y.bin, test_X.bin, test_y.bin"):
+        stl10.load_stl10(tmp_path)
+    sets.write_stl10(tmp_path / "stl10_binary", 1, 1)
+    home = tmp_path / "stl10_binary"
+    whole = (home / "train_X.bin").read_bytes()
+    for name, data, sentence in (
+        ("train_X.bin", whole[:-1], "train_X.bin: should be 1 to 8000 pictures of 27648 bytes, has 276479 bytes"),
+        ("train_y.bin", bytes(9), "train_y.bin: should hold a label for each of 10 pictures, has 9 bytes"),
+        ("test_y.bin", bytes([1] * 9 + [11]), "test_y.bin: labels should be from 1 to 10, one is 11"),
+        ("test_y.bin", bytes([1] * 10), "stl10-split: class .*, of task 0, has no test picture"),
+    ):
+        before = (home / name).read_bytes()
+        (home / name).write_bytes(data)
+        with pytest.raises(Refusal, match=sentence):
+            BENCHMARKS["stl10-split"](stl10.STL10Config(), 1, tmp_path)
+        (home / name).write_bytes(before)
+    with pytest.raises(Refusal, match="tasks must be at most the 120 of stl10-split, got 121"):
+        BENCHMARKS["stl10-split"](stl10.STL10Config(tasks=121), 1, tmp_path)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

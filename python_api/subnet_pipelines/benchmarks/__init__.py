@@ -26,6 +26,7 @@ from subnet_pipelines.benchmarks.mnist import (
     SplitMNISTMini,
 )
 from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
+from subnet_pipelines.benchmarks.stl10 import STL10Tasks
 from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
 
 _ALL = (
@@ -43,6 +44,7 @@ _ALL = (
     CIFAR100Few,
     CIFAR100Few20,
     CIFAR100Few40,
+    STL10Tasks,
     TinyImageNet,
     ImageNetSplit,
 )
