@@ -133,9 +133,8 @@ class LASEM(Method):
         self.shared, self.own, self.added, self.head = (parameters(part, self.device) for part in fresh)
         self.register_buffer("prior", torch.empty(count, device=self.device))
         self.register_buffer("led", torch.empty(count, device=self.device))  # batches that a way led by its posterior, and one
-        self.logits_of_layers = nn.Parameter(
-            torch.zeros(layers, 2, device=self.device)
-        )  # DARTS's: of the task's own, of the shared
+        if self.by_darts:  # of every layer: of the task's own, of the shared
+            self.logits_of_layers = nn.Parameter(torch.zeros(layers, 2, device=self.device))
         self.register_buffer("shares", torch.tensor(self.ways).float().to(self.device), persistent=False)
         self.register_buffer("made", torch.zeros((), dtype=torch.int64, device=self.device))  # steps of the task in training
         self.static_step = config.prior_since == "task" and not self.by_darts  # else the host knows when an epoch begins
@@ -182,7 +181,8 @@ class LASEM(Method):
                     layer[name].copy_(tensor)
         self.before = [{name: p.detach().clone() for name, p in layer.items()} for layer in self.shared]
         self.forget_posteriors()
-        self.logits_of_layers.zero_()
+        if self.by_darts:
+            self.logits_of_layers.zero_()
         self.made.zero_()
         self.history.fill_(torch.nan)
 
