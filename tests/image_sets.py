@@ -69,6 +69,15 @@ def write_cifar100(data_dir: Path, classes: int = 30, train: int = 10, test: int
     write_files(data_dir, "cifar-100-binary", "cifar-100-binary.tar.gz", files, archive)
 
 
+def write_stl10(folder: Path, train: int = 8, test: int = 3) -> None:
+    """STL-10's binary version: rows of each of ten classes, columns before lines."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for half, each, purpose in (("train", train, 60), ("test", test, 61)):
+        labels = labels_of(10, each)
+        (folder / f"{half}_X.bin").write_bytes(pictures(labels, (3, 96, 96), purpose).transpose(0, 1, 3, 2).tobytes())
+        (folder / f"{half}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
+
+
 def write_files(data_dir: Path, folder: str, archive_name: str, files: dict[str, bytes], archive: bool) -> None:
     """Files in a folder, or in an archive that has the folder."""
     if not archive:

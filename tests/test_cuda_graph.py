@@ -120,6 +120,9 @@ CASES = {
     "impresslearn": functools.partial(
         made, "impresslearn", tasks=3, basis=2, model="mlp", epochs=3, basis_epochs=3, batch_size=20, penalty=0.01
     ),
+    "lasem": functools.partial(made, "lasem", model="mlp", epochs=3, batch_size=20, lr=0.01),
+    "lasem, search": functools.partial(made, "lasem", model="mlp", configuration="search", epochs=3, batch_size=20),
+    "lasem, tf": functools.partial(made, "lasem", model="mlp", sharing="tf", prior="counts", epochs=3, batch_size=20),
     "finetune": functools.partial(made, "finetune", epochs=3, lr=0.01),
     "stl": functools.partial(made, "stl", epochs=3, lr=0.01),
     "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),

@@ -14,7 +14,7 @@ import torch.nn as nn
 from streams import broken_run
 
 from subnet_pipelines import BENCHMARKS, Refusal, RunConfig, run
-from subnet_pipelines.benchmarks import cifar, omniglot
+from subnet_pipelines.benchmarks import cifar, cifar_few, omniglot, stl10
 from subnet_pipelines.benchmarks.base import batches
 from subnet_pipelines.benchmarks.images import CropFlip, Normal
 from subnet_pipelines.chance import seeded, stream
@@ -420,6 +420,146 @@ def test_streams_on_a_gpu(name, data):
             assert task.val.tensors()[0].device.type == benchmark.test(i).tensors()[0].device.type == device.type
         assert torch.equal(seen[0][1], seen[1][1])
         torch.testing.assert_close(seen[0][0], seen[1][0], atol=1e-6, rtol=1e-6)
+
+
+# ---- CIFAR-100 with few rows ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def hundred(tmp_path_factory) -> Path:
+    """All hundred classes, thirty training rows of each."""
+    folder = tmp_path_factory.mktemp("hundred")
+    sets.write_cifar100(folder, classes=100, train=30, test=2)
+    return folder
+
+
+FEW = {"cifar100-few": 10, "cifar100-few-20": 20, "cifar100-few-40": 40}
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_cifar100_few(name, hundred):
+    """The classes of the authors' lists in their order, a few rows of each, and of a class in two tasks other rows."""
+    cls = BENCHMARKS[name]
+    benchmark = cls(cls.Config(rows_per_class=5, val_fraction=0.2), 1, hundred)
+    assert len(benchmark) == FEW[name]
+    assert all(len(set(group)) == 10 for group in benchmark.groups)
+    (raw, labels), (raw_test, labels_test) = cifar.load_cifar100(hundred)
+    where = {picture.numpy().tobytes(): (row, int(labels[row, 1])) for row, picture in enumerate(raw)}
+    seen: set[int] = set()
+    for i in range(FEW[name]):
+        task, test = benchmark.task(i), benchmark.test(i)
+        halves = [[where[split.x[row].numpy().tobytes()] for row in split.index] for split in (task.train, task.val)]
+        for split, found, each in zip((task.train, task.val), halves, (4, 1)):
+            assert [c for _, c in found] == [benchmark.groups[i][y] for y in split.tensors()[1].tolist()]
+            assert split.tensors()[1].bincount().tolist() == [each] * 10
+        rows = {row for found in halves for row, _ in found}
+        assert len(rows) == 50
+        assert not seen & rows
+        seen |= rows
+        x, y = test.tensors()
+        assert len(x) == 20
+        places = torch.cat([(labels_test[:, 1] == c).nonzero().flatten() for c in benchmark.groups[i]])
+        assert torch.equal(test.x, raw_test[places])
+        assert [benchmark.groups[i][label] for label in y.tolist()] == labels_test[places, 1].tolist()
+
+
+def test_cifar100_few_is_the_papers_data(hundred):
+    """Two tasks by hand, and its sizes: 170, 30 and all test rows of ten classes; the second ten tasks have the other superclasses."""
+    assert (cifar_few.TEN[0], cifar_few.TEN[9]) == ((4, 1, 54, 9, 0, 5, 6, 3, 12, 8), (87, 71, 38, 75, 99, 98, 93, 80, 96, 89))
+    assert sorted(chain(*cifar_few.TEN)) == list(range(100))
+    assert sorted(chain(*cifar_few.FORTY[:20])) == sorted([*range(100)] * 2)
+    assert sorted(chain(*cifar_few.FORTY)) == sorted([*range(100)] * 4)
+    benchmark = BENCHMARKS["cifar100-few"](cifar_few.FewConfig(), 1, hundred)
+    assert [len(split) for split in (benchmark.task(0).train, benchmark.task(0).val, benchmark.test(0))] == [170, 30, 20]
+
+
+@pytest.mark.parametrize("whose", ["train", "each"])
+def test_cifar100_few_is_standardised(whose, hundred):
+    benchmark = BENCHMARKS["cifar100-few"](cifar_few.FewConfig(tasks=2, standardise=whose), 1, hundred)
+    for i in range(2):
+        task = benchmark.task(i)
+        for split in (task.train, task.val, benchmark.test(i)):
+            mean, std = moments(split.tensors()[0])
+            exact = whose == "each" or split is task.train
+            assert (mean == pytest.approx([0, 0, 0], abs=1e-4)) == exact
+            assert (std == pytest.approx([1, 1, 1], abs=1e-4)) == exact
+
+
+def test_cifar100_few_has_rows_again_where_there_are_no_others(tmp_path):
+    sets.write_cifar100(tmp_path, classes=100, train=3, test=1)
+    benchmark = BENCHMARKS["cifar100-few-20"](cifar_few.Few20Config(val_fraction=0.1), 1, tmp_path)
+    assert [len(benchmark.task(i).train) + len(benchmark.task(i).val) for i in range(20)] == [30] * 20
+    one, two = (BENCHMARKS["cifar100-few"](cifar_few.FewConfig(rows_per_class=2), seed, tmp_path) for seed in (1, 2))
+    assert not torch.equal(one.task(0).train.x, two.task(0).train.x)
+    with pytest.raises(Refusal, match="rows_per_class must be at least 1, got 0"):
+        cifar_few.FewConfig(rows_per_class=0).check()
+    with pytest.raises(Refusal, match="tasks must be at most the 10 of cifar100-few, got 11"):
+        BENCHMARKS["cifar100-few"](cifar_few.FewConfig(tasks=11), 1, tmp_path)
+    sets.write_cifar100(tmp_path / "some", classes=50, train=3, test=1)
+    with pytest.raises(Refusal, match="cifar100-few: class 54, of task 0, has no training picture"):
+        BENCHMARKS["cifar100-few"](cifar_few.FewConfig(), 1, tmp_path / "some")
+
+
+# ---- STL-10 ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stl(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stl")
+    sets.write_stl10(folder / "stl10_binary")
+    return folder
+
+
+def test_stl10(stl):
+    """Three classes a task, never the same three; pictures upright; noise and colours of the task's own, the same at every look."""
+    (x, y), (x_test, y_test) = stl10.load_stl10(stl)
+    assert torch.equal(x, torch.from_numpy(sets.pictures(sets.labels_of(10, 8), (3, 96, 96), 60)))
+    assert (x_test.shape, y.tolist(), y_test.bincount().tolist()) == ((30, 3, 96, 96), [*range(10)] * 8, [3] * 10)
+    benchmark = BENCHMARKS["stl10-split"](stl10.STL10Config(val_fraction=0.25), 1, stl)
+    assert (len(benchmark), benchmark.classes, benchmark.input_shape) == (20, 3, (3, 96, 96))
+    assert len({frozenset(group) for group in benchmark.groups}) == 20
+    assert {mean for mean, _ in benchmark.noise} == {-2, -1, 0, 1}
+    assert {std for _, std in benchmark.noise} == {0, 1}
+    plain = BENCHMARKS["stl10-split"](stl10.STL10Config(val_fraction=0.25, disturb=False), 1, stl)
+    for i in (0, 1, 2):
+        task, test = benchmark.task(i), benchmark.test(i)
+        assert [len(split) for split in (task.train, task.val, test)] == [18, 6, 9]
+        assert not places(task.train) & places(task.val)
+        (mean, std), order = benchmark.noise[i], benchmark.colours[i]
+        for split, other in ((task.train, plain.task(i).train), (task.val, plain.task(i).val), (test, plain.test(i))):
+            (seen, labels), (clean, same) = split.tensors(), other.tensors()
+            assert torch.equal(seen, split.tensors()[0])
+            assert torch.equal(labels, same)
+            assert (clean.min() >= -0.5, clean.max() <= 0.5) == (True, True)
+            noise = (seen - clean[:, order]).double()
+            assert float(noise.mean()) == pytest.approx(0.025 * mean, abs=5e-4)
+            assert float(noise.std()) == pytest.approx(0.025 * std, abs=5e-4)
+            rows = split.x if split.index is None else split.x[split.index]
+            lines = {
+                picture.numpy().tobytes(): int(c) for picture, c in zip(*((x, y) if split is not test else (x_test, y_test)))
+            }
+            assert [lines[picture.numpy().tobytes()] for picture in rows] == [benchmark.groups[i][c] for c in labels.tolist()]
+
+
+def test_stl10_files_that_are_wrong(tmp_path):
+    with pytest.raises(Refusal, match=r"STL-10 .*stl10_binary lacks train_X.bin, train_y.bin, test_X.bin, test_y.bin"):
+        stl10.load_stl10(tmp_path)
+    sets.write_stl10(tmp_path / "stl10_binary", 1, 1)
+    home = tmp_path / "stl10_binary"
+    whole = (home / "train_X.bin").read_bytes()
+    for name, data, sentence in (
+        ("train_X.bin", whole[:-1], "train_X.bin: should be 1 to 8000 pictures of 27648 bytes, has 276479 bytes"),
+        ("train_y.bin", bytes(9), "train_y.bin: should hold a label for each of 10 pictures, has 9 bytes"),
+        ("test_y.bin", bytes([1] * 9 + [11]), "test_y.bin: labels should be from 1 to 10, one is 11"),
+        ("test_y.bin", bytes([1] * 10), "stl10-split: class .*, of task 0, has no test picture"),
+    ):
+        before = (home / name).read_bytes()
+        (home / name).write_bytes(data)
+        with pytest.raises(Refusal, match=sentence):
+            BENCHMARKS["stl10-split"](stl10.STL10Config(), 1, tmp_path)
+        (home / name).write_bytes(before)
+    with pytest.raises(Refusal, match="tasks must be at most the 120 of stl10-split, got 121"):
+        BENCHMARKS["stl10-split"](stl10.STL10Config(tasks=121), 1, tmp_path)
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------

@@ -30,6 +30,11 @@ def test_forgetting_is_from_the_best_before_the_end():
     assert metrics.forgetting([[50.0, None, None], [90.0, 60.0, None], [40.0, 60.0, 70.0]]) == pytest.approx((90 - 40 + 0) / 2)
 
 
+def test_ratio_of_what_is_kept():
+    assert metrics.ratio(30.0, 40.0) == 0.75
+    assert metrics.ratio(30.0, None) is metrics.ratio(None, 40.0) is metrics.ratio(0.0, 0.0) is None
+
+
 def test_forward_transfer():
     assert metrics.fwt(MATRIX, [10.0, 12.0, 14.0]) == pytest.approx(((20 - 12) + (40 - 14)) / 2)
     assert metrics.fwt(LOWER, [10.0, 12.0, 14.0]) is None

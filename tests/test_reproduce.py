@@ -234,7 +234,10 @@ def test_an_unknown_table_names_the_nearest(capsys):
         ("{method: wsn, point: [line]}", "point should be [line, number], is ['line']"),
         ("{paper: {acc: 3}}", "paper should hold acc: [mean, deviation]"),
         ("{paper: {acc: [3]}}", "paper should hold acc: [mean, deviation]"),
-        ("{paper: {acc: [3, 1], capacity: 3}}", "paper should hold acc: [mean, deviation], and of bwt, cap, told, used"),
+        (
+            "{paper: {acc: [3, 1], capacity: 3}}",
+            "paper should hold acc: [mean, deviation], and of bwt, cap, kept, peak, told, used",
+        ),
         ("{paper: {acc: [3, 1]}, fidelity: exact}", "fidelity must be one of sound, code, paper, got 'exact'"),
         ("{paper: {acc: [3, 1]}, settings: 3}", "settings should be a mapping"),
         ("[", "is no YAML"),

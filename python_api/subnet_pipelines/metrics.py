@@ -44,6 +44,11 @@ def forgetting(matrix: Matrix) -> float | None:
     return mean(drops)
 
 
+def ratio(last: float | None, peak: float | None) -> float | None:
+    """The forgetting ratio (Lee et al., ICML 2021): mean final over mean peak accuracy, 1 where nothing was lost; None in, None out."""
+    return last / peak if last is not None and peak else None
+
+
 def fwt(matrix: Matrix, untrained: Sequence[float | None] | None) -> float | None:
     """Forward transfer in percent points: mean over all tasks but the first of (accuracy just before it is learnt - untrained one)."""
     if untrained is None:

@@ -212,6 +212,8 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
     "acc": ("ACC", "%"),
     "bwt": ("BWT", "pp"),
     "forgetting": ("forgetting", "pp"),
+    "peak": ("peak", "%"),
+    "kept": ("final / peak", ""),
     "task_inference": ("task inferred", "%"),
     "combination": ("new tasks", "%"),
     "nearest_mask": ("nearest mask alone", "%"),
@@ -227,10 +229,13 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
 def table_row(result: Result) -> dict[str, float | None]:
     """The numbers of a result that tables show, by the names of COLUMNS."""
     capacity, report = result.capacity or {}, result.method_report
+    peak = metrics.mean(report.get("peak", []))  # of methods that measure their tasks at the best epoch
     return {
         "acc": result.acc,
         "bwt": result.bwt,
         "forgetting": result.forgetting,
+        "peak": peak,
+        "kept": metrics.ratio(result.acc, peak),
         "task_inference": (result.task_inference or {}).get("accuracy"),
         **{name: report.get(f"{name}_mean") for name in ("combination", "nearest_mask", "own_mask")},
         "used_fraction": capacity.get("used_fraction"),

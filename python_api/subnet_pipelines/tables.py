@@ -26,16 +26,13 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.report import STYLE, Result, common, figures, lines_on, mean_curves, number, plot, spread, summarise
 
 TABLES = CONFIGS / "tables"
-PAPER = {
-    "acc",
-    "bwt",
-    "cap",
-    "used",
-    "told",
-}  # percent (mean, deviation), percent points, percent, 0-1 (from CAP), percent inferred
+# Percent (mean, deviation), percent points, percent, 0-1 (from CAP), percent inferred, percent at best epochs, final over that.
+PAPER = {"acc", "bwt", "cap", "used", "told", "peak", "kept"}
 SHOWN = (
     "acc",
     "bwt",
+    "peak",
+    "kept",
     "task_inference",
     "combination",
     "nearest_mask",
@@ -215,6 +212,10 @@ COLUMNS = [  # after the row's name: heading, whose number, its name, digits
     ("difference", "", "difference", 2),
     ("BWT (pp)", "ours", "bwt", 2),
     ("paper", "paper", "bwt", 2),
+    ("peak (%)", "ours", "peak", 2),
+    ("paper", "paper", "peak", 2),
+    ("final / peak", "ours", "kept", 2),
+    ("paper", "paper", "kept", 2),
     ("inferred (%)", "ours", "task_inference", 2),
     ("paper", "paper", "told", 2),
     ("new tasks (%)", "ours", "combination", 2),

@@ -14,6 +14,7 @@ from subnet_pipelines.benchmarks.base import (
     Task,
 )
 from subnet_pipelines.benchmarks.cifar import CIFAR100Split, CIFAR100Split20, CIFAR100Superclass
+from subnet_pipelines.benchmarks.cifar_few import CIFAR100Few, CIFAR100Few20, CIFAR100Few40
 from subnet_pipelines.benchmarks.five import FiveDatasets
 from subnet_pipelines.benchmarks.imagenet import ImageNetSplit
 from subnet_pipelines.benchmarks.mnist import (
@@ -25,6 +26,7 @@ from subnet_pipelines.benchmarks.mnist import (
     SplitMNISTMini,
 )
 from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
+from subnet_pipelines.benchmarks.stl10 import STL10Tasks
 from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
 
 _ALL = (
@@ -39,6 +41,10 @@ _ALL = (
     CIFAR100Split,
     CIFAR100Split20,
     CIFAR100Superclass,
+    CIFAR100Few,
+    CIFAR100Few20,
+    CIFAR100Few40,
+    STL10Tasks,
     TinyImageNet,
     ImageNetSplit,
 )

@@ -6,6 +6,7 @@ from subnet_pipelines.methods.ewc import EWC
 from subnet_pipelines.methods.finetune import Finetune
 from subnet_pipelines.methods.hopsupsup import HopSupSup
 from subnet_pipelines.methods.impresslearn import ImpressLearn
+from subnet_pipelines.methods.lasem import LASEM
 from subnet_pipelines.methods.mtl import MTL
 from subnet_pipelines.methods.nns import NNs
 from subnet_pipelines.methods.packnet import PackNet
@@ -15,8 +16,22 @@ from subnet_pipelines.methods.stl import STL
 from subnet_pipelines.methods.supsup import SupSup
 from subnet_pipelines.methods.wsn import WSN
 
-METHODS: dict[str, type[Method]] = {
-    m.name: m for m in (STL, MTL, Finetune, EWC, PackNet, WSN, SupSup, NNs, HopSupSup, ImpressLearn, BatchE, PSP, SeparateHeads)
-}
+_ALL = (
+    STL,
+    MTL,
+    Finetune,
+    EWC,
+    PackNet,
+    WSN,
+    SupSup,
+    NNs,
+    HopSupSup,
+    ImpressLearn,
+    LASEM,
+    BatchE,
+    PSP,
+    SeparateHeads,
+)
+METHODS: dict[str, type[Method]] = {m.name: m for m in _ALL}
 
 __all__ = ["METHODS", "Clock", "Method", "MethodConfig", "Phase", "Prediction"]
