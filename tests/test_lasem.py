@@ -310,7 +310,7 @@ def test_resumes_to_the_same_bits(fields, tmp_path):
         ({"model": "lasem-resnet-18"}, "groups must leave at most 10 choices, whose configurations are 1024; got 17"),
         ({"model": "lasem-resnet-18", "groups": [5, 4, 4, 4], "sharing": "tf"}, "sharing must be hps for lasem-resnet-18"),
         ({"configuration": "darts", "sharing": "tf"}, "sharing must be hps or df-cnn for configuration darts"),
-        ({"dropout": 1.0}, r"dropout and smoothing must be in \[0, 1\), got 1.0 and 0.9"),
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"lr": 0.0}, "lr must be positive, got 0.0"),
         ({"lr_decay": -1.0}, "lr_decay must not be negative, got -1.0"),
     ],

@@ -14,6 +14,7 @@ from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig, Rows, S
 from subnet_pipelines.benchmarks.cifar import load_cifar100
 from subnet_pipelines.benchmarks.files import data_folder
 from subnet_pipelines.benchmarks.images import Normal, at_most
+from subnet_pipelines.bounds import Count
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
@@ -44,16 +45,11 @@ class FewConfig(BenchmarkConfig):
 
     val_fraction: float = 0.15
     """Share of a task's training rows kept for validation; 0 trains on all of them."""
-    rows_per_class: int = 20
+    rows_per_class: Count = 20
     """Rows of each class for training and validation together, drawn from the run's seed; 20 are LASEM's 4 %."""
     standardise: Literal["train", "each"] = "train"
     """Whose mean and deviation a task's pictures are normalised by, colour by colour: those of its training rows, or every half by its own,
     the test rows too (LASEM's code)."""
-
-    def check(self) -> None:
-        super().check()
-        if self.rows_per_class < 1:
-            raise Refusal(f"rows_per_class must be at least 1, got {self.rows_per_class}")
 
 
 class CIFAR100Few(Benchmark):

@@ -14,6 +14,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Benchmark, BenchmarkConfig, Rows, Split, Task
 from subnet_pipelines.benchmarks.files import data_folder, find
 from subnet_pipelines.benchmarks.images import at_most
+from subnet_pipelines.bounds import Count
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 
@@ -63,15 +64,10 @@ class STL10Config(BenchmarkConfig):
     """Length of the stream: its first N tasks."""
     val_fraction: float = 1 / 6
     """Share of a task's training rows kept for validation; 0 trains on all of them (LASEM's code has 85 of 500)."""
-    rows_per_class: int = 500
+    rows_per_class: Count = 500
     """Rows of each class for training and validation together, drawn from the run's seed; the set has 500."""
     disturb: bool = True
     """Whether a task adds Gaussian noise of its own, and permutes the colours."""
-
-    def check(self) -> None:
-        super().check()
-        if self.rows_per_class < 1:
-            raise Refusal(f"rows_per_class must be at least 1, got {self.rows_per_class}")
 
 
 class STL10Tasks(Benchmark):

@@ -24,6 +24,7 @@ from torch.utils._pytree import tree_map
 
 from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Split, Task, batches
+from subnet_pipelines.bounds import Fraction, NotNegative, Positive
 from subnet_pipelines.capacity import capacity
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.errors import NotLearnt, Refusal
@@ -61,25 +62,25 @@ class LASEMConfig(MethodConfig):
     """A task keeps the weights and the configuration of its last epoch (the code), or of its best on validation rows."""
     watch: Literal["loss", "accuracy"] = "accuracy"
     """Which epoch is the best on validation rows: that of least loss, or the first of greatest accuracy (the code)."""
-    dropout: float = 0.5
+    dropout: Fraction = 0.5
     """Share of the features before the head that is dropped in training, where gradients are made but not where posteriors are."""
-    lr: float = 1e-4
+    lr: Positive = 1e-4
     """Learning rate of RMSprop in the first epoch."""
-    lr_decay: float = 2.5e-4
+    lr_decay: NotNegative = 2.5e-4
     """The rate is lr / (1 + epoch lr_decay)."""
     lr_epochs: Literal["stream", "task"] = "stream"
     """Which epochs the rate counts: all since the first task began (the code), or the task's."""
-    smoothing: float = 0.9
+    smoothing: Fraction = 0.9
     """RMSprop's share of the old mean of squares."""
-    eps: float = 1e-5
+    eps: Positive = 1e-5
     """What RMSprop adds to the root of the mean of squares (the code adds 1e-10 under the root)."""
     squares: Literal["zero", "one"] = "zero"
     """Where RMSprop's mean of squares starts (TensorFlow's, and so the code's, starts at one: first steps are small)."""
-    weight_std: float = 0.05
+    weight_std: Positive = 0.05
     """Deviation of the normal distribution, cut at two of it, that plain kernels are drawn from."""
     bias: float = 0.2
     """What their biases, and those of the heads, start at."""
-    orthogonality: float = 0.1
+    orthogonality: NotNegative = 0.1
     """Weight of the penalty that keeps TF's factors close to orthogonal; the code has .1, .05, .01, .005 and .001."""
 
     def check(self) -> None:
@@ -95,14 +96,6 @@ class LASEMConfig(MethodConfig):
             raise Refusal(f"groups must leave at most {MOST} choices, whose configurations are {1 << MOST}; got {choices}")
         if self.model == "lasem-resnet-18" and self.sharing != "hps":
             raise Refusal(f"sharing must be hps for lasem-resnet-18, as in the paper, got {self.sharing}")
-        if not 0 <= self.dropout < 1 or not 0 <= self.smoothing < 1:
-            raise Refusal(f"dropout and smoothing must be in [0, 1), got {self.dropout} and {self.smoothing}")
-        for name in ("lr", "eps", "weight_std"):
-            if getattr(self, name) <= 0:
-                raise Refusal(f"{name} must be positive, got {getattr(self, name)}")
-        for name in ("lr_decay", "orthogonality"):
-            if getattr(self, name) < 0:
-                raise Refusal(f"{name} must not be negative, got {getattr(self, name)}")
 
 
 class LASEM(Method):
