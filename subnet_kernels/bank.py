@@ -41,6 +41,10 @@ class MaskBank(BankFiles):
             raise ValueError(
                 "MaskBank: the model must run its live masks, another bank has a task active: activate(None) there first"
             )
+        if meta := [name for name, layer in self._layers.items() if layer.weight.is_meta]:
+            raise ValueError(
+                f"MaskBank: layer {meta[0]!r} must have values, it is on the meta device: to_empty and load it first"
+            )
         config = getattr(model, "subnet_config", None)
         self._per_task = list(config.per_task) if config else []
         self._entries: dict[str, Entry] = {}
@@ -147,10 +151,7 @@ class MaskBank(BankFiles):
         masks named in `over` (default all) in place of a mask; scores: keep the scores too; tensors, facts: named tensors and JSON
         values of the method. Raises ValueError if the name exists, another task is active or an argument does not fit.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"commit: name must be a non-empty string, got {name!r}")
-        if name in self._entries:
-            raise ValueError(f"commit: {name!r} must be a new name, the bank has it already")
+        self._check_new("commit", name)
         if alphas is not None and bits is not None:
             raise ValueError("commit: expected bits or alphas, got both")
         if over is not None and alphas is None:
@@ -183,6 +184,12 @@ class MaskBank(BankFiles):
             self._masks.append(bits)
             self._freeze()
         self._keep(name, entry)
+
+    def _check_new(self, where: str, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where}: name must be a non-empty string, got {name!r}")
+        if name in self._entries:
+            raise ValueError(f"{where}: {name!r} must be a new name, the bank has it already")
 
     def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
@@ -269,6 +276,20 @@ class MaskBank(BankFiles):
         if users:
             raise ValueError(f"{where}: {name!r} must not be part of a combination, {users[0]!r} uses it")
 
+    def rename(self, name: str, new: str) -> None:
+        """Give an entry another name; its place, and that in combinations, stays. Raises KeyError for an unknown name, ValueError for
+        one that the bank has or that is none.
+        """
+        self[name]
+        self._check_new("rename", new)
+        to = lambda old: new if old == name else old  # noqa: E731
+        self._entries = {to(old): entry for old, entry in self._entries.items()}
+        self._mask_order = [to(old) for old in self._mask_order]
+        for entry in self._entries.values():
+            entry.over = tuple(map(to, entry.over))
+        self._held, self.active = (to(self._held[0]), self._held[1]), to(self.active)
+        self._some, self._written = ((), {}, {}), None
+
     @torch.no_grad()
     def remove(self, name: str) -> None:
         """Forget an entry; what is owned and frozen is computed anew. Raises ValueError if a combination needs it."""
@@ -346,11 +367,12 @@ class MaskBank(BankFiles):
         """Run the block's forwards of the model with each row of the batch as its own task: the same as activating that task for it.
 
         task_ids: (B,) int64, places in `masks` (commit order), or B names of entries, combinations included. Every forward in the block
-        takes B rows first, in eval mode, and gives B rows; rows must not influence each other. Linear layers run all rows at once
-        (`mixed_linear`), convolutions and ``per_task`` modules those of a task at a time. Where other task state than the biases of
-        masked layers differs between the tasks, an entry is a combination or masks are signed, the whole model runs once for each task.
-        Where heads have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none.
-        Not for compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
+        takes B rows first, in eval mode, and gives B rows; rows must not influence each other, and what all share, such as positions, may
+        come to a layer as one row. Linear layers run all rows at once (`mixed_linear`), the others and ``per_task`` modules those of a task
+        at a time. Where other task state than the biases of masked layers differs between the tasks, an entry is a combination or masks
+        are signed, the whole model runs once for each task; it may give tensors in tuples, lists and mappings too. Where heads have
+        different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for compiled
+        models. Raises KeyError for an unknown name, ValueError on a bad argument.
         """
         names, ids = distinct(self, task_ids)
         self._follow()
@@ -380,7 +402,7 @@ class MaskBank(BankFiles):
                     self.model.set_submodule(key, HeadOfRows(heads, ids).train(current.training))
                 yield
 
-    def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> object:
         """The model's forward on the rows of each task with that task active."""
         parts = []
         for i, name in enumerate(names):

@@ -351,6 +351,41 @@ def test_remove():
     assert bank.capacity()["used_fraction"] == 0
 
 
+def test_rename(tmp_path):
+    model, bank, logits = learnt()
+    bank.commit("mix", alphas=torch.tensor([0.5, 0.25, 0.25]))
+    bank.save(tmp_path)
+    bank.activate("task 1")
+    bank.rename("task 1", "birds")
+    assert bank.names == ["task 0", "birds", "task 2", "mix"]
+    assert bank.masks == ["task 0", "birds", "task 2"]
+    assert bank["mix"].over == ("task 0", "birds", "task 2")
+    assert bank.active == "birds"
+    with bank.as_task("task 0"):
+        pass
+    assert bank.active == "birds"
+    assert torch.equal(model(images()), logits["task 1"])
+    bank.rename("mix", "both")
+    bank.activate("both")
+    both = model(images()).detach()
+    bank.activate(None)
+    files = set(tmp_path.glob("*.safetensors"))
+    bank.save(tmp_path)
+    assert set(tmp_path.glob("*.safetensors")) == files  # names are the manifest's
+    other = sk.MaskBank.load(tmp_path, model)
+    assert other.names == ["task 0", "birds", "task 2", "both"]
+    other.activate("both")
+    assert torch.equal(model(images()), both)
+    for old, new, error, message in [
+        ("absent", "a", KeyError, "absent"),
+        ("birds", "task 2", ValueError, r"rename: 'task 2' must be a new name"),
+        ("birds", "birds", ValueError, r"rename: 'birds' must be a new name"),
+        ("birds", "", ValueError, r"rename: name must be a non-empty string"),
+    ]:
+        with pytest.raises(error, match=message):
+            bank.rename(old, new)
+
+
 def test_replace():
     model, bank, logits = learnt(3, train_weights=False)
     owned, files = bank.owned(), [entry.saved for entry in bank._entries.values()]
