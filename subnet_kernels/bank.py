@@ -29,11 +29,14 @@ from subnet_kernels.views import TaskView, baked
 class MaskBank(BankFiles):
     """All tasks' masks over one converted model.
 
-    model: a module that `convert` went over. Raises ValueError if it has no masked layer.
+    model: a module that `convert` went over; cached: of how many tasks, those activated last, the effective weights are kept, so that going
+    back to one moves pointers and computes nothing: each takes the memory of the masked weights. Raises ValueError if the model has no
+    masked layer, or none with values.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, cached: int = 0):
         self.model = model
+        self.cached = cached
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
         if not self._layers:
             raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
@@ -64,6 +67,8 @@ class MaskBank(BankFiles):
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
         self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
         self._held: tuple[str | None, dict | None] = (None, None)  # whose they are, and the state in place of that one's
+        self._ready: dict[str, dict[str, Tensor]] = {}  # effective weights of the tasks activated last, the latest at the end
+        self._ready_of: list[tuple] = []  # the weights that they were made from, and their versions
         self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
         self._heads: dict[str, nn.Module] = {}  # and its per-task modules
         self.active: str | None = None
@@ -219,8 +224,11 @@ class MaskBank(BankFiles):
             if layer.train_weight:
                 if layer.frozen is not None:
                     ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
-                layer.frozen = self._masks.owned[key].clone()
-                layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
+                layer.frozen, weight = self._masks.owned[key].clone(), layer.weight.detach().reshape(-1)
+                # what stays is allocated before what does not, or the allocator would keep a hole of that size for every layer
+                layer.frozen_values = weight.new_empty(int(ops.count(layer.frozen)))
+                where = ops.unpack(layer.frozen, weight.shape).nonzero()[:, 0]
+                torch.index_select(weight, 0, where, out=layer.frozen_values)
 
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
         """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
@@ -268,7 +276,7 @@ class MaskBank(BankFiles):
         entry.scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
         entry.saved = None
         self._masks.replace(entry.index, self.live_bits())
-        self._some, self._written = ((), {}, {}), None
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
         self._prefix = (0, {})
 
     def _check_unused(self, where: str, name: str) -> None:
@@ -288,7 +296,7 @@ class MaskBank(BankFiles):
         for entry in self._entries.values():
             entry.over = tuple(map(to, entry.over))
         self._held, self.active = (to(self._held[0]), self._held[1]), to(self.active)
-        self._some, self._written = ((), {}, {}), None
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -297,7 +305,7 @@ class MaskBank(BankFiles):
         self._check_unused("remove", name)
         self.activate(None)
         del self._entries[name]
-        self._some, self._written = ((), {}, {}), None
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
         if entry.index is None:
             self._mixed -= entry.alphas.numel()
             return
@@ -331,7 +339,7 @@ class MaskBank(BankFiles):
         entry = self[name] if name is not None else None
         if bits is not None:
             self._check_bits("activate", bits)
-        weights = {} if entry is None and bits is None else self._effective(entry, bits)
+        weights = {} if entry is None and bits is None else self._from_cache(name, entry, bits)
         self._hold(name, in_place)
         for key, layer in self._layers.items():
             layer._mix = layer._rows = None
@@ -412,6 +420,22 @@ class MaskBank(BankFiles):
                 parts.append((rows, call(*map(pick, args), **{key: pick(v) for key, v in kwargs.items()})))
         return join(parts, len(ids))
 
+    def _from_cache(self, name: str | None, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The effective weights of a task or of bits, made anew where they are not those of a task that is cached."""
+        now = [
+            (layer._own, layer.weight._version) for layer in self.layers()
+        ]  # a layer that moves or is cast gets another `_own`
+        if len(now) != len(self._ready_of) or any(a is not b or v != w for (a, v), (b, w) in zip(now, self._ready_of)):
+            self._ready, self._ready_of = {}, now
+        weights = self._ready.pop(name, None) if entry is not None else None
+        if weights is None:
+            weights = self._effective(entry, bits)
+        if entry is not None:
+            self._ready[name] = weights
+        while len(self._ready) > self.cached:
+            del self._ready[next(iter(self._ready))]
+        return weights
+
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = self._weights()
         if entry is not None and entry.index is None:
@@ -464,8 +488,9 @@ class MaskBank(BankFiles):
             self._some, self._prefix, self._slots = ((), {}, {}), (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
-        for key, value in self._state().items():
-            value.detach().copy_(state[key])
+        mine = self._state()
+        if mine:
+            torch._foreach_copy_([value.detach() for value in mine.values()], [state[key] for key in mine])
 
     def superpose(
         self,
@@ -665,5 +690,9 @@ class MaskBank(BankFiles):
         return [key for key in names if not matches(key, self._per_task)]
 
     def _state(self) -> dict[str, Tensor]:
-        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-        return {key: tensors[key] for key in self._state_names}
+        found = {}
+        for key in self._state_names:  # looked up one by one: a walk of the model's modules takes ten times as long
+            owner, _, name = key.rpartition(".")
+            module = self.model.get_submodule(owner)
+            found[key] = module._parameters[name] if name in module._parameters else module._buffers[name]
+        return found
