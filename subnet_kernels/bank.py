@@ -220,15 +220,18 @@ class MaskBank(BankFiles):
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
-        for key, layer in self._layers.items():
-            if layer.train_weight:
-                if layer.frozen is not None:
-                    ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
-                layer.frozen, weight = self._masks.owned[key].clone(), layer.weight.detach().reshape(-1)
-                # what stays is allocated before what does not, or the allocator would keep a hole of that size for every layer
-                layer.frozen_values = weight.new_empty(int(ops.count(layer.frozen)))
-                where = ops.unpack(layer.frozen, weight.shape).nonzero()[:, 0]
-                torch.index_select(weight, 0, where, out=layer.frozen_values)
+        learning = [(key, layer) for key, layer in self._layers.items() if layer.train_weight]
+        for key, layer in learning:
+            if layer.frozen is not None:
+                ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
+            layer.frozen = self._masks.owned[key].clone()
+            layer.frozen_values = layer.weight.detach().new_empty(int(ops.count(layer.frozen)))
+        for (
+            _,
+            layer,
+        ) in learning:  # after all that stays is allocated: between it, what does not would leave a hole for every layer
+            where = ops.unpack(layer.frozen, layer.weight.shape).flatten().nonzero()[:, 0]
+            torch.index_select(layer.weight.detach().reshape(-1), 0, where, out=layer.frozen_values)
 
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
         """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
