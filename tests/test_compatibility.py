@@ -515,7 +515,7 @@ FEATURES = {
     "`torch.compile`": compiled,
     "`torch.export`": exported,
     "ONNX": onnx,
-    "CUDA graph": cuda_graph,
+    "CUDA graph, on a tape": cuda_graph,
     "activation checkpointing": checkpointing,
     "gradient accumulation": accumulation,
     "`torch.func`": func,
