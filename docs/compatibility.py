@@ -18,8 +18,8 @@ LEAD = """# Compatibility
 What `convert` works with: every feature on models that this project did not write. Each cell is a test of `tests/test_compatibility.py`
 that runs the converted model, forward and backward where the feature has a backward, on real images beside the dense model with the
 same effective weights; the error against float64 is at most twice the dense model's. The models are small ones, built with random
-weights from their libraries' own code (timm's where it can be imported, which takes a torchvision that fits torch). This page: `python docs/compatibility.py --run` (minutes), or without `--run` from the last
-results, which lie in `docs/compatibility.json`.
+weights from their libraries' own code (timm's where it can be imported, which takes a torchvision that fits torch). This page:
+`python docs/compatibility.py --run` (minutes), or without `--run` from the last results, which lie in `docs/compatibility.json`.
 """
 NOTES = """
 ## What a cell checks
@@ -32,8 +32,8 @@ NOTES = """
 - **`torch.compile`**: `fullgraph=True`, and switching to another task compiles nothing. The backend is `aot_eager`; inductor is tested
   on layers (`tests/test_layers.py`).
 - **`torch.export`**, **ONNX**: of one task, and of the live model; ONNX is run by its reference evaluator.
-- **CUDA graph, on a tape**: without a GPU the ops of a step are recorded, one that would wait for a device fails the cell, and they are run again
-  on other data, to the bits of eager steps. On layers the same is run on a GPU (`tests/test_cuda_graph.py`).
+- **CUDA graph, on a tape**: without a GPU the ops of a step are recorded, one that would wait for a device fails the cell, and they are
+  run again on other data, to the bits of eager steps. On layers the same is run on a GPU (`tests/test_cuda_graph.py`).
 - **`torch.func`**: `functional_call`, `grad`, and `vmap` over two models.
 - **DDP**, **FSDP2**: two processes by gloo, to the bits of one process that takes the halves of every batch in turn.
 - **tasks**: each of three comes back to the bit after the others were learnt; `view`, `rename`, `remove`, `as_task`.

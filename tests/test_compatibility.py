@@ -4,6 +4,8 @@ A cell is a function of a case: it returns None where the feature works, or the 
 """
 
 import copy
+import dataclasses
+import functools
 import io
 import json
 import pickle
@@ -18,7 +20,7 @@ from launch import ROOT, launch
 from recording import Tape
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from zoo import CASES, Case, output
+from zoo import CASES, Case, output, resnet
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -559,6 +561,31 @@ def test_cell_of_two_processes(model, how, processes, record_property):
         assert not isinstance(found, str), found
         for key, value in ranks.whole(one).items():
             assert torch.equal(found[key], value), key
+
+
+@pytest.mark.long
+def test_a_mixed_batch_through_all_of_resnet18():
+    """64 rows of 16 tasks through the ResNet-18 of transformers: each row's logits are those of the dense model of its task."""
+    whole = functools.partial(resnet, (64, 128, 256, 512), (2, 2, 2, 2))
+    case = dataclasses.replace(CASES["ResNet (transformers)"], make=whole)
+    model = convert(case, train_weights=False)
+    assert sum(p.numel() for p in case.model().parameters()) == 11_181_642
+    bank = sk.MaskBank(model)
+    for t in range(16):
+        bank.begin(scores="init")
+        with torch.no_grad():
+            run(model.train(), case.inputs(8, 8 * t))  # norms of its own
+        bank.commit(f"task {t}")
+    model.eval()
+    ids, x = torch.randperm(16).repeat(4), case.inputs(64, 1000)
+    with bank.rows(ids), torch.no_grad():
+        y = run(model, x)
+    for t in range(16):
+        eager, rows = bank.export(f"task {t}").eval(), (ids == t).nonzero()[:, 0]
+        alone = [{key: v[row : row + 1] for key, v in x.items()} for row in rows]
+        single = torch.cat([run(eager, one) for one in alone])
+        exact = torch.cat([run(eager.double(), one) for one in alone])
+        assert_near(y[rows], single, exact, f"task {t}")
 
 
 def test_the_page_has_every_cell():
