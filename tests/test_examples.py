@@ -32,8 +32,9 @@ def test_under_sixty_lines(name):
 def test_resnet_three_tasks(capsys):
     text = printed("resnet_three_tasks", capsys)
     assert "12 masked layers" in text
-    assert len(re.findall(r"^\d to \d: (?:8|9|10)\d?%? ?right|^\d to \d: \d+% right", text, re.M)) == 3
-    assert all(int(share) >= 80 for share in re.findall(r"(\d+)% right", text))
+    shares = re.findall(r"^\d to \d: (\d+)% right", text, re.M)
+    assert len(shares) == 3
+    assert all(int(share) >= 80 for share in shares)
     assert "a batch of 24 rows of 3 tasks: logits (24, 4)" in text
 
 
@@ -69,7 +70,7 @@ def test_what_the_page_for_users_says(capsys):
         exec(block, names)
     assert capsys.readouterr().out == "['cats', 'owls']\n"
     assert names["y"].shape == (3, 3)
-    assert all(sk.unpack(layer.bits, layer.weight.shape).all() for layer in names["bank"].layers())
+    assert int(sk.count(names["bank"].live_bits()["0"])) == 1000  # every weight is open at first
     exec(blocks[3], names)
     bank = names["bank"]
     first, second = ({key: sk.unpack(b, (50, 20)) for key, b in bank.bits(name).items()}["0"] for name in ("first", "second"))
