@@ -17,6 +17,7 @@ from torch import nn
 import subnet_kernels as sk
 
 transformers = pytest.importorskip("transformers", reason="the models are from transformers, which cannot be imported")
+pytestmark = pytest.mark.skipif(not on_cpu(), reason="the limits are those of a CPU; bench_step has the GPU's steps")
 CONFIG = sk.SubnetConfig(density=0.3, train_weights=True, per_task=["classifier.1"])
 ROWS, DENSE_TARGET = 64, 1.15
 LIMITS = {"activate, cached": 1e3, "view": 50e3, "convert": 2e6}  # us
@@ -41,7 +42,6 @@ def report(bench: str, case: str, times: dict[str, Timing], targets: dict[str, f
     record(bench, case, times, {} if limit is None else {"limit": limit}, targets)
 
 
-@pytest.mark.skipif(not on_cpu(), reason="bench_step has the GPU's steps")
 def bench_dropin_step(thread_count):
     net = resnet18()
     model = sk.convert(copy.deepcopy(net), CONFIG)
