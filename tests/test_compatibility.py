@@ -15,7 +15,7 @@ import pytest
 import ranks
 import torch
 import torch._dynamo.testing
-from device import cpu_only
+from device import DEVICE, ON_CPU
 from launch import ROOT, launch
 from recording import Tape
 from torch import nn
@@ -27,6 +27,7 @@ from subnet_kernels import reference
 from subnet_kernels.layers import SubnetLayer
 from subnet_kernels.optim import replay
 
+pytestmark = pytest.mark.skipif(not ON_CPU, reason=f"the page is of the CPU, and this run is on {DEVICE}")
 PROCESSES = ("DDP", "FSDP2")
 DENSITY = 0.4
 ROWS = 6
@@ -544,7 +545,6 @@ def test_cell(model, feature, record_property):
 
 
 @pytest.mark.long
-@cpu_only
 @pytest.mark.parametrize("how", PROCESSES)
 @pytest.mark.parametrize("model", CASES)
 def test_cell_of_two_processes(model, how, processes, record_property):

@@ -5,12 +5,13 @@ import re
 import runpy
 
 import pytest
-from device import cpu_only
+from device import DEVICE, ON_CPU
 from launch import ROOT, launch
 from zoo import CASES
 
 import subnet_kernels as sk
 
+pytestmark = pytest.mark.skipif(not ON_CPU, reason=f"the examples run on the CPU, and this run is on {DEVICE}")
 EXAMPLES = ROOT / "examples"
 PROGRAMS = ("resnet_three_tasks", "supsup_mlp", "piggyback_vit", "ddp")
 with_transformers = pytest.mark.skipif(
@@ -55,7 +56,6 @@ def test_piggyback_vit(capsys):
 
 
 @pytest.mark.long
-@cpu_only
 def test_ddp(tmp_path):
     launch(EXAMPLES / "ddp.py", log=tmp_path / "log")
     assert len(re.findall(r"the same on 2 of 2 processes", (tmp_path / "log").read_text())) == 2
