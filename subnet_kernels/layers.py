@@ -346,7 +346,8 @@ class SubnetLayer:
             if len(x) == 1:  # what all rows share, such as positions
                 x = x.expand(rows, *x.shape[1:])
             if len(x) != rows:
-                raise ValueError(f"rows: layer {self.path!r}: its input must have {rows} rows first, got {tuple(x.shape)}")
+                layer = self.path or type(self).__name__
+                raise ValueError(f"rows: layer {layer!r}: its input must have {rows} rows first, got {tuple(x.shape)}")
             return self._product_of_rows(x, *rest)
         y = self._product(x, self.effective_weight(), None, *rest)
         if self._trace is not None:
