@@ -49,6 +49,7 @@ lint: setup
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
 	$(BIN)/python bench/readme.py --check
 	$(BIN)/python docs/results.py --check
+	$(BIN)/python docs/compatibility.py --check
 
 format: setup
 	$(BIN)/ruff check --fix .

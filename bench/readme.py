@@ -11,6 +11,10 @@ README = HERE.parent / "README.md"
 BEGIN, END = "<!-- figures: python bench/readme.py -->", "<!-- end of figures -->"
 SHOWN = (
     "step",
+    "activate, cached",
+    "activate, in place from the cache",
+    "view",
+    "convert",
     "select",
     "refresh_",
     "threshold",

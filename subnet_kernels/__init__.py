@@ -2,7 +2,8 @@
 
 from subnet_kernels import optim
 from subnet_kernels.bank import MaskBank
-from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_
+from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_, unconvert
+from subnet_kernels.kinds import SubnetConvTranspose1d, SubnetConvTranspose2d, SubnetConvTranspose3d, SubnetEmbedding
 from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
 from subnet_kernels.ops import (
     Compressed,
@@ -40,6 +41,10 @@ __all__ = [
     "SubnetConv1d",
     "SubnetConv2d",
     "SubnetConv3d",
+    "SubnetConvTranspose1d",
+    "SubnetConvTranspose2d",
+    "SubnetConvTranspose3d",
+    "SubnetEmbedding",
     "SubnetLayer",
     "SubnetLinear",
     "alpha_grad",
@@ -66,6 +71,7 @@ __all__ = [
     "subnet_linear",
     "superpose",
     "threshold",
+    "unconvert",
     "union_",
     "unpack",
 ]

@@ -29,17 +29,24 @@ from subnet_kernels.views import TaskView, baked
 class MaskBank(BankFiles):
     """All tasks' masks over one converted model.
 
-    model: a module that `convert` went over. Raises ValueError if it has no masked layer.
+    model: a module that `convert` went over; cached: of how many tasks, those activated last, the effective weights are kept, so that going
+    back to one moves pointers and computes nothing: each takes the memory of the masked weights. Raises ValueError if the model has no
+    masked layer, or none with values.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, *, cached: int = 0):
         self.model = model
+        self.cached = cached
         self._layers = {name: m for name, m in model.named_modules() if isinstance(m, SubnetLayer)}
         if not self._layers:
             raise ValueError(f"MaskBank: expected a converted model, got {type(model).__name__} without a masked layer")
         if any(layer._active is not None or layer._mix is not None or layer._rows is not None for layer in self.layers()):
             raise ValueError(
                 "MaskBank: the model must run its live masks, another bank has a task active: activate(None) there first"
+            )
+        if meta := [name for name, layer in self._layers.items() if layer.weight.is_meta]:
+            raise ValueError(
+                f"MaskBank: layer {meta[0]!r} must have values, it is on the meta device: to_empty and load it first"
             )
         config = getattr(model, "subnet_config", None)
         self._per_task = list(config.per_task) if config else []
@@ -60,6 +67,8 @@ class MaskBank(BankFiles):
         self._initial = {key: value.detach().clone() for key, value in self._state().items()}
         self._live: tuple[dict, dict] | None = None  # state and modules of the live task while another one's are in the model
         self._held: tuple[str | None, dict | None] = (None, None)  # whose they are, and the state in place of that one's
+        self._ready: dict[str, dict[str, Tensor]] = {}  # effective weights of the tasks activated last, the latest at the end
+        self._ready_of: list[tuple] = []  # the weights that they were made from, and their versions
         self._slots: dict[str, Tensor] = {}  # effective weights that in_place activation writes
         self._heads: dict[str, nn.Module] = {}  # and its per-task modules
         self.active: str | None = None
@@ -147,10 +156,7 @@ class MaskBank(BankFiles):
         masks named in `over` (default all) in place of a mask; scores: keep the scores too; tensors, facts: named tensors and JSON
         values of the method. Raises ValueError if the name exists, another task is active or an argument does not fit.
         """
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"commit: name must be a non-empty string, got {name!r}")
-        if name in self._entries:
-            raise ValueError(f"commit: {name!r} must be a new name, the bank has it already")
+        self._check_new("commit", name)
         if alphas is not None and bits is not None:
             raise ValueError("commit: expected bits or alphas, got both")
         if over is not None and alphas is None:
@@ -184,6 +190,12 @@ class MaskBank(BankFiles):
             self._freeze()
         self._keep(name, entry)
 
+    def _check_new(self, where: str, name: str) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{where}: name must be a non-empty string, got {name!r}")
+        if name in self._entries:
+            raise ValueError(f"{where}: {name!r} must be a new name, the bank has it already")
+
     def _check_bits(self, where: str, bits: Mapping[str, Tensor]) -> None:
         if set(bits) != set(self._layers):
             raise ValueError(f"{where}: bits must have the layers {', '.join(self._layers)}, got {', '.join(bits)}")
@@ -208,12 +220,18 @@ class MaskBank(BankFiles):
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
-        for key, layer in self._layers.items():
-            if layer.train_weight:
-                if layer.frozen is not None:
-                    ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
-                layer.frozen = self._masks.owned[key].clone()
-                layer.frozen_values = layer.weight.detach()[ops.unpack(layer.frozen, layer.weight.shape)]
+        learning = [(key, layer) for key, layer in self._layers.items() if layer.train_weight]
+        for key, layer in learning:
+            if layer.frozen is not None:
+                ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
+            layer.frozen = self._masks.owned[key].clone()
+            layer.frozen_values = layer.weight.detach().new_empty(int(ops.count(layer.frozen)))
+        for (
+            _,
+            layer,
+        ) in learning:  # after all that stays is allocated: between it, what does not would leave a hole for every layer
+            where = ops.unpack(layer.frozen, layer.weight.shape).flatten().nonzero()[:, 0]
+            torch.index_select(layer.weight.detach().reshape(-1), 0, where, out=layer.frozen_values)
 
     def begin(self, scores: str = "keep", per_task: Mapping[str, int] | None = None) -> None:
         """Make the live task ready for the next one: fresh task state, fresh ``per_task`` modules.
@@ -261,13 +279,27 @@ class MaskBank(BankFiles):
         entry.scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
         entry.saved = None
         self._masks.replace(entry.index, self.live_bits())
-        self._some, self._written = ((), {}, {}), None
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
         self._prefix = (0, {})
 
     def _check_unused(self, where: str, name: str) -> None:
         users = [other for other, e in self._entries.items() if name in e.over]
         if users:
             raise ValueError(f"{where}: {name!r} must not be part of a combination, {users[0]!r} uses it")
+
+    def rename(self, name: str, new: str) -> None:
+        """Give an entry another name; its place, and that in combinations, stays. Raises KeyError for an unknown name, ValueError for
+        one that the bank has or that is none.
+        """
+        self[name]
+        self._check_new("rename", new)
+        to = lambda old: new if old == name else old  # noqa: E731
+        self._entries = {to(old): entry for old, entry in self._entries.items()}
+        self._mask_order = [to(old) for old in self._mask_order]
+        for entry in self._entries.values():
+            entry.over = tuple(map(to, entry.over))
+        self._held, self.active = (to(self._held[0]), self._held[1]), to(self.active)
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
 
     @torch.no_grad()
     def remove(self, name: str) -> None:
@@ -276,7 +308,7 @@ class MaskBank(BankFiles):
         self._check_unused("remove", name)
         self.activate(None)
         del self._entries[name]
-        self._some, self._written = ((), {}, {}), None
+        self._some, self._written, self._ready = ((), {}, {}), None, {}
         if entry.index is None:
             self._mixed -= entry.alphas.numel()
             return
@@ -310,7 +342,7 @@ class MaskBank(BankFiles):
         entry = self[name] if name is not None else None
         if bits is not None:
             self._check_bits("activate", bits)
-        weights = {} if entry is None and bits is None else self._effective(entry, bits)
+        weights = {} if entry is None and bits is None else self._from_cache(name, entry, bits)
         self._hold(name, in_place)
         for key, layer in self._layers.items():
             layer._mix = layer._rows = None
@@ -346,11 +378,12 @@ class MaskBank(BankFiles):
         """Run the block's forwards of the model with each row of the batch as its own task: the same as activating that task for it.
 
         task_ids: (B,) int64, places in `masks` (commit order), or B names of entries, combinations included. Every forward in the block
-        takes B rows first, in eval mode, and gives B rows; rows must not influence each other. Linear layers run all rows at once
-        (`mixed_linear`), convolutions and ``per_task`` modules those of a task at a time. Where other task state than the biases of
-        masked layers differs between the tasks, an entry is a combination or masks are signed, the whole model runs once for each task.
-        Where heads have different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none.
-        Not for compiled models. Raises KeyError for an unknown name, ValueError on a bad argument.
+        takes B rows first, in eval mode, and gives B rows; rows must not influence each other, and what all share, such as positions, may
+        come to a layer as one row. Linear layers run all rows at once (`mixed_linear`), the others and ``per_task`` modules those of a task
+        at a time. Where other task state than the biases of masked layers differs between the tasks, an entry is a combination or masks
+        are signed, the whole model runs once for each task; it may give tensors in tuples, lists and mappings too. Where heads have
+        different widths, what lies beyond a row's own head is -inf. x gets a gradient, weights and scores get none. Not for compiled
+        models. Raises KeyError for an unknown name, ValueError on a bad argument.
         """
         names, ids = distinct(self, task_ids)
         self._follow()
@@ -380,7 +413,7 @@ class MaskBank(BankFiles):
                     self.model.set_submodule(key, HeadOfRows(heads, ids).train(current.training))
                 yield
 
-    def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> Tensor:
+    def _one_by_one(self, call: Callable, names: Sequence[str], ids: Tensor, args: tuple, kwargs: dict) -> object:
         """The model's forward on the rows of each task with that task active."""
         parts = []
         for i, name in enumerate(names):
@@ -389,6 +422,22 @@ class MaskBank(BankFiles):
             with self.as_task(name):
                 parts.append((rows, call(*map(pick, args), **{key: pick(v) for key, v in kwargs.items()})))
         return join(parts, len(ids))
+
+    def _from_cache(self, name: str | None, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+        """The effective weights of a task or of bits, made anew where they are not those of a task that is cached."""
+        now = [
+            (layer._own, layer.weight._version) for layer in self.layers()
+        ]  # a layer that moves or is cast gets another `_own`
+        if len(now) != len(self._ready_of) or any(a is not b or v != w for (a, v), (b, w) in zip(now, self._ready_of)):
+            self._ready, self._ready_of = {}, now
+        weights = self._ready.pop(name, None) if entry is not None else None
+        if weights is None:
+            weights = self._effective(entry, bits)
+        if entry is not None:
+            self._ready[name] = weights
+        while len(self._ready) > self.cached:
+            del self._ready[next(iter(self._ready))]
+        return weights
 
     def _effective(self, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         weights = self._weights()
@@ -413,7 +462,8 @@ class MaskBank(BankFiles):
         modules = {}
         for key, module in (entry.modules if entry is not None else self._live[1] if self._live is not None else {}).items():
             if entry is not None and in_place:
-                slot = self._heads[key] = self._heads.get(key, fixed_copy(module)).to(like(self.model.get_submodule(key)))
+                slot = self._heads[key] if key in self._heads else fixed_copy(module)
+                self._heads[key] = slot = slot.to(like(self.model.get_submodule(key)))
                 pairs = list(zip(tensors_of(slot), tensors_of(module)))
                 if any(mine.shape != theirs.shape for mine, theirs in pairs):
                     raise ValueError(
@@ -442,8 +492,9 @@ class MaskBank(BankFiles):
             self._some, self._prefix, self._slots = ((), {}, {}), (0, {}), {}
 
     def _write(self, state: Mapping[str, Tensor]) -> None:
-        for key, value in self._state().items():
-            value.detach().copy_(state[key])
+        mine = self._state()
+        if mine:
+            torch._foreach_copy_([value.detach() for value in mine.values()], [state[key] for key in mine])
 
     def superpose(
         self,
@@ -643,5 +694,9 @@ class MaskBank(BankFiles):
         return [key for key in names if not matches(key, self._per_task)]
 
     def _state(self) -> dict[str, Tensor]:
-        tensors = dict([*self.model.named_parameters(), *self.model.named_buffers()])
-        return {key: tensors[key] for key in self._state_names}
+        owners, found = {}, {}
+        for key in self._state_names:  # looked up and not walked for: most modules have none
+            owner, _, name = key.rpartition(".")
+            module = owners.get(owner) or owners.setdefault(owner, self.model.get_submodule(owner))
+            found[key] = module._parameters[name] if name in module._parameters else module._buffers[name]
+        return found

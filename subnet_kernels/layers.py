@@ -209,6 +209,7 @@ class SubnetLayer:
     """
 
     _fused = False  # whether an optimizer makes the gradients of weight and scores in its step (`set_fused`)
+    path: str | None = None  # where `convert` found the layer in its model, for messages
 
     def install(self, rule: Rule, scores: Tensor | None = None) -> None:
         """Turn a constructed dense layer into a masked one: adds scores (drawn from U(-1/sqrt(fan_in), 1/sqrt(fan_in)) unless given)."""
@@ -219,7 +220,7 @@ class SubnetLayer:
                 init_scores_(scores)
         self.scores = nn.Parameter(scores)
         self.rule = rule
-        self.train_weight = weight.requires_grad
+        self.train_weight = self._dense_learns = weight.requires_grad
         self.frozen: Tensor | None = None
         self.frozen_values: Tensor | None = None
         self._active: Tensor | None = None  # effective weight of the active task
@@ -234,9 +235,11 @@ class SubnetLayer:
         """Become the dense layer that it was made from, with the weight it has now."""
         _LAYERS.discard(self)
         del self._parameters["scores"]
+        self.weight.requires_grad_(self._dense_learns)
         for name in _INSTALLED:
             del self.__dict__[name]
-        self.__dict__.pop("_fused", None)
+        for name in ("_fused", "path"):
+            self.__dict__.pop(name, None)
         self.__class__ = next(dense for dense, masked in DENSE.items() if masked is type(self))
         _changed()
 
@@ -269,6 +272,7 @@ class SubnetLayer:
 
     @density.setter
     def density(self, density: float) -> None:
+        check_density(self.path or type(self).__name__, density)
         self.rule = replace(self.rule, density=density)
         self.k = self.rule.k(self.weight.numel())
         _changed()
@@ -320,29 +324,32 @@ class SubnetLayer:
         (bits,) = torch.ops.subnet_kernels.threshold.default([scores.detach()], rule.value, rule.inclusive)
         return LiveWeight.apply(weight, scores, ops.apply(weight.detach(), bits), bits, self.frozen, "value")
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """The dense layer's product with another weight and, where it has a bias and one is given, another bias."""
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *rest) -> Tensor:
+        """The dense layer's product with another weight and, where it has a bias and one is given, another bias; rest as of forward."""
         raise AssertionError("a masked layer class defines its product")
 
-    def _product_of_rows(self, x: Tensor) -> Tensor:
+    def _product_of_rows(self, x: Tensor, *rest) -> Tensor:
         """Every row through its own task's mask, a product for each task of the batch."""
         bank, ids, biases = self._rows
         weight, y = self.weight.detach(), None
         for task in ids.unique().tolist():
             rows = (ids == task).nonzero()[:, 0]
-            part = self._product(
-                x[rows], ops.apply(weight, reference.bank_bits(bank, task)), None if biases is None else biases[rows[0]]
-            )
+            bias = None if biases is None else biases[rows[0]]
+            part = self._product(x[rows], ops.apply(weight, reference.bank_bits(bank, task)), bias, *rest)
             y = part.new_empty((len(x), *part.shape[1:])) if y is None else y
             y = y.index_copy(0, rows, part)
         return y
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, *rest) -> Tensor:
         if self._rows is not None:
-            if len(x) != len(self._rows[1]):
-                raise ValueError(f"rows: a layer's input must have {len(self._rows[1])} rows first, got {tuple(x.shape)}")
-            return self._product_of_rows(x) if len(x) else self._product(x, self.weight.detach())
-        y = self._product(x, self.effective_weight())
+            rows = len(self._rows[1])
+            if len(x) == 1:  # what all rows share, such as positions
+                x = x.expand(rows, *x.shape[1:])
+            if len(x) != rows:
+                layer = self.path or type(self).__name__
+                raise ValueError(f"rows: layer {layer!r}: its input must have {rows} rows first, got {tuple(x.shape)}")
+            return self._product_of_rows(x, *rest)
+        y = self._product(x, self.effective_weight(), None, *rest)
         if self._trace is not None:
             y = y if y.requires_grad else y.requires_grad_()
             self._trace.append((x.detach(), y))
@@ -359,13 +366,19 @@ class SubnetLayer:
         return f"{super().extra_repr()}, {how}{', signed' if rule.planes == 2 else ''}"
 
     def _apply(self, fn, recurse=True):
+        unborn = self.scores.is_meta
         super()._apply(fn, recurse)
+        if unborn and not self.scores.is_meta:  # to_empty gives memory, and no values
+            init_scores_(self.scores)
         self._adopt()
         refresh([self])
         return self
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs):
-        state_dict.setdefault(prefix + "scores", self.scores.detach())  # a dense checkpoint has none: keep ours
+        weight, scores = state_dict.get(prefix + "weight"), self.scores.detach()
+        if scores.is_meta and weight is not None and not weight.is_meta:  # assigned to a model that has no values yet
+            scores = init_scores_(torch.empty_like(weight, memory_format=torch.contiguous_format))
+        state_dict.setdefault(prefix + "scores", scores)  # a dense checkpoint has none: keep ours
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         refresh([self])
 
@@ -387,7 +400,9 @@ class SubnetLayer:
 
 COMPILED = "_C_cpu" in LOADED  # without it PyTorch's own product is the faster one
 
-_INSTALLED = "rule key train_weight frozen frozen_values k bits w_eff hints _own _seen _active _mix _rows _trace".split()
+_INSTALLED = (
+    "rule key train_weight _dense_learns frozen frozen_values k bits w_eff hints _own _seen _active _mix _rows _trace".split()
+)
 
 
 class SubnetLinear(SubnetLayer, nn.Linear):

@@ -65,10 +65,20 @@ class HeadOfRows(nn.Module):
         return join([(r, head(x[r])) for r, head in zip(rows, self.heads)], len(x))
 
 
-def join(parts: Sequence[tuple[Tensor, Tensor]], rows: int) -> Tensor:
-    """Rows of each part to their places; narrower ones end in -inf."""
+def join(parts: Sequence[tuple[Tensor, object]], rows: int) -> object:
+    """Rows of each part to their places; narrower ones end in -inf. Of tuples, lists and mappings, those of every member."""
+    first = parts[0][1]
+    if first is None and all(y is None for _, y in parts):
+        return None
+    if isinstance(first, Mapping):  # among them the outputs of transformers
+        return type(first)(**{key: join([(r, y[key]) for r, y in parts], rows) for key in first})
+    if isinstance(first, (tuple, list)):
+        members = (join([(r, y[i]) for r, y in parts], rows) for i in range(len(first)))
+        return type(first)(*members) if hasattr(first, "_fields") else type(first)(members)
     if any(not isinstance(y, Tensor) for _, y in parts):
-        raise ValueError("rows: the model must give one tensor where it runs once for each task")
+        raise ValueError(
+            f"rows: the model must give tensors where it runs once for each task, got {[type(y).__name__ for _, y in parts]}"
+        )
     shapes = {y.shape[1:-1] for _, y in parts}
     if len(shapes) > 1 or any(len(y) != len(r) or y.dim() != parts[0][1].dim() for r, y in parts):
         raise ValueError(

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from subnet_kernels.convert import unconvert
 from subnet_kernels.heads import fixed_copy, like
 
 
@@ -15,11 +16,24 @@ def baked(
     model: nn.Module, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], modules: Mapping[str, nn.Module]
 ) -> nn.Module:
     """A dense copy of a converted model with these effective weights, task state and ``per_task`` modules; it shares nothing with them."""
-    dense = copy.deepcopy(model)
+    kept, new = {}, {}
     for key, weight in weights.items():
-        layer = dense.get_submodule(key)
-        layer.uninstall()
-        layer.weight = nn.Parameter(weight, requires_grad=False)
+        layer = model.get_submodule(key)
+        new[key] = kept[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
+        for name in (
+            "scores",
+            "bits",
+            "w_eff",
+            "hints",
+            "frozen",
+            "frozen_values",
+            "_active",
+        ):  # which the copy is to lose: not copied
+            if (tensor := getattr(layer, name)) is not None:
+                kept[id(tensor)] = tensor
+    dense = unconvert(copy.deepcopy(model, kept))
+    for weight in new.values():
+        weight.requires_grad_(False)
     tensors = dict([*dense.named_parameters(), *dense.named_buffers()])
     with torch.no_grad():
         for key, value in state.items():
@@ -27,7 +41,6 @@ def baked(
     for key, module in modules.items():
         current = dense.get_submodule(key)
         dense.set_submodule(key, fixed_copy(module).to(like(current)).train(current.training))
-    dense.__dict__.pop("subnet_config", None)
     return dense
 
 

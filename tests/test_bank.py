@@ -351,6 +351,86 @@ def test_remove():
     assert bank.capacity()["used_fraction"] == 0
 
 
+def test_cached_weights_move_pointers(monkeypatch):
+    model, bank, logits = learnt(4, widths=(4,))
+    made = []
+    original = bank._effective
+    monkeypatch.setattr(bank, "_effective", lambda entry, bits: (made.append(entry), original(entry, bits))[1])
+
+    def visit(*names):
+        """The effective weight of a layer as each of these tasks, and how many had to be made."""
+        made.clear()
+        found = []
+        for name in names:
+            bank.activate(name)
+            found.append(model.hidden._active)
+            assert torch.equal(model(images()).detach(), logits[name])
+        bank.activate(None)
+        return found, len(made)
+
+    assert visit("task 0", "task 0")[1] == 2  # nothing is kept unless asked for
+    bank.cached = 2
+    (a, _, again, _), count = visit("task 0", "task 1", "task 0", "task 1")
+    assert count == 2
+    assert again is a
+    assert visit("task 2", "task 1", "task 0")[1] == 2  # task 0 was used longest ago and went
+    before = model.hidden._active
+    bank.activate("task 0", in_place=True)
+    slot = model.hidden._active
+    bank.activate("task 1", in_place=True)
+    assert model.hidden._active is slot
+    assert torch.equal(model(images()).detach(), logits["task 1"])
+    bank.activate(None)
+    assert before is model.hidden._active is None
+    assert visit("task 0", "task 1")[1] == 0  # and in place nothing was written into what is kept
+    for change in (
+        lambda: learn(model, 5),
+        lambda: model.double().float(),
+        lambda: bank.rename("task 3", "other"),
+        lambda: bank.remove("other"),
+        lambda: model.hidden.load_state_dict(model.hidden.state_dict()),
+    ):
+        change()
+        assert visit("task 0", "task 1")[1] == 2
+    bank.view("task 0")
+    assert visit("task 0", "task 1")[1] == 0
+
+
+def test_rename(tmp_path):
+    model, bank, logits = learnt()
+    bank.commit("mix", alphas=torch.tensor([0.5, 0.25, 0.25]))
+    bank.save(tmp_path)
+    bank.activate("task 1")
+    bank.rename("task 1", "birds")
+    assert bank.names == ["task 0", "birds", "task 2", "mix"]
+    assert bank.masks == ["task 0", "birds", "task 2"]
+    assert bank["mix"].over == ("task 0", "birds", "task 2")
+    assert bank.active == "birds"
+    with bank.as_task("task 0"):
+        pass
+    assert bank.active == "birds"
+    assert torch.equal(model(images()), logits["task 1"])
+    bank.rename("mix", "both")
+    bank.activate("both")
+    both = model(images()).detach()
+    bank.activate(None)
+    files = set(tmp_path.glob("*.safetensors"))
+    bank.save(tmp_path)
+    assert set(tmp_path.glob("*.safetensors")) == files  # names are the manifest's
+    other = sk.MaskBank.load(tmp_path, model)
+    assert other.names == ["task 0", "birds", "task 2", "both"]
+    other.activate("both")
+    assert torch.equal(model(images()), both)
+    for old, new, error, message in [
+        ("absent", "a", KeyError, "absent"),
+        ("birds", "task 2", ValueError, r"rename: 'task 2' must be a new name"),
+        ("birds", "birds", ValueError, r"rename: 'birds' must be a new name"),
+        ("birds", "", ValueError, r"rename: name must be a non-empty string"),
+    ]:
+        with pytest.raises(error, match=message):
+            bank.rename(old, new)
+
+
 def test_replace():
     model, bank, logits = learnt(3, train_weights=False)
     owned, files = bank.owned(), [entry.saved for entry in bank._entries.values()]

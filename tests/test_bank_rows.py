@@ -118,6 +118,44 @@ def test_rows_of_combinations():
     torch.testing.assert_close(y, row_by_row(model, bank, x, names), rtol=1e-5, atol=1e-6)
 
 
+class Structured(nn.Module):
+    """A model whose output is a mapping of tensors, of a tuple and of nothing, and whose norm is of a task."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.body, self.fc = nn.BatchNorm1d(4), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x, scale=None):
+        hidden = self.body(self.norm(x)).relu()
+        hidden = hidden if scale is None else hidden * scale
+        return {"logits": self.fc(hidden), "states": (hidden, hidden[:, :2]), "loss": None}
+
+
+def test_rows_of_structured_outputs():
+    model = sk.convert(Structured(), sk.SubnetConfig(density=0.4, train_weights=True, per_task=["fc"]))
+    bank = sk.MaskBank(model)
+    for t in range(3):
+        bank.begin(scores="init", per_task={"fc": 3 + t})
+        model.train()(torch.randn(8, 4) + t)
+        bank.commit(f"task {t}")
+    model.eval()
+    x, scale, ids = torch.randn(5, 4), torch.randn(5, 1), [2, 0, 0, 1, 2]
+    with bank.rows(torch.tensor(ids)):
+        y = model(x, scale=scale)
+    assert y["loss"] is None
+    assert y["logits"].shape == (5, 5)
+    for row, t in enumerate(ids):
+        with bank.as_task(f"task {t}"):
+            alone = model(x[row : row + 1], scale=scale[row : row + 1])
+        torch.testing.assert_close(y["logits"][row, : 3 + t], alone["logits"][0])
+        assert (y["logits"][row, 3 + t :] == -torch.inf).all()
+        for mine, theirs in zip(y["states"], alone["states"]):
+            torch.testing.assert_close(mine[row], theirs[0])
+    model.forward = lambda x: "text"
+    with bank.rows(torch.tensor(ids)), pytest.raises(ValueError, match=r"must give tensors.*got \['str', 'str', 'str'\]"):
+        model(x)
+
+
 def test_bad_rows_get_a_sentence():
     model, bank = plain()
     for given, message in [

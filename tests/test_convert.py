@@ -83,6 +83,21 @@ def test_filter():
 
 
 @pytest.mark.parametrize(
+    ("given", "masked"),
+    [
+        (nn.Conv2d, ["conv"]),
+        ("body", ["body.0", "body.2"]),
+        ("body.0", ["body.0"]),
+        ("*.0", ["body.0", "heads.0", "heads.1.0"]),
+        ([nn.Conv2d, "heads.1"], ["conv", "heads.1.0", "heads.1.1"]),
+        ((nn.BatchNorm2d, "body.2"), ["body.2"]),
+    ],
+)
+def test_filter_by_class_and_name(given, masked):
+    assert list(densities(sk.convert(Net(), sk.SubnetConfig(filter=given)))) == masked
+
+
+@pytest.mark.parametrize(
     ("patterns", "modules", "masked_heads"),
     [
         (["heads"], ["heads"], []),
@@ -248,7 +263,109 @@ def test_fused_transformer_inference_does_not_read_past_the_masks(wrap):
         torch.testing.assert_close(model(x), expected)
 
 
+# ---------------------------------------------------------------------------------------------------------- and back
+
+
+@pytest.mark.parametrize("train_weights", [True, False])
+def test_unconverted_is_the_model_that_it_was(train_weights):
+    model = Net().eval()
+    model.body[2].weight.requires_grad_(False)
+    x = torch.randn(2, 3, 6, 6)
+    kinds, modules = [type(m) for m in model.modules()], list(model.modules())
+    y, state = model(x), copy.deepcopy(model.state_dict())
+    attributes = [set(m.__dict__) for m in model.modules()]
+    learns, parameters = [p.requires_grad for p in model.parameters()], list(model.parameters())
+    sk.convert(model, sk.SubnetConfig(train_weights=train_weights))
+    assert not torch.equal(model(x), y)
+    assert sk.unconvert(model) is model
+    assert [type(m) for m in model.modules()] == kinds
+    assert list(model.modules()) == modules
+    assert all(a is b for a, b in zip(model.parameters(), parameters))
+    assert [p.requires_grad for p in model.parameters()] == learns
+    assert [set(m.__dict__) for m in model.modules()] == attributes
+    assert list(model.state_dict()) == list(state)
+    assert torch.equal(model(x), y)
+    sk.convert(model, sk.SubnetConfig())  # and once more
+
+
+def test_merged_has_the_effective_weights():
+    model = sk.convert(Net(), sk.SubnetConfig(density=0.3)).eval()
+    model.double()  # whose products are PyTorch's own on both sides
+    bank, x = sk.MaskBank(model), torch.randn(2, 3, 6, 6, dtype=torch.float64)
+    live = model(x).detach()
+    bank.commit(
+        "a", bits={name: reference.pack(torch.rand(m.weight.shape) < 0.5) for name, m in zip(bank.layer_names, bank.layers())}
+    )
+    other = sk.unconvert(copy.deepcopy(model), merge=True)
+    assert torch.equal(other(x), live)
+    assert other.conv.weight.ne(0).float().mean() < 0.4
+    bank.activate("a")
+    task = model(x)
+    assert torch.equal(sk.unconvert(model, merge=True)(x), task)
+
+
+def test_merged_in_float32_up_to_rounding():
+    model = sk.convert(Net(), sk.SubnetConfig(density=0.3)).eval()
+    x = torch.randn(2, 3, 6, 6)
+    y = model(x)
+    torch.testing.assert_close(sk.unconvert(model, merge=True)(x), y, rtol=1e-5, atol=1e-6)
+
+
+def test_unconvert_gives_fused_inference_back():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, activation="gelu").eval()
+    x = torch.randn(2, 5, 8)
+    with torch.no_grad():
+        y = layer(x)
+    sk.unconvert(sk.convert(layer, sk.SubnetConfig()))
+    assert layer.activation_relu_or_gelu == 2
+    with torch.no_grad():
+        assert torch.equal(layer(x), y)
+
+
+def test_unconvert_refuses_in_a_sentence():
+    with pytest.raises(ValueError, match=r"expected a converted model, got Net without a masked layer"):
+        sk.unconvert(Net())
+    model = sk.convert(nn.Sequential(nn.Linear(4, 3)), sk.SubnetConfig(density=0.5))
+    bank = sk.MaskBank(model)
+    bank.commit("a")
+    bank.commit("b", bits={"0": reference.pack(torch.ones(3, 4, dtype=torch.bool))})
+    with bank.rows(["a", "b"]), pytest.raises(ValueError, match=r"must run one task to be merged"):
+        sk.unconvert(model, merge=True)
+
+
+# ------------------------------------------------------------------------------------------------------------- no values
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_model_without_values_converts_and_takes_a_dense_checkpoint(assign):
+    checkpoint, x = Net().eval().state_dict(), torch.randn(2, 3, 6, 6)
+    with torch.device("meta"):
+        model = Net().eval()
+    sk.convert(model, sk.SubnetConfig(density=0.3, train_weights=True, per_task=["heads"]))
+    assert model.conv.scores.is_meta
+    with pytest.raises(ValueError, match=r"MaskBank: layer 'conv' must have values, it is on the meta device"):
+        sk.MaskBank(model)
+    if not assign:
+        model.to_empty(device=x.device)
+    model.load_state_dict(checkpoint, assign=assign)
+    for layer, fan in ((model.conv, 27), (model.body[0], 8), (model.body[2], 12)):
+        assert 0.8 * fan**-0.5 < layer.scores.abs().max() <= fan**-0.5  # drawn, though no checkpoint has them
+        assert torch.equal(layer.bits, reference.select([layer.scores], [layer.k], "magnitude", "last")[0])
+    bank = sk.MaskBank(model)
+    assert model(x).isfinite().all()
+    bank.commit("a")
+
+
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_layer_names_its_path():
+    model = sk.convert(Net(), sk.SubnetConfig())
+    with pytest.raises(ValueError, match=r"^body\.0: density must be in \(0, 1\], got 1\.7"):
+        model.body[0].density = 1.7
+    with pytest.raises(ValueError, match=r"^body\.0: density must be in"):
+        copy.deepcopy(model).body[0].density = 1.7
+    assert model.body[0].density == 0.5
 
 
 def tied():
@@ -270,15 +387,23 @@ def weight_normed():
 REFUSED = {
     "parametrised": (weight_normed, {}, r"convert: module '0' must have a plain weight, its weight is parametrised"),
     "tied": (tied, {}, r"convert: weights must not be tied, '2\.weight' is '0\.weight'"),
-    "tied to what is not masked": (tied_to_an_embedding, {}, r"must not be tied, '0\.weight' is '1\.weight'"),
+    "tied to an embedding": (tied_to_an_embedding, {}, r"must not be tied, '1\.weight' is '0\.weight'"),
+    "tied to what is not masked": (tied_to_an_embedding, {"filter": nn.Linear}, r"must not be tied, '0\.weight' is '1\.weight'"),
+    "an embedding that writes": (
+        lambda: nn.Sequential(nn.Embedding(5, 6, max_norm=1.0)),
+        {},
+        r"module '0': max_norm must be None",
+    ),
+    "a sparse embedding": (lambda: nn.Sequential(nn.Embedding(5, 6, sparse=True)), {}, r"module '0': sparse must be False"),
+    "filter of nothing": (Net, {"filter": ["body", "tail"]}, r"filter 'tail' must name a module of the model, which has conv"),
     "tied to a head": (tied, {"per_task": ["2"]}, r"must not be tied, '2\.weight' is '0\.weight'"),
     "masked already": (lambda: sk.convert(Net(), sk.SubnetConfig()), {}, r"module 'conv' must be dense, it is masked already"),
-    "nothing to mask": (lambda: nn.Sequential(nn.ReLU()), {}, r"expected a model with Linear or Conv layers.*got none"),
-    "all filtered": (Net, {"filter": lambda *_: False}, r"expected a model with Linear or Conv layers"),
+    "nothing to mask": (lambda: nn.Sequential(nn.ReLU()), {}, r"expected a model with Linear, Conv or Embedding.*got none"),
+    "all filtered": (Net, {"filter": lambda *_: False}, r"expected a model with Linear, Conv or Embedding"),
     "per_task of nothing": (Net, {"per_task": ["head"]}, r"per_task 'head' must name a module of the model, which has conv"),
     "no pattern": (Net, {"density": {"conv": 0.5}}, r"must have a pattern for layer 'body\.0', got 'conv'"),
-    "share out of range": (Net, {"density": {"conv": 0.5, "*": 1.5}}, r"layer 'body\.0': density must be in \(0, 1\], got 1\.5"),
-    "callable out of range": (Net, {"density": lambda _: 0}, r"layer 'conv': density must be in \(0, 1\], got 0"),
+    "share out of range": (Net, {"density": {"conv": 0.5, "*": 1.5}}, r"^body\.0: density must be in \(0, 1\], got 1\.5"),
+    "callable out of range": (Net, {"density": lambda _: 0}, r"^conv: density must be in \(0, 1\], got 0"),
     "not a density": (Net, {"density": "half"}, r"density must be in \(0, 1\], got 'half'"),
 }
 
@@ -308,6 +433,7 @@ def test_refused_in_a_sentence_and_left_as_it_was(case):
         ("select", "best"),
         ("weight_init", "zeros"),
         ("fan", "fan"),
+        ("filter", [3]),
     ],
 )
 def test_bad_fields_are_refused_at_once(field, value):

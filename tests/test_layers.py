@@ -2,17 +2,14 @@
 
 import copy
 import io
-import os
 import pickle
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
 from device import DEVICE, ON_CPU, cpu_only, generator
+from launch import launch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,8 +17,6 @@ import subnet_kernels as sk
 from subnet_kernels import layers, reference
 from subnet_kernels.layers import SubnetLayer
 from subnet_kernels.ops.masked import EagerMaskedLinear
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def net(train_weights=True, **config):
@@ -791,26 +786,7 @@ if __name__ == "__main__":
 def test_data_parallel_has_the_bits_of_one_process(tmp_path):
     script = tmp_path / "ddp.py"
     script.write_text(DDP)
-    # three processes import torch, on a machine that may be busy: patience, and no name of a host or of an interface to look up
-    patience = "read_timeout=300,keep_alive_interval=30,keep_alive_max_attempt=20"
-    launcher = [
-        "torch.distributed.run",
-        "--standalone",
-        "--local-addr=127.0.0.1",
-        f"--rdzv-conf={patience}",
-        "--nproc-per-node=2",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    log = tmp_path / "log"
-    with open(log, "w") as file:
-        command = [sys.executable, "-m", *launcher, str(script), str(tmp_path)]
-        with subprocess.Popen(command, env=environment, stdout=file, stderr=subprocess.STDOUT) as process:
-            try:
-                code = process.wait(600)
-            except subprocess.TimeoutExpired:
-                process.terminate()  # and with it, its workers
-                code = "no end after 600 s"
-    assert code == 0, f"{code}:\n{log.read_text()[-8000:]}"
+    launch(script, str(tmp_path), log=tmp_path / "log")
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for key in ("start", "end", "bits", "w_eff"):
         assert all(torch.equal(v, ranks[1][key][k]) for k, v in ranks[0][key].items()), key
