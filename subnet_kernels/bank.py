@@ -50,7 +50,6 @@ class MaskBank(BankFiles):
         self._planes = planes.pop()
         self._masks = Masks(self._weights(), self._planes)
         self._mask_order: list[str] = []  # names of the masks, by their place
-        self._mixed = 0  # alphas of all combinations
         # names, blocks and counts of the subset that was superposed last
         self._some: tuple[tuple[str, ...], dict, dict] = ((), {}, {})
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
@@ -203,8 +202,6 @@ class MaskBank(BankFiles):
         self._entries[name] = entry
         if entry.index is not None:
             self._mask_order.append(name)
-        else:
-            self._mixed += entry.alphas.numel()
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
@@ -275,12 +272,12 @@ class MaskBank(BankFiles):
         entry = self[name]
         self._check_unused("remove", name)
         self.activate(None)
+        if entry.index is not None:
+            self._masks.remove(entry.index)
         del self._entries[name]
         self._some, self._written = ((), {}, {}), None
         if entry.index is None:
-            self._mixed -= entry.alphas.numel()
             return
-        self._masks.remove(entry.index)
         del self._mask_order[entry.index]
         for i, other in enumerate(self._mask_order):
             self._entries[other].index = i
@@ -583,7 +580,7 @@ class MaskBank(BankFiles):
         total = sum(layer.weight.numel() for layer in self.layers())
         used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
         mask_bytes = self._planes * sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
-        alphas = 4 * self._mixed
+        alphas = 4 * sum(entry.alphas.numel() for entry in self._entries.values() if entry.index is None)
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
             "used_fraction": used / total,
