@@ -1,7 +1,9 @@
 """Masks coded in a bank's files, one file of a whole bank, and entries that are read when they are first used."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,9 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import subnet_kernels as sk
-from subnet_kernels import codec, manifest, reference
+from subnet_kernels import codec, manifest, reference, storage
 
 pytest.importorskip("subnet_kernels._codec", reason="the codec is not compiled: pip install with pybind11 there")
+
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def bits_of(bank):
@@ -121,6 +126,37 @@ def test_signed_masks(tmp_path, form):
         assert same(bank.bits(name), other.bits(name))
     other.activate(None)
     assert same(other.owned(), bank.owned())
+
+
+@pytest.fixture(scope="module")
+def reader():
+    """What docs/bank-format.md prints, with the decoder that docs/codec.md prints: path -> {mask: {layer: planes}}."""
+    functions = []
+    for page, name in (("codec.md", "read"), ("bank-format.md", "masks")):
+        names = {}
+        exec(re.search(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)[1], names)
+        functions.append(names[name])
+    decode, masks = functions
+    return lambda path: masks(path, decode)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["learn", "fixed", "signed"])
+def test_the_printed_reader_reads(reader, monkeypatch, tmp_path, kind, form):
+    monkeypatch.setattr(storage, "SEGMENT", 2)
+    model, bank, _ = signed() if kind == "signed" else learnt(5, train_weights=kind == "learn")
+    if kind == "learn":  # larger masks that are coded and not kept as they are
+        model = sk.convert(nn.Linear(90, 40, bias=False), sk.SubnetConfig(density=0.1, train_weights=True))
+        bank = sk.MaskBank(model)
+        masks_that_overlap(bank, 5, 3600)
+    save(bank, tmp_path / "zoo", form)
+    found = reader(tmp_path / "zoo")
+    assert list(found) == bank.masks
+    for name, layers in found.items():
+        for layer, bits in bank.bits(name).items():
+            n = bank.model.get_submodule(layer).weight.numel()
+            planes = [bits] if bits.dim() == 1 else list(bits)
+            assert layers[layer] == [reference.unpack(plane, (n,)).int().tolist() for plane in planes]
 
 
 def test_coded_and_plain_files_stand_side_by_side(tmp_path):
