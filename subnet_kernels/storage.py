@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from subnet_kernels import codec, ops
+from subnet_kernels import codec, ops, reference
 from subnet_kernels.files import write_atomic
 from subnet_kernels.heads import fixed_copy, from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
@@ -154,8 +154,8 @@ class BankFiles:
             for key, bits in self._masks.bits(entry.index).items():
                 layer = self._layers[key]
                 if coded:
-                    known = _known(owned[key], [mask[key] for mask in last]) if layer.train_weight else []
-                    tensors |= {f"coded/{key}{sign}": data for sign, data in _sealed(bits.cpu(), layer.weight.numel(), known)}
+                    context = context_of(owned[key], [mask[key] for mask in last]) if layer.train_weight else []
+                    tensors |= {f"coded/{key}{sign}": data for sign, data in sealed(bits.cpu(), layer.weight.numel(), context)}
                 else:
                     tensors[f"bits/{key}"] = bits
                 if layer.train_weight:
@@ -297,26 +297,11 @@ class BankFiles:
         owned: Mapping[str, Tensor] | None = None,
         last: Sequence[Mapping[str, Tensor]] = (),
     ) -> dict[str, Tensor]:
-        """The mask of an entry, {layer name: packed bits}; tensors: what it holds, where that has been read; owned: what the masks before
-        it open, and last: the two before it, which masks of weights that learn are coded by."""
-        path, tensors, masks = stored.place(row), stored.tensors(row) if tensors is None else tensors, {}
-        for key, layer in self._layers.items():
-            bits, n, shape = tensors.get(f"bits/{key}"), layer.weight.numel(), self._shape_of_bits(layer)
-            if bits is None and f"coded/{key}" in tensors:
-                known = _known(owned[key], [mask[key] for mask in last]) if layer.train_weight else []
-                try:
-                    bits = _unsealed(tensors, key, n, known, self._planes)
-                except (ValueError, KeyError) as error:
-                    raise ValueError(f"load: {path} must hold a coded mask for layer {key!r}: {error}") from None
-            if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
-                count = " x ".join(map(str, shape))
-                raise ValueError(f"load: {path} must hold {count} bytes of bits for layer {key!r}")
-            if not is_padded(bits, n):
-                raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
-            if not is_one_sign(bits):
-                raise ValueError(f"load: {path} must open a weight with one sign, its mask of layer {key!r} has both")
-            masks[key] = bits.to(layer.weight.device)
-        return masks
+        """The mask of an entry, as `mask_of`; tensors: what it holds, where that has been read."""
+        layers = {key: (layer.weight.numel(), layer.train_weight) for key, layer in self._layers.items()}
+        tensors = stored.tensors(row) if tensors is None else tensors
+        masks = mask_of(stored.place(row), tensors, layers, self._planes, owned, last)
+        return {key: bits.to(self._layers[key].weight.device) for key, bits in masks.items()}
 
     def _shape_of_bits(self, layer: SubnetLayer) -> tuple[int, ...]:
         """Of a mask of that layer: (bytes,), or (2, bytes) where masks are signed."""
@@ -366,20 +351,52 @@ def _row(name: str, entry: Entry, file: str) -> dict:
     return {"name": name, "file": file, "kind": kind, "over": list(entry.over), "facts": entry.facts}
 
 
-def _known(owned: Tensor, last: Sequence[Tensor]) -> list[Tensor]:
+def mask_of(
+    where: Path | str,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, tuple[int, bool]],
+    planes: int,
+    owned: Mapping[str, Tensor] | None = None,
+    last: Sequence[Mapping[str, Tensor]] = (),
+) -> dict[str, Tensor]:
+    """The mask of an entry with these tensors, {layer name: packed bits on the CPU}, of `planes` planes.
+
+    layers: of each its weights and whether they learn; owned: what the masks before it open, and last: the two before it, by which masks
+    of weights that learn are coded. Raises ValueError in one sentence, saying where, if there is no proper mask.
+    """
+    masks = {}
+    for key, (n, learns) in layers.items():
+        size = reference.nbytes(n)
+        bits, shape = tensors.get(f"bits/{key}"), (size,) if planes == 1 else (planes, size)
+        if bits is None and f"coded/{key}" in tensors:
+            try:
+                bits = _unsealed(tensors, key, n, context_of(owned[key], [mask[key] for mask in last]) if learns else [], planes)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"load: {where} must hold a coded mask for layer {key!r}: {error}") from None
+        if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
+            raise ValueError(f"load: {where} must hold {' x '.join(map(str, shape))} bytes of bits for layer {key!r}")
+        if not is_padded(bits, n):
+            raise ValueError(f"load: {where} must have zero padding after the {n} bits of layer {key!r}")
+        if not is_one_sign(bits):
+            raise ValueError(f"load: {where} must open a weight with one sign, its mask of layer {key!r} has both")
+        masks[key] = bits
+    return masks
+
+
+def context_of(owned: Tensor, last: Sequence[Tensor]) -> list[Tensor]:
     """What a mask of weights that learn is coded by: what earlier masks own, the one before it and the one before that."""
     return [plane.cpu() for plane in (owned, *reversed(last), *[torch.zeros_like(owned)] * (2 - len(last)))]
 
 
-def _sealed(bits: Tensor, n: int, known: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+def sealed(bits: Tensor, n: int, context: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
     """A mask, coded, by what its tensor's name ends with; of a signed one where it is 1, and where it is -1 by that."""
     if bits.dim() == 1:
-        return [("", codec.seal(bits, n, known))]
+        return [("", codec.seal(bits, n, context))]
     return [("", codec.seal(bits[0], n)), ("/minus", codec.seal(bits[1], n, [bits[0]]))]
 
 
-def _unsealed(tensors: Mapping[str, Tensor], key: str, n: int, known: Sequence[Tensor], planes: int) -> Tensor:
-    first = codec.unseal(tensors[f"coded/{key}"], n, known)
+def _unsealed(tensors: Mapping[str, Tensor], key: str, n: int, context: Sequence[Tensor], planes: int) -> Tensor:
+    first = codec.unseal(tensors[f"coded/{key}"], n, context)
     return first if planes == 1 else torch.stack([first, codec.unseal(tensors[f"coded/{key}/minus"], n, [first])])
 
 
