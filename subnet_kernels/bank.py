@@ -551,6 +551,17 @@ class MaskBank(BankFiles):
 
     # -------------------------------------------------------------------------------------------------------- exporting
 
+    def copy(self) -> MaskBank:
+        """A bank of the same entries over a copy of the model, for whoever runs tasks while this one goes on; no bits are copied."""
+        with self.as_task(None):
+            other = MaskBank(copy.deepcopy(self.model))
+        other._masks, other._mask_order, other._backbone = self._masks.copy(), self.masks, self._backbone
+        other._entries = {name: copy.copy(entry) for name, entry in self._entries.items()}
+        other._state_names, other._initial = list(self._state_names), dict(self._initial)
+        if self.trains_weights and len(self._masks):
+            other._freeze()
+        return other
+
     def export(self, name: str) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
 

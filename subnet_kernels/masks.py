@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
@@ -35,6 +36,13 @@ class Masks:
         self._waiting = waiting
         self._tasks = len(waiting)
         self._counts: dict[str, Tensor] | None = None  # kept up to date once somebody has asked for them
+
+    def copy(self) -> Masks:
+        """The same masks, to which others may be added: no bits are copied."""
+        other = copy.copy(self)
+        other._blocks, other._owned = {name: list(blocks) for name, blocks in self._blocks.items()}, dict(self._owned)
+        other._counts = None if self._counts is None else dict(self._counts)
+        return other
 
     @property
     def blocks(self) -> dict[str, list[Tensor]]:
