@@ -1,8 +1,12 @@
 """Masks coded in a bank's files, one file of a whole bank, and entries that are read when they are first used."""
 
+import contextlib
+import errno
 import json
+import os
 import re
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -466,3 +470,114 @@ def test_packing_replaces_the_file_or_leaves_it(tmp_path, monkeypatch):
     assert same(outputs(model, sk.MaskBank.load(tmp_path / "copy", model)), logits)
     with pytest.raises(OSError, match="zoo"):
         bank.save(path)
+
+
+# ------------------------------------------------------------------------------------------------- disks that do not write
+
+
+class Full:
+    """A file on a disk with room for so many bytes."""
+
+    def __init__(self, path, room):
+        self.file, self.room = open(path, "wb"), room
+
+    def write(self, data):
+        self.file.write(data[: self.room[0]])
+        self.room[0] -= len(data)
+        if self.room[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_full_disk_leaves_the_old_bank(tmp_path, monkeypatch, form):
+    """At whatever byte it is full: what was there stays, nothing is left over, and with room again all is saved."""
+    model, bank, logits = learnt(1)
+    path = tmp_path / "zoo"
+    save(bank, path, form)
+    bank.begin(scores="init", per_task={"fc": 4})
+    learn(model, 3)
+    bank.commit("second")
+    logits["second"] = outputs(model, bank)["second"]
+    files = lambda: sorted(p.name for p in tmp_path.rglob("*") if p.is_file())  # noqa: E731
+    before, room, saved = files(), 0, False
+    while not saved:
+        with monkeypatch.context() as patch:
+            patch.setattr("subnet_kernels.files.open", lambda p, _, left=[room]: Full(p, left), raising=False)
+            with contextlib.suppress(OSError):
+                save(bank, path, form)
+                saved = True
+        found = sk.MaskBank.load(path, model_of(clone(sk.dense_state_dict(model))), restore=True).names
+        assert found == (["task 0", "second"] if saved else ["task 0"])
+        assert not [name for name in files() if name.endswith(".tmp")]
+        room += 997
+    assert room >= 997 * 3
+    assert {*before} <= {*files()}
+    assert same(outputs(model, sk.MaskBank.load(path, model)), logits)
+
+
+@pytest.mark.parametrize("error", [errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("form", FORMS)
+def test_a_folder_that_cannot_be_written_leaves_the_old_bank(tmp_path, monkeypatch, form, error):
+    model, bank, logits = learnt(1)
+    save(bank, tmp_path / "zoo", form)
+    bank.commit("second")
+
+    def refuse(path, _):
+        raise OSError(error, os.strerror(error), str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("subnet_kernels.files.open", refuse, raising=False)
+        with pytest.raises(OSError) as raised:
+            save(bank, tmp_path / "zoo", form)
+    assert raised.value.errno == error
+    assert same(outputs(model, sk.MaskBank.load(tmp_path / "zoo", model)), logits)
+    save(bank, tmp_path / "zoo", form)
+    assert sk.MaskBank.load(tmp_path / "zoo", model).names == ["task 0", "second"]
+
+
+def test_two_writers_at_once(tmp_path):
+    """Threads that save one bank, or two different ones, into a folder again and again: it is a whole bank of one of them at any moment."""
+    torch.manual_seed(0)
+    model = sk.convert(nn.Linear(30, 20), sk.SubnetConfig(density=0.3))
+    banks = [sk.MaskBank(model) for _ in range(2)]
+    for i, bank in enumerate(banks):
+        for t in range(2 + i):
+            bank.begin(scores="init")
+            bank.commit(f"{i} {t}")
+    banks[0].save(tmp_path)
+    stop, errors, seen = threading.Event(), [], set()
+
+    def write(bank):
+        try:
+            while not stop.is_set():
+                bank._written = None
+                bank.save(tmp_path)
+        except BaseException as error:
+            errors.append(error)
+
+    running = [threading.Thread(target=write, args=(bank,)) for bank in (*banks, banks[0])]
+    for thread in running:
+        thread.start()
+    try:
+        for _ in range(60):
+            other = sk.MaskBank.load(tmp_path, model)
+            bank = banks[int(other.names[0][0])]
+            assert all(same(other.bits(name), bank.bits(name)) for name in other.names)
+            assert other.names == bank.names
+            seen.add(len(other))
+    finally:
+        stop.set()
+        for thread in running:
+            thread.join()
+    assert not errors
+    assert not list(tmp_path.glob(".*"))
+    assert seen == {2, 3}
