@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import threading
 from pathlib import Path
 
@@ -13,11 +14,14 @@ import pytest
 import torch
 from banks import clone, images, learn, learnt, model_of, net, outputs, same
 from device import generator
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import subnet_kernels as sk
 from subnet_kernels import codec, manifest, reference, storage
+from subnet_pipelines.bank_show import SavedMasks
 
 pytest.importorskip("subnet_kernels._codec", reason="the codec is not compiled: pip install with pybind11 there")
 
@@ -56,6 +60,7 @@ def save(bank, path, form):
     bank.pack_file(path, coded="coded" in form) if "one file" in form else bank.save(path, coded="coded" in form)
 
 
+KINDS = ["learn", "fixed", "signed"]
 FORMS = ["folder", "folder, coded", "one file", "one file, coded"]
 
 
@@ -145,7 +150,7 @@ def reader():
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["learn", "fixed", "signed"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_printed_reader_reads(reader, monkeypatch, tmp_path, kind, form):
     monkeypatch.setattr(storage, "SEGMENT", 2)
     model, bank, _ = signed() if kind == "signed" else learnt(5, train_weights=kind == "learn")
@@ -202,6 +207,30 @@ def test_sizes_are_the_entropy_given_what_the_decoder_knows(tmp_path):
         assert floor <= tensors[f"{t:05d}/coded/"].numel() + 16
         assert tensors[f"{t:05d}/coded/"].numel() <= 1.005 * floor + 64
         assert t < 2 or floor < 0.8 * codec.entropy(reference.pack(mask), n) / 8
+
+
+@given(data=st.data())
+@settings(max_examples=40, deadline=None)
+def test_any_bank_comes_back(data):
+    """Any masks, one after another, over weights that learn or not, with signs or not, in any form."""
+    inputs, outputs, kind = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 30)), data.draw(st.sampled_from(KINDS))
+    n = inputs * outputs
+    rule = {"learn": {"train_weights": True}, "fixed": {}, "signed": {"select": "signed"}}[kind]
+    bank = sk.MaskBank(sk.convert(nn.Linear(inputs, outputs), sk.SubnetConfig(**rule)))
+    for t in range(data.draw(st.integers(1, 5))):
+        chance, density = generator(data.draw(st.integers(0, 9))), data.draw(st.sampled_from((0.0, 0.02, 0.3, 0.9, 1.0)))
+        values = torch.rand(n, generator=chance)
+        planes = [values < density] if kind != "signed" else [values < density / 2, values > 1 - density / 2]
+        packed = [reference.pack(plane) for plane in planes]
+        bank.commit(f"task {t}", bits={"": packed[0] if kind != "signed" else torch.stack(packed)})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "zoo"
+        save(bank, path, data.draw(st.sampled_from(FORMS)))
+        other = sk.MaskBank.load(path, bank.model)
+        assert all(same(bits, other.bits(name)) for name, bits in bits_of(bank).items())
+        assert same(bank.owned(), other.owned())
+        found = SavedMasks(path)
+        assert all(same({"": bank.bits(name)[""].cpu()}, found.bits(name)) for name in bank.masks)
 
 
 def test_a_mask_that_does_not_shrink_takes_its_bits(tmp_path):

@@ -97,10 +97,10 @@ def show(path: Path, plot: Path | None = None) -> Iterator[str]:
     except ValueError as error:
         raise Refusal(f"{path}: {error}") from None
     manifest, masks, weights = saved.stored.manifest, len(saved.rows), sum(saved.sizes.values())
-    learns = any(learns for _, learns in saved.layers.values())
+    learn = "learn" if any(learns for _, learns in saved.layers.values()) else "are fixed"
     yield (
         f"{path}: {masks} masks{' with signs' if saved.planes == 2 else ''}, {saved.combinations} combinations, over {weights:,} weights "
-        f"in {len(saved.layers)} layers that {'learn' if learns else 'are fixed'}; format {manifest['version']}, torch {manifest['torch']}"
+        f"in {len(saved.layers)} layers that {learn}; format {manifest['version']}, torch {manifest.get('torch')}"
     )
     if not masks or not weights:
         return
