@@ -253,11 +253,11 @@ class MaskBank(BankFiles):
         if self._live is not None:
             raise ValueError(f"replace: the live task must be active, got {self._held[0]!r}; call activate(None) first")
         self._follow()
+        scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
+        self._masks.replace(entry.index, self.live_bits())
         entry.state = {key: value.detach().clone() for key, value in self._state().items()}
         entry.modules = {key: fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
-        entry.scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
-        entry.saved = None
-        self._masks.replace(entry.index, self.live_bits())
+        entry.scores, entry.saved = scores, None
         self._some, self._written = ((), {}, {}), None
         self._prefix = (0, {})
 

@@ -84,6 +84,7 @@ class Masks:
 
     def remove(self, index: int) -> None:
         """Take a mask out; later ones move up by one."""
+        self._get_all()  # before anything changes
         each = reference.BLOCK // self.planes
         kept = index // each  # blocks before the mask's
         later = [self.bits(i) for i in range(kept * each, len(self)) if i != index]
@@ -130,12 +131,10 @@ class Masks:
     def to(self, weights: Mapping[str, Tensor]) -> bool:
         """Follow the weights to their devices; returns whether anything had to move."""
         moved = False
-        if self._waiting:  # they come to where the weights are then
-            return moved
-        for name, weight in weights.items():
-            if weight.device != self.owned[name].device:
-                self.owned[name], self._counts = self.owned[name].to(weight.device), None
-                self.blocks[name] = [block.to(weight.device) for block in self.blocks[name]]
+        for name, weight in weights.items():  # masks that wait will come to where the weights are then
+            if weight.device != self._owned[name].device:
+                self._owned[name], self._counts = self._owned[name].to(weight.device), None
+                self._blocks[name] = [block.to(weight.device) for block in self._blocks[name]]
                 moved = True
         return moved
 

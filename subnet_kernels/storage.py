@@ -80,8 +80,8 @@ class BankFiles:
         """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
 
         What an entry holds is what its commit was given. coded: masks of the files that are written now are coded near their entropy
-        (`subnet_kernels.codec`, which reading them then needs too). Raises OSError if the folder cannot be written; what it held before
-        stays valid.
+        (`subnet_kernels.codec`, which reading them then needs too). Raises OSError if the folder cannot be written, RuntimeError if the
+        codec is needed and not compiled; what it held before stays valid.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)

@@ -365,6 +365,28 @@ def test_a_missing_file_is_noticed_at_once_and_a_damaged_one_when_it_is_read(tmp
         sk.MaskBank.load(tmp_path, model)
 
 
+def test_a_damaged_mask_in_an_earlier_block_is_noticed_before_anything_changes(tmp_path):
+    model, _ = zoo(tmp_path, tasks=70)
+    path = next(tmp_path.glob("00003-*"))
+    data = path.read_bytes()
+    path.write_bytes(data[:-10])
+    bank = sk.MaskBank.load(tmp_path, model)
+    bank.remove("mix")
+    state = clone(bank["task 68"].state)
+    with torch.no_grad():
+        model[0].bias.fill_(5.0)
+    for change in (lambda: bank.remove("task 68"), lambda: bank.replace("task 68")):
+        with pytest.raises(ValueError, match="00003-task_3"):
+            change()
+    path.write_bytes(data)
+    assert len(bank.masks) == 70
+    assert same(bank["task 68"].state, state)
+    size = sum(layer.bits.numel() for layer in bank.layers())
+    assert bank.capacity()["mask_bytes"] == 70 * size
+    bank.remove("task 68")
+    assert bank["task 69"].index == 68
+
+
 # --------------------------------------------------------------------------------------------------------------- spoilt
 
 
