@@ -1,4 +1,4 @@
-# make setup · demo · test · test-long · bench · cuda · resources · gpu-check · lint · clean
+# make setup · demo · test · test-long · torture · fuzz · bench · cuda · resources · gpu-check · lint · clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.setup-stamp
 # What an installed environment depends on: when one of these changes, setup runs again.
 INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/host/*.cpp)
 
-.PHONY: setup demo test test-long bench cuda resources gpu-check lint format clean
+.PHONY: setup demo test test-long torture fuzz bench cuda resources gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -24,6 +24,14 @@ test: setup
 
 test-long: setup
 	$(BIN)/python -m pytest -m long
+
+# kill -9 at 200 moments of a run and at 200 of a bank that grows, and what comes of it; prints the count.
+torture: setup
+	PYTHONPATH=.:python_api:tests $(BIN)/python tests/torture.py $(ARGS)
+
+# Hostile files for the decoder, under sanitizers, and for the reader of banks: a minute, or ARGS="--seconds 3600".
+fuzz: setup
+	PYTHONPATH=.:python_api:tests $(BIN)/python tests/fuzz.py $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench -s
@@ -46,7 +54,7 @@ gpu-check:
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp')
 	$(BIN)/python bench/readme.py --check
 	$(BIN)/python docs/results.py --check
 	$(BIN)/python docs/compatibility.py --check
@@ -54,7 +62,7 @@ lint: setup
 format: setup
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu')
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'tests/*.cpp')
 
 clean:
 	rm -rf build dist subnet_kernels/*.so *.egg-info $(VENV)

@@ -29,6 +29,7 @@ from subnet_kernels.ops import (
     union_,
     unpack,
 )
+from subnet_kernels.predictor import Predictor
 
 __version__ = "0.1.0"
 
@@ -36,6 +37,7 @@ __all__ = [
     "Compressed",
     "ErdosRenyi",
     "MaskBank",
+    "Predictor",
     "Rule",
     "SubnetConfig",
     "SubnetConv1d",

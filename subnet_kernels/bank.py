@@ -57,7 +57,6 @@ class MaskBank(BankFiles):
         self._planes = planes.pop()
         self._masks = Masks(self._weights(), self._planes)
         self._mask_order: list[str] = []  # names of the masks, by their place
-        self._mixed = 0  # alphas of all combinations
         # names, blocks and counts of the subset that was superposed last
         self._some: tuple[tuple[str, ...], dict, dict] = ((), {}, {})
         self._prefix: tuple[int, dict] = (0, {})  # what the first so many masks own: what `save` last asked for
@@ -215,8 +214,6 @@ class MaskBank(BankFiles):
         self._entries[name] = entry
         if entry.index is not None:
             self._mask_order.append(name)
-        else:
-            self._mixed += entry.alphas.numel()
 
     def _freeze(self) -> None:
         """Freeze what is owned, at its present values; what was frozen before keeps the value it had then."""
@@ -274,11 +271,11 @@ class MaskBank(BankFiles):
         if self._live is not None:
             raise ValueError(f"replace: the live task must be active, got {self._held[0]!r}; call activate(None) first")
         self._follow()
+        scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
+        self._masks.replace(entry.index, self.live_bits())
         entry.state = {key: value.detach().clone() for key, value in self._state().items()}
         entry.modules = {key: fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
-        entry.scores = {key: self._layers[key].scores.detach().clone() for key in entry.scores}
-        entry.saved = None
-        self._masks.replace(entry.index, self.live_bits())
+        entry.scores, entry.saved = scores, None
         self._some, self._written, self._ready = ((), {}, {}), None, {}
         self._prefix = (0, {})
 
@@ -307,12 +304,12 @@ class MaskBank(BankFiles):
         entry = self[name]
         self._check_unused("remove", name)
         self.activate(None)
+        if entry.index is not None:
+            self._masks.remove(entry.index)
         del self._entries[name]
         self._some, self._written, self._ready = ((), {}, {}), None, {}
         if entry.index is None:
-            self._mixed -= entry.alphas.numel()
             return
-        self._masks.remove(entry.index)
         del self._mask_order[entry.index]
         for i, other in enumerate(self._mask_order):
             self._entries[other].index = i
@@ -605,6 +602,17 @@ class MaskBank(BankFiles):
 
     # -------------------------------------------------------------------------------------------------------- exporting
 
+    def copy(self) -> MaskBank:
+        """A bank of the same entries over a copy of the model, for whoever runs tasks while this one goes on; no bits are copied."""
+        with self.as_task(None):
+            other = MaskBank(copy.deepcopy(self.model))
+        other._masks, other._mask_order, other._backbone = self._masks.copy(), self.masks, self._backbone
+        other._entries = {name: copy.copy(entry) for name, entry in self._entries.items()}
+        other._state_names, other._initial = list(self._state_names), dict(self._initial)
+        if self.trains_weights and len(self._masks):
+            other._freeze()
+        return other
+
     def export(self, name: str) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
 
@@ -634,7 +642,7 @@ class MaskBank(BankFiles):
         total = sum(layer.weight.numel() for layer in self.layers())
         used = int(sum(ops.count(bits) for bits in self._masks.owned.values()))
         mask_bytes = self._planes * sum(layer.bits.numel() for layer in self.layers()) * len(self._masks)
-        alphas = 4 * self._mixed
+        alphas = 4 * sum(entry.alphas.numel() for entry in self._entries.values() if entry.index is None)
         share = 100 * (mask_bytes + alphas) / (4 * total)
         return {
             "used_fraction": used / total,

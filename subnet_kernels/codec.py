@@ -8,6 +8,7 @@ probability of its own.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Sequence
 from types import ModuleType
 
@@ -46,6 +47,32 @@ def decode(data: bytes | memoryview, n: int, context: Sequence[Tensor] = (), *, 
     out = torch.zeros(reference.nbytes(n), dtype=torch.uint8)
     _compiled().decode(data, n, planes, out.numpy(), _threads(threads))
     return out
+
+
+def seal(bits: Tensor, n: int, context: Sequence[Tensor] = ()) -> Tensor:
+    """A coded mask as a bank's files hold it, which cannot be taken for another one even where the context is not that of its coder.
+
+    -> uint8 (size,): CRC-32 of the mask's ceil(n / 8) bytes, little-endian, then `encode`'s bytes, or those of the mask itself where there
+    are no fewer. As `encode`, and as it raises.
+    """
+    plain, coded = bits[: -(-n // 8)].numpy().tobytes(), encode(bits, n, context)
+    kept = coded if len(coded) < len(plain) else plain
+    return torch.frombuffer(bytearray(zlib.crc32(plain).to_bytes(4, "little") + kept), dtype=torch.uint8)
+
+
+def unseal(data: Tensor, n: int, context: Sequence[Tensor] = ()) -> Tensor:
+    """The mask of n weights that `seal` was given: uint8 (bytes,). Raises ValueError where the bytes, or the context, are not `seal`'s."""
+    if data.dtype != torch.uint8 or data.dim() != 1 or not 4 <= len(data) <= 4 + -(-n // 8):
+        raise ValueError(f"decode: a sealed mask of {n} weights must be 4 to {4 + -(-n // 8)} bytes, got {tuple(data.shape)}")
+    whole = memoryview(data.contiguous().numpy())
+    if len(data) == 4 + -(-n // 8):
+        bits = torch.zeros(reference.nbytes(n), dtype=torch.uint8)
+        bits[: -(-n // 8)] = data[4:]
+    else:
+        bits = decode(whole[4:], n, context)
+    if zlib.crc32(bits[: -(-n // 8)].numpy()) != int.from_bytes(whole[:4], "little"):
+        raise ValueError("decode: the mask must have the checksum that was kept with it, its bits or their context are others")
+    return bits
 
 
 def entropy(bits: Tensor, n: int, context: Sequence[Tensor] = ()) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 
@@ -10,7 +11,7 @@ def write_atomic(path: Path | str, data: bytes | str) -> None:
     """Write data to path so that at any moment path is either its old content or its new one, also after a crash."""
     path = Path(path)
     raw = data.encode() if isinstance(data, str) else data
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")  # two writers do not share it
     try:
         with open(temporary, "wb") as file:
             file.write(raw)

@@ -42,7 +42,7 @@ def fresh(module: nn.Module, name: str, outputs: int | None) -> nn.Module:
     return new if device.type == "meta" else new.to(device)
 
 
-def from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path, name: str) -> nn.Module:
+def from_state(template: nn.Module, state: Mapping[str, Tensor], path: Path | str, name: str) -> nn.Module:
     """A copy of the template with these tensors; a Linear takes their width. Draws no random numbers."""
     module = fixed_copy(template)
     mine = module.state_dict()

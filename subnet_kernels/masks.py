@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -17,18 +18,53 @@ class Masks:
     turn, where they are 1 and where they are -1. blocks: {layer name: blocks of at most 64 tasks, as
     `pack_bank` makes them}; owned: {layer name: packed bits that any mask opens}. Earlier blocks never move: a task that is added
     copies at most the last one. Tensors that were handed out are never written again.
+
+    waiting: what gives each of the first masks, {layer name: packed bits}, which lie elsewhere. A single one is got whenever its bits are
+    asked for; all of them are, once, when something of all is: blocks, what is owned, counts, or a change.
     """
 
-    def __init__(self, weights: Mapping[str, Tensor], planes: int = 1):
+    def __init__(
+        self, weights: Mapping[str, Tensor], planes: int = 1, waiting: Sequence[Callable[[], Mapping[str, Tensor]]] = ()
+    ):
         self.planes = planes
         self.shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
-        self.blocks: dict[str, list[Tensor]] = {name: [] for name in weights}
-        self.owned = {
+        self._blocks: dict[str, list[Tensor]] = {name: [] for name in weights}
+        self._owned = {
             name: torch.zeros(reference.nbytes(weight.numel()), dtype=torch.uint8, device=weight.device)
             for name, weight in weights.items()
         }
-        self._tasks = 0
+        self._waiting = waiting
+        self._tasks = len(waiting)
         self._counts: dict[str, Tensor] | None = None  # kept up to date once somebody has asked for them
+
+    def copy(self) -> Masks:
+        """The same masks, to which others may be added: no bits are copied."""
+        other = copy.copy(self)
+        other._blocks, other._owned = {name: list(blocks) for name, blocks in self._blocks.items()}, dict(self._owned)
+        other._counts = None if self._counts is None else dict(self._counts)
+        return other
+
+    @property
+    def blocks(self) -> dict[str, list[Tensor]]:
+        self._get_all()
+        return self._blocks
+
+    @property
+    def owned(self) -> dict[str, Tensor]:
+        self._get_all()
+        return self._owned
+
+    def _get_all(self) -> None:
+        """Get the masks that wait: all of them, or, where one cannot be had, none."""
+        if not self._waiting:
+            return
+        each = reference.BLOCK // self.planes
+        blocks: dict[str, list[Tensor]] = {name: [] for name in self._blocks}
+        for start in range(0, len(self._waiting), each):
+            masks = [get() for get in self._waiting[start : start + each]]
+            for name in blocks:
+                blocks[name] += _blocks_of(torch.stack([mask[name] for mask in masks]).flatten(0, -2))
+        self._waiting, self._blocks, self._owned = (), blocks, {name: _union_of(some) for name, some in blocks.items()}
 
     def __len__(self) -> int:
         return self._tasks
@@ -48,6 +84,7 @@ class Masks:
 
     def remove(self, index: int) -> None:
         """Take a mask out; later ones move up by one."""
+        self._get_all()  # before anything changes
         each = reference.BLOCK // self.planes
         kept = index // each  # blocks before the mask's
         later = [self.bits(i) for i in range(kept * each, len(self)) if i != index]
@@ -73,6 +110,8 @@ class Masks:
 
     def bits(self, index: int) -> dict[str, Tensor]:
         """A copy of a mask: {layer name: packed bits}."""
+        if self._waiting:
+            return {name: bits.clone() for name, bits in self._waiting[index]().items()}
         block, place = divmod(index * self.planes, reference.BLOCK)
         rows = {name: blocks[block][:, place : place + self.planes].transpose(0, 1) for name, blocks in self.blocks.items()}
         copies = {name: row.clone(memory_format=torch.contiguous_format).flatten(1) for name, row in rows.items()}
@@ -87,15 +126,15 @@ class Masks:
     def some(self, indices: Iterable[int]) -> dict[str, list[Tensor]]:
         """Blocks of some of the masks, copied."""
         rows = [self.bits(index) for index in indices]
-        return {name: _blocks_of(torch.stack([row[name] for row in rows]).flatten(0, -2)) for name in self.blocks}
+        return {name: _blocks_of(torch.stack([row[name] for row in rows]).flatten(0, -2)) for name in self.shapes}
 
     def to(self, weights: Mapping[str, Tensor]) -> bool:
         """Follow the weights to their devices; returns whether anything had to move."""
         moved = False
-        for name, weight in weights.items():
-            if weight.device != self.owned[name].device:
-                self.owned[name], self._counts = self.owned[name].to(weight.device), None
-                self.blocks[name] = [block.to(weight.device) for block in self.blocks[name]]
+        for name, weight in weights.items():  # masks that wait will come to where the weights are then
+            if weight.device != self._owned[name].device:
+                self._owned[name], self._counts = self._owned[name].to(weight.device), None
+                self._blocks[name] = [block.to(weight.device) for block in self._blocks[name]]
                 moved = True
         return moved
 

@@ -2,33 +2,32 @@
 
 An entry's file is written once, under a name that has its content's hash in it; the manifest is replaced last, by rename. So a folder
 is valid at every moment, and appending touches nothing that is there. Of many entries the manifest lists the last ones alone, and for
-every 256 before them a segment, a file that lists those: one more entry costs the same however many there are. No pickle.
+every 256 before them a segment, a file that lists those: one more entry costs the same however many there are. `pack_file` makes one
+file of all of it. No pickle. Where no weight learns, an entry's file is opened when something of it is first asked for.
 """
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor, nn
 
-from subnet_kernels import ops
+from subnet_kernels import codec, ops, reference
 from subnet_kernels.files import write_atomic
-from subnet_kernels.heads import from_state, kind_of
+from subnet_kernels.heads import fixed_copy, from_state, kind_of
 from subnet_kernels.layers import SubnetLayer, refresh
+from subnet_kernels.manifest import FORMAT, VERSION, BankFolder, PackedBank, digest, open_bank
 from subnet_kernels.masks import Masks, opened
 
-FORMAT = "subnet-kernels bank"
-VERSION = 2  # version 1 had no segments
 SEGMENT = 256  # entries
 
 
@@ -39,12 +38,31 @@ class Entry:
     index: int | None
     state: dict[str, Tensor]
     modules: dict[str, nn.Module]
-    alphas: Tensor | None = None
+    alphas: Tensor | None = field(default_factory=lambda: None)  # of no class, so that a stored entry's can be found missing
     over: tuple[str, ...] = ()
     scores: dict[str, Tensor] = field(default_factory=dict)
     tensors: dict[str, Tensor] = field(default_factory=dict)
     facts: dict = field(default_factory=dict)
     saved: Path | None = None  # its file, where it has been written or read
+
+
+class StoredEntry(Entry):
+    """An entry that is read, by `read`, when something of it is first asked for that its place does not say."""
+
+    def __init__(self, read: Callable[[], Entry], index: int | None, over: tuple[str, ...], facts: dict, saved: Path | None):
+        self.read, self.index, self.over, self.facts, self.saved = read, index, over, facts, saved
+
+    def __getattr__(self, name: str):
+        if name not in ("state", "modules", "alphas", "scores", "tensors"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        self.fetch()
+        return self.__dict__[name]
+
+    def fetch(self) -> None:
+        """Read it now."""
+        entry = self.read()
+        for key in ("state", "modules", "alphas", "scores", "tensors"):
+            self.__dict__.setdefault(key, getattr(entry, key))  # what has been put in its place stays
 
 
 class Written(NamedTuple):
@@ -58,10 +76,12 @@ class Written(NamedTuple):
 class BankFiles:
     """The part of a bank that writes and reads its folder."""
 
-    def save(self, folder: Path | str) -> None:
+    def save(self, folder: Path | str, *, coded: bool = False) -> None:
         """Write the bank to a folder: one file an entry that is not there yet, then the manifest. Nothing else is touched.
 
-        What an entry holds is what its commit was given. Raises OSError if the folder cannot be written; what it held before stays valid.
+        What an entry holds is what its commit was given. coded: masks of the files that are written now are coded near their entropy
+        (`subnet_kernels.codec`, which reading them then needs too). Raises OSError if the folder cannot be written, RuntimeError if the
+        codec is needed and not compiled; what it held before stays valid.
         """
         folder = Path(folder).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -70,20 +90,37 @@ class BankFiles:
         written, segments = (self._written.entries, self._written.segments) if known else (0, [])
         for number, (name, entry) in itertools.islice(enumerate(self._entries.items()), written, None):
             if entry.saved is None or entry.saved.parent != folder or not entry.saved.exists():
-                data = to_safetensors(self._tensors_of(entry))
+                data = to_safetensors(self._tensors_of(entry, coded))
                 slug = re.sub(r"[^A-Za-z0-9_-]", "_", name)[:60]
                 # the content is in the name: a file that an earlier manifest speaks of is never written over with another
-                file = folder / f"{number:05d}-{slug}-{_digest(data)}.safetensors"
+                file = folder / f"{number:05d}-{slug}-{digest(data)}.safetensors"
                 write_atomic(file, data)
                 entry.saved = file
-        rows = [_row(*item) for item in itertools.islice(self._entries.items(), SEGMENT * len(segments), None)]
+        listed = itertools.islice(self._entries.items(), SEGMENT * len(segments), None)
+        rows = [_row(name, entry, entry.saved.name) for name, entry in listed]
         while len(rows) >= SEGMENT:
             data = json.dumps(rows[:SEGMENT]) + "\n"
-            segment = folder / f"segment-{len(segments):05d}-{_digest(data.encode())}.json"
+            segment = folder / f"segment-{len(segments):05d}-{digest(data.encode())}.json"
             if not segment.exists():
                 write_atomic(segment, data)
             segments, rows = [*segments, segment.name], rows[SEGMENT:]
-        manifest = {
+        write_atomic(path, json.dumps(self._manifest(segments, rows), indent=1) + "\n")
+        self._written = Written(_identity(path), len(self._entries), segments)
+
+    def pack_file(self, path: Path | str, *, coded: bool = False) -> None:
+        """Write the whole bank as one safetensors file, which `load` reads as it reads a folder; coded: as in `save`.
+
+        It is written anew each time; to go on with what is in one, load it and save that to a folder. Raises OSError where it cannot be
+        written; what was there before stays as it was.
+        """
+        tensors, rows = {}, []
+        for number, (name, entry) in enumerate(self._entries.items()):
+            tensors |= {f"{number:05d}/{key}": value for key, value in self._tensors_of(entry, coded).items()}
+            rows.append(_row(name, entry, f"{number:05d}"))
+        write_atomic(path, to_safetensors(tensors, {"manifest": json.dumps(self._manifest([], rows))}))
+
+    def _manifest(self, segments: list[str], rows: list[dict]) -> dict:
+        return {
             "format": FORMAT,
             "version": VERSION,
             "torch": torch.__version__,
@@ -102,23 +139,27 @@ class BankFiles:
             "segments": segments,
             "entries": rows,
         }
-        write_atomic(path, json.dumps(manifest, indent=1) + "\n")
-        self._written = Written(_identity(path), len(self._entries), segments)
 
-    def _tensors_of(self, entry: Entry) -> dict[str, Tensor]:
+    def _tensors_of(self, entry: Entry, coded: bool) -> dict[str, Tensor]:
         """What an entry's file holds; of a mask over weights that learn, the values of those that no earlier mask owns."""
         tensors = {f"state/{key}": value for key, value in entry.state.items()}
         tensors |= {f"scores/{key}": value for key, value in entry.scores.items()}
         tensors |= {f"tensors/{key}": value for key, value in entry.tensors.items()}
         tensors |= {f"per_task/{m}/{k}": v for m, module in entry.modules.items() for k, v in module.state_dict().items()}
-        if entry.alphas is not None:
+        if entry.index is None:
             tensors["alphas"] = entry.alphas
         else:
             owned = self._owned_before(entry.index) if self.trains_weights else {}
+            last = [self._masks.bits(i) for i in range(entry.index - 2, entry.index) if i >= 0] if coded and owned else []
             for key, bits in self._masks.bits(entry.index).items():
-                tensors[f"bits/{key}"] = bits
-                if self._layers[key].train_weight:
-                    weight = self._layers[key].weight.detach()
+                layer = self._layers[key]
+                if coded:
+                    context = context_of(owned[key], [mask[key] for mask in last]) if layer.train_weight else []
+                    tensors |= {f"coded/{key}{sign}": data for sign, data in sealed(bits.cpu(), layer.weight.numel(), context)}
+                else:
+                    tensors[f"bits/{key}"] = bits
+                if layer.train_weight:
+                    weight = layer.weight.detach()
                     tensors[f"values/{key}"] = weight[ops.unpack(bits & ~owned[key], weight.shape)]
         return {key: value.detach().cpu().contiguous().clone() for key, value in tensors.items()}
 
@@ -134,51 +175,63 @@ class BankFiles:
         return owned
 
     @classmethod
-    def load(cls, folder: Path | str, model: nn.Module, *, restore: bool = False) -> BankFiles:
-        """Read a bank over a converted model.
+    def load(cls, path: Path | str, model: nn.Module, *, restore: bool = False) -> BankFiles:
+        """Read a bank, a folder or a packed file, over a converted model.
 
         The model's weights must be those that the masks were learnt on; with restore=True the weights that the bank owns are written into
-        the model instead. Raises ValueError in one sentence if a file is missing, damaged or does not fit the model.
+        the model instead. Where no weight learns, an entry is read when something of it is first asked for, and all masks when something of
+        all of them is: a superposition, rows, `capacity`, `overlap` or `owned`, a commit or another change. Where weights learn, each
+        mask's own are compared now, so all is read. Raises ValueError in one sentence if a file is missing, damaged or does not fit the
+        model, of an entry that is read later when it is read.
         """
         bank = cls(model)
-        bank.read(folder, restore=restore)
+        bank.read(path, restore=restore)
         return bank
 
-    def read(self, folder: Path | str, names: Sequence[str] | None = None, *, restore: bool = False) -> None:
-        """Add the entries of a folder to this bank, which must be empty; names: the first ones, in order (default all). As `load`."""
+    def read(self, path: Path | str, names: Sequence[str] | None = None, *, restore: bool = False) -> None:
+        """Add the entries of a saved bank to this bank, which must be empty; names: the first ones, in order (default all). As `load`."""
         if self._entries:
             raise ValueError(f"read: the bank must be empty, it has {len(self)} entries")
-        folder = Path(folder).resolve()
-        manifest = _read_manifest(folder)
+        stored = open_bank(Path(path).resolve())
+        manifest = stored.manifest
         rows = manifest["entries"] if names is None else manifest["entries"][: len(names)]
         if names is not None and [row["name"] for row in rows] != list(names):
             raise ValueError(
-                f"read: {folder} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
+                f"read: {path} must begin with the entries {', '.join(names)}, got {', '.join(r['name'] for r in rows)}"
             )
         self.activate(None)
-        self._fit(folder / "manifest.json", manifest)
-        found, writes = {}, []
-        masks = Masks({key: layer.weight for key, layer in self._layers.items()}, self._planes)
+        self._fit(stored.path, manifest)
+        masks = [row for row in rows if row["kind"] == "mask"]
+        places = {row["name"]: index for index, row in enumerate(masks)}
+        templates = {key: fixed_copy(self.model.get_submodule(key)) for key in self._per_task}
+        found = {}
         for row in rows:
-            path = folder / row["file"]
-            tensors = _read_tensors(path)
-            found[row["name"]] = entry = self._entry(path, row, tensors)
-            if row["kind"] == "combination":
-                entry.alphas = self._alphas(path, tensors, len(entry.over))
-                continue
-            bits, entry.index = self._mask(path, tensors), len(masks)
-            writes += self._values(path, tensors, bits, masks.owned, restore)
-            masks.append(bits)
-        backbone = manifest["backbone_sha256"] if len(masks) else None
+            saved = stored.place(row) if isinstance(stored, BankFolder) else None
+            read = partial(self._entry, stored, row, templates)
+            found[row["name"]] = StoredEntry(read, places.get(row["name"]), tuple(row["over"]), dict(row["facts"]), saved)
+        weights, writes = {key: layer.weight for key, layer in self._layers.items()}, []
+        if self.trains_weights:
+            held = Masks(weights, self._planes)
+            for row in masks:
+                tensors = stored.tensors(row)
+                last = [held.bits(i) for i in range(len(held) - 2, len(held)) if i >= 0]
+                bits = self._mask(stored, row, tensors, held.owned, last)
+                writes += self._values(stored.place(row), tensors, bits, held.owned, restore)
+                held.append(bits)
+            for entry in found.values():
+                entry.fetch()
+        else:
+            held = Masks(weights, self._planes, [partial(self._mask, stored, row) for row in masks])
+        backbone = manifest["backbone_sha256"] if masks else None
         if backbone is not None and (now := self._hash()) != backbone:
-            raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {folder}, got {str(now)[:12]}")
+            raise ValueError(f"load: the model's weights must have hash {backbone[:12]} as in {path}, got {str(now)[:12]}")
         for layer, new, values in writes:  # all is checked: from here on the model may change
             ops.restore_([layer.weight], [new], [values])
-        self._masks, self._backbone = masks, backbone
+        self._masks, self._backbone = held, backbone
         for name, entry in found.items():
             self._keep(name, entry)
-        if len(masks):
-            self._prefix = (len(masks), {key: bits.clone() for key, bits in masks.owned.items()})
+        if masks and self.trains_weights:
+            self._prefix = (len(held), {key: bits.clone() for key, bits in held.owned.items()})
             self._freeze()
         refresh(self.layers())
 
@@ -206,54 +259,61 @@ class BankFiles:
         # what a fresh task begins with is what the model had when the bank was opened, whatever was loaded into it since
         self._initial = {key: self._initial.get(key, value).detach().clone() for key, value in self._state().items()}
 
-    def _entry(self, path: Path, row: Mapping, tensors: Mapping[str, Tensor]) -> Entry:
-        """The entry of a manifest's row and its file, without mask or alphas."""
+    def _entry(self, stored: BankFolder | PackedBank, row: Mapping, templates: Mapping[str, nn.Module]) -> Entry:
+        """The entry of a manifest's row, without its mask; templates: the model's ``per_task`` modules."""
+        path, tensors = stored.place(row), stored.tensors(row)
 
         def group(prefix: str) -> dict[str, Tensor]:
             return {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
 
         device = self.layers()[0].weight.device
         state, scores, modules = group("state/"), group("scores/"), {}
-        for what, stored, mine in (
+        for what, stored_ones, mine in (
             ("task state", state, self._state()),
             ("scores", scores, {key: layer.scores for key, layer in self._layers.items()} if scores else {}),
         ):
-            for key in sorted({*stored, *mine}):
-                if key not in mine or key not in stored or kind_of(mine[key]) != kind_of(stored[key]):
-                    expected, got = (kind_of(t[key]) if key in t else "nothing" for t in (mine, stored))
+            for key in sorted({*stored_ones, *mine}):
+                if key not in mine or key not in stored_ones or kind_of(mine[key]) != kind_of(stored_ones[key]):
+                    expected, got = (kind_of(t[key]) if key in t else "nothing" for t in (mine, stored_ones))
                     raise ValueError(f"load: {path} must hold {expected} as {what} {key!r}, got {got}")
-        for key in self._per_task:
-            modules[key] = from_state(self.model.get_submodule(key), group(f"per_task/{key}/"), path, key)
+        for key, template in templates.items():
+            modules[key] = from_state(template, group(f"per_task/{key}/"), path, key)
         state, scores = ({key: value.to(device) for key, value in some.items()} for some in (state, scores))
-        return Entry(None, state, modules, None, tuple(row["over"]), scores, group("tensors/"), dict(row["facts"]), path)
+        alphas = self._alphas(path, tensors, len(row["over"])) if row["kind"] == "combination" else None
+        return Entry(None, state, modules, alphas, scores=scores, tensors=group("tensors/"))
 
-    def _alphas(self, path: Path, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
+    def _alphas(self, path: Path | str, tensors: Mapping[str, Tensor], tasks: int) -> Tensor:
         alphas = tensors.get("alphas")
         if alphas is None or not alphas.is_floating_point() or alphas.shape not in ((tasks,), (len(self._layers), tasks)):
             got = "nothing" if alphas is None else kind_of(alphas)
             raise ValueError(f"load: {path} must hold alphas of {tasks} masks, for all layers or for each, got {got}")
         return alphas.to(self.layers()[0].weight.device)
 
-    def _mask(self, path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        masks = {}
-        for key, layer in self._layers.items():
-            bits, n, shape = tensors.get(f"bits/{key}"), layer.weight.numel(), self._shape_of_bits(layer)
-            if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
-                count = " x ".join(map(str, shape))
-                raise ValueError(f"load: {path} must hold {count} bytes of bits for layer {key!r}")
-            if not is_padded(bits, n):
-                raise ValueError(f"load: {path} must have zero padding after the {n} bits of layer {key!r}")
-            if not is_one_sign(bits):
-                raise ValueError(f"load: {path} must open a weight with one sign, its mask of layer {key!r} has both")
-            masks[key] = bits.to(layer.weight.device)
-        return masks
+    def _mask(
+        self,
+        stored: BankFolder | PackedBank,
+        row: Mapping,
+        tensors: Mapping[str, Tensor] | None = None,
+        owned: Mapping[str, Tensor] | None = None,
+        last: Sequence[Mapping[str, Tensor]] = (),
+    ) -> dict[str, Tensor]:
+        """The mask of an entry, as `mask_of`; tensors: what it holds, where that has been read."""
+        layers = {key: (layer.weight.numel(), layer.train_weight) for key, layer in self._layers.items()}
+        tensors = stored.tensors(row) if tensors is None else tensors
+        masks = mask_of(stored.place(row), tensors, layers, self._planes, owned, last)
+        return {key: bits.to(self._layers[key].weight.device) for key, bits in masks.items()}
 
     def _shape_of_bits(self, layer: SubnetLayer) -> tuple[int, ...]:
         """Of a mask of that layer: (bytes,), or (2, bytes) where masks are signed."""
         return tuple(layer.bits.shape) if self._planes == 1 else (self._planes, *layer.bits.shape)
 
     def _values(
-        self, path: Path, tensors: Mapping[str, Tensor], bits: Mapping[str, Tensor], owned: Mapping[str, Tensor], restore: bool
+        self,
+        path: Path | str,
+        tensors: Mapping[str, Tensor],
+        bits: Mapping[str, Tensor],
+        owned: Mapping[str, Tensor],
+        restore: bool,
     ) -> list[tuple[SubnetLayer, Tensor, Tensor]]:
         """Check the values of weights that a mask is the first to own; returns what is to be written."""
         writes = []
@@ -285,14 +345,59 @@ def _identity(manifest: Path) -> tuple[Path, int, int, int]:
     return manifest, found.st_ino, found.st_mtime_ns, found.st_size
 
 
-def _row(name: str, entry: Entry) -> dict:
+def _row(name: str, entry: Entry, file: str) -> dict:
     """What the manifest or a segment says of an entry."""
     kind = "mask" if entry.index is not None else "combination"
-    return {"name": name, "file": entry.saved.name, "kind": kind, "over": list(entry.over), "facts": entry.facts}
+    return {"name": name, "file": file, "kind": kind, "over": list(entry.over), "facts": entry.facts}
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()[:12]
+def mask_of(
+    where: Path | str,
+    tensors: Mapping[str, Tensor],
+    layers: Mapping[str, tuple[int, bool]],
+    planes: int,
+    owned: Mapping[str, Tensor] | None = None,
+    last: Sequence[Mapping[str, Tensor]] = (),
+) -> dict[str, Tensor]:
+    """The mask of an entry with these tensors, {layer name: packed bits on the CPU}, of `planes` planes.
+
+    layers: of each its weights and whether they learn; owned: what the masks before it open, and last: the two before it, by which masks
+    of weights that learn are coded. Raises ValueError in one sentence, saying where, if there is no proper mask.
+    """
+    masks = {}
+    for key, (n, learns) in layers.items():
+        size = reference.nbytes(n)
+        bits, shape = tensors.get(f"bits/{key}"), (size,) if planes == 1 else (planes, size)
+        if bits is None and f"coded/{key}" in tensors:
+            try:
+                bits = _unsealed(tensors, key, n, context_of(owned[key], [mask[key] for mask in last]) if learns else [], planes)
+            except (ValueError, KeyError) as error:
+                raise ValueError(f"load: {where} must hold a coded mask for layer {key!r}: {error}") from None
+        if bits is None or bits.dtype != torch.uint8 or bits.shape != shape:
+            raise ValueError(f"load: {where} must hold {' x '.join(map(str, shape))} bytes of bits for layer {key!r}")
+        if not is_padded(bits, n):
+            raise ValueError(f"load: {where} must have zero padding after the {n} bits of layer {key!r}")
+        if not is_one_sign(bits):
+            raise ValueError(f"load: {where} must open a weight with one sign, its mask of layer {key!r} has both")
+        masks[key] = bits
+    return masks
+
+
+def context_of(owned: Tensor, last: Sequence[Tensor]) -> list[Tensor]:
+    """What a mask of weights that learn is coded by: what earlier masks own, the one before it and the one before that."""
+    return [plane.cpu() for plane in (owned, *reversed(last), *[torch.zeros_like(owned)] * (2 - len(last)))]
+
+
+def sealed(bits: Tensor, n: int, context: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    """A mask, coded, by what its tensor's name ends with; of a signed one where it is 1, and where it is -1 by that."""
+    if bits.dim() == 1:
+        return [("", codec.seal(bits, n, context))]
+    return [("", codec.seal(bits[0], n)), ("/minus", codec.seal(bits[1], n, [bits[0]]))]
+
+
+def _unsealed(tensors: Mapping[str, Tensor], key: str, n: int, context: Sequence[Tensor], planes: int) -> Tensor:
+    first = codec.unseal(tensors[f"coded/{key}"], n, context)
+    return first if planes == 1 else torch.stack([first, codec.unseal(tensors[f"coded/{key}/minus"], n, [first])])
 
 
 def is_padded(bits: Tensor, n: int) -> bool:
@@ -311,69 +416,3 @@ def is_one_sign(bits: Tensor) -> bool:
 def raw(tensor: Tensor) -> Tensor:
     """The bytes of a tensor, a row an element, so that comparison is of bits and NaN equals itself."""
     return tensor.contiguous().view(torch.uint8).view(-1, tensor.element_size())
-
-
-def _need(path: Path, row: object, **kinds: type | tuple[type, ...]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(row, dict) or key not in row or not isinstance(row[key], kind):
-            raise ValueError(f"load: {path} must have a proper {key!r} in its manifest, got {row!r:.80}")
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, "pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"load: {path} must be a readable safetensors file: {' '.join(str(error).split())}") from None
-
-
-def _read_manifest(folder: Path) -> dict:
-    path = folder / "manifest.json"
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load: {path} must be a readable bank manifest: {error}") from None
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise ValueError(f"load: {path} must be the manifest of a {FORMAT}")
-    if manifest.get("version") not in (1, VERSION):
-        raise ValueError(f"load: {path} must be of format version {VERSION} or 1, got {manifest.get('version')!r:.80}")
-    if manifest["version"] == 1:
-        manifest["segments"] = []
-    _need(path, manifest, layers=dict, state=list, per_task=list, backbone_sha256=(str, type(None)), segments=list, entries=list)
-    for layer in manifest["layers"].values():
-        _need(path, layer, shape=list, trains=bool)
-    manifest["entries"] = [row for name in manifest["segments"] for row in _read_segment(path, name)] + manifest["entries"]
-    masks: set[str] = set()
-    names: set[str] = set()
-    for row in manifest["entries"]:
-        _need(path, row, name=str, file=str, kind=str, over=list, facts=dict)
-        if not re.fullmatch(r"[A-Za-z0-9_-]+\.safetensors", row["file"]):
-            raise ValueError(f"load: {path} must name its entries' files plainly and without folders, got {row['file']!r:.80}")
-        if row["name"] in names or row["kind"] not in ("mask", "combination"):
-            raise ValueError(
-                f"load: {path} must hold masks and combinations of different names, got {row['kind']!r} {row['name']!r:.80}"
-            )
-        combines = row["kind"] == "combination"
-        if combines != bool(row["over"]) or any(not isinstance(name, str) or name not in masks for name in row["over"]):
-            raise ValueError(f"load: {path} must combine masks that come earlier in it, {row['name']!r:.80} does not")
-        names.add(row["name"])
-        if row["kind"] == "mask":
-            masks.add(row["name"])
-    if any(not isinstance(name, str) for key in ("state", "per_task") for name in manifest[key]):
-        raise ValueError(f"load: {path} must list the names of its state and per_task as strings")
-    return manifest
-
-
-def _read_segment(manifest: Path, name: object) -> list:
-    """The rows that a manifest has in a file of their own."""
-    if not isinstance(name, str) or not (match := re.fullmatch(r"segment-[0-9]{5,}-([0-9a-f]{12})\.json", name)):
-        raise ValueError(f"load: {manifest} must name its segments plainly and without folders, got {name!r:.80}")
-    path = manifest.parent / name
-    try:
-        data = path.read_bytes()
-        rows = json.loads(data)
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"load: {path} must be a readable segment of a bank's manifest: {error}") from None
-    if not isinstance(rows, list) or _digest(data) != match[1]:
-        raise ValueError(f"load: {path} must hold the rows that its name has the hash of, its content is another")
-    return rows

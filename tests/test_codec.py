@@ -112,6 +112,48 @@ def test_any_bits_come_back(data):
     assert torch.equal(codec.decode(codec.encode(bits, n, context), n, context), bits)
 
 
+@pytest.mark.parametrize("n", [0, 1, 8, 108, 4_001, BLOCK + 9])
+@pytest.mark.parametrize("density", [0.0, 0.1, 0.5])
+def test_sealed_masks_come_back(n, density):
+    """In no more than their own bytes and a checksum."""
+    bits, context = mask(n, density), [mask(n, 0.4, 1)]
+    data = codec.seal(bits, n, context)
+    assert len(data) == 4 + min(-(-n // 8), len(codec.encode(bits, n, context)))
+    assert torch.equal(codec.unseal(data, n, context), bits)
+
+
+def test_a_sealed_mask_is_no_other_one():
+    """Another context, any byte changed, cut or added: each is noticed."""
+    n = 2_000
+    context = [mask(n, 0.5, 1)]
+    for density in (0.1, 0.5):  # coded, and as it is
+        bits = mask(n, density)
+        data = codec.seal(bits, n, context)
+        assert (len(data) == 4 + n // 8) == (density == 0.5)
+        spoilt = [data[:-1], data[:3], torch.cat([data, data[:1]])]
+        for i in range(len(data)):
+            other = data.clone()
+            other[i] ^= 1 << (i % 8)
+            spoilt.append(other)
+        for other in spoilt:
+            with pytest.raises(ValueError, match="decode: "):
+                codec.unseal(other, n, context)
+    data = codec.seal(mask(n, 0.1), n, context)
+    moved = 0
+    for seed in range(20):
+        one, other = (seed * 97) % n, (seed * 97 + 1) % n  # two weights change places in the context, all counts stay
+        plane = reference.unpack(context[0], (n,)).clone()
+        plane[[one, other]] = plane[[other, one]]
+        changed = reference.pack(plane)
+        if torch.equal(changed, context[0]):
+            continue
+        with contextlib.suppress(ValueError):
+            assert torch.equal(codec.unseal(data, n, [changed]), mask(n, 0.1))
+            continue
+        moved += 1
+    assert moved  # found by the checksum of the mask alone
+
+
 def test_instruction_sets_threads_and_alignment_make_the_same_bytes():
     n = 3 * BLOCK + 777
     bits, context = mask(n, 0.1), [mask(n, 0.5, 1), mask(n, 0.2, 2)]

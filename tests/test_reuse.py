@@ -104,12 +104,13 @@ def test_random_masks_overlap_as_expected():
 def test_of_a_bank(monkeypatch):
     model = sk.convert(torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Linear(30, 20)), sk.SubnetConfig(density=0.3))
     bank = sk.MaskBank(model)
-    assert reuse_report(bank) is None
+    sizes = {"0": 1200, "1": 600}
+    assert reuse_report(bank, sizes) is None
     for name in ("first", "second", "third"):
         bank.begin(scores="init")
         bank.commit(name)
     bank.commit("mix", alphas=torch.ones(3))  # is no mask
-    found = reuse_report(bank)
+    found = reuse_report(bank, sizes)
     assert found["masks"] == ["first", "second", "third"]
     assert list(found["layers"]) == bank.layer_names
     size = sum(sk.count(bits).item() for bits in bank.bits("second").values())
@@ -122,10 +123,10 @@ def test_of_a_bank(monkeypatch):
     assert found["pairs"]["all"]["measured"] == pytest.approx(100 * sum(both) / 3 / 1800)
     assert list(found["pairs"]["layers"]) == bank.layer_names
     monkeypatch.setattr("subnet_pipelines.reuse.MOST", 2)
-    assert {reuse_report(bank)[name] for name in ("overlap", "expected", "correlation", "pairs")} == {None}
+    assert {reuse_report(bank, sizes)[name] for name in ("overlap", "expected", "correlation", "pairs")} == {None}
     bank.remove("mix")
     bank.remove("third")
     bank.remove("second")
-    assert reuse_report(bank)["overlap"] == [[size]]
-    assert reuse_report(bank)["pairs"] is None  # one mask
+    assert reuse_report(bank, sizes)["overlap"] == [[size]]
+    assert reuse_report(bank, sizes)["pairs"] is None  # one mask
     assert MOST >= 100  # the longest stream of WSN's tables

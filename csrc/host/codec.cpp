@@ -4,7 +4,9 @@
 // A mask is cut into blocks of 64 KB of bits, each decodable by itself. In a block the bits of each context are put side by side
 // and taken by the byte; a byte's probability follows from the share of ones alone, so that share is all that is sent. The bytes
 // go through range asymmetric numeral systems (Duda, arXiv 1311.2540): two 64-bit states in turn, words of 32 bits.
+#ifndef SUBNET_CODEC_ALONE  // tests/fuzz_codec.cpp has a program of its own
 #include <pybind11/pybind11.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -17,8 +19,6 @@
 #include <string>
 #include <thread>
 #include <vector>
-
-namespace py = pybind11;
 
 namespace {
 
@@ -579,7 +579,14 @@ void decode_mask(const uint8_t* data, size_t length, size_t n, const Planes& pla
   });
 }
 
+}  // namespace
+
+#ifndef SUBNET_CODEC_ALONE
 // ---- Python ----------------------------------------------------------------------------------------------------------
+
+namespace py = pybind11;
+
+namespace {
 
 // The bytes of a buffer, at least `least`.
 py::buffer_info bytes_of(const py::buffer& buffer, size_t least, const char* what, bool writable = false) {
@@ -631,3 +638,4 @@ PYBIND11_MODULE(_codec, m) {
   m.def("decode", &decode);
   m.def("use_portable", [](bool yes) { portable = yes; });
 }
+#endif

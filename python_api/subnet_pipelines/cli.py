@@ -1,4 +1,4 @@
-"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | evaluate RUN | reproduce TABLE | bench | info."""
+"""The command line: subnet-kernels demo | train METHOD --benchmark NAME | evaluate RUN | reproduce TABLE | bench | bank | info."""
 
 from __future__ import annotations
 
@@ -39,13 +39,23 @@ def command(argv: list[str]) -> int:
     """Run the command that the words name; returns the exit code. Raises Refusal."""
     parser = Parser("subnet-kernels", description="One neural backbone, thousands of tasks, one bit per weight and task.")
     parser.add_argument(
-        "command", choices=("demo", "train", "evaluate", "reproduce", "bench", "info"), help="what to do; each has its own --help"
+        "command",
+        choices=("demo", "train", "evaluate", "reproduce", "bench", "bank", "info"),
+        help="what to do; each has its own --help",
     )
     if not argv or argv[0] in ("-h", "--help"):
         parser.print_help()
         return 0
     name = parser.parse_args(argv[:1]).command
-    commands = {"demo": demo, "train": train, "evaluate": evaluate, "reproduce": reproduce, "bench": bench, "info": info}
+    commands = {
+        "demo": demo,
+        "train": train,
+        "evaluate": evaluate,
+        "reproduce": reproduce,
+        "bench": bench,
+        "bank": bank,
+        "info": info,
+    }
     return commands[name](argv[1:])
 
 
@@ -98,6 +108,20 @@ def bench(argv: list[str]) -> int:
     paths = [str(SOURCE), str(Path(__file__).resolve().parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
     argv = [sys.executable, "-m", "pytest", *words, *(str(found[name]) for name in names)]
     return subprocess.run(argv, cwd=SOURCE, env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)}).returncode
+
+
+def bank(argv: list[str]) -> int:
+    """Print what is in a saved bank: each mask's density, what it shares, its bits a weight; and what all take in each form."""
+    parser = Parser("subnet-kernels bank", description=bank.__doc__, allow_abbrev=False)
+    parser.add_argument("action", choices=("show",), help="what to do with it")
+    parser.add_argument("path", metavar="PATH", help="folder of a bank (runs/.../seed-1/bank), or a packed file")
+    parser.add_argument("--plot", metavar="DIR", help="folder into which pictures of overlap and reuse are drawn")
+    given = parser.parse_args(argv)
+    from subnet_pipelines.bank_show import show
+
+    for line in show(Path(given.path), Path(given.plot) if given.plot else None):
+        print(line)
+    return 0
 
 
 def train(argv: list[str]) -> int:

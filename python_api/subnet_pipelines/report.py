@@ -292,24 +292,35 @@ def draw(result: Result, folder: Path) -> list[Path]:
         labels = {"xlabel": curve["x"], "ylabel": curve["y"]}
         save(f"{title.replace(' ', '_')}.png", lambda axes, lines=curve["lines"]: lines_on(axes, lines), title, **labels)
     if reused := result.method_report.get("reuse"):
-        shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
-        save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
-        if len(shares["none"]) > 1:
-            save("reuse_layers.png", lambda axes: _layers(axes, layers), "the same by layer, mean of later tasks", ylim=(0, 1))
-        if reused["correlation"] is not None:
-            pairs = _numbers(reused["correlation"])
-            span = min([0.0, *(v for row in pairs for v in row if v == v)]), 1.0
-            save(
-                "correlation.png",
-                lambda axes: _heat(axes, pairs, span, 2),
-                "correlation of the masks",
-                xlabel="task",
-                ylabel="task",
-            )
-        if found := reused["pairs"]:
-            labels = {"ylabel": "% of the weights", "title": "open in two masks, mean over pairs"}
-            save("overlap.png", lambda axes: _overlaps(axes, {**found["layers"], "all": found["all"]}), **labels)
+        made += draw_reuse(reused, folder)
     return [*made, draw_final([result], folder)]
+
+
+def draw_reuse(reused: dict[str, Any], folder: Path) -> list[Path]:
+    """PNGs of how masks share weights (`reuse.reuse_report`)."""
+    made = []
+
+    def save(name: str, paint: Callable[[Any], None], title: str, **labels: Any) -> None:
+        made.append(plot(folder / name, paint, title=title, **labels))
+
+    shares, layers = reused["tasks"], {name: _later(shares) for name, shares in reused["layers"].items()}
+    save("reuse_tasks.png", lambda axes: _shares(axes, shares), "whose weights a mask opens", xlabel="task", ylim=(0, 1))
+    if len(shares["none"]) > 1:
+        save("reuse_layers.png", lambda axes: _layers(axes, layers), "the same by layer, mean of later tasks", ylim=(0, 1))
+    if reused["correlation"] is not None:
+        pairs = _numbers(reused["correlation"])
+        span = min([0.0, *(v for row in pairs for v in row if v == v)]), 1.0
+        save(
+            "correlation.png",
+            lambda axes: _heat(axes, pairs, span, 2),
+            "correlation of the masks",
+            xlabel="task",
+            ylabel="task",
+        )
+    if found := reused["pairs"]:
+        labels = {"ylabel": "% of the weights", "title": "open in two masks, mean over pairs"}
+        save("overlap.png", lambda axes: _overlaps(axes, {**found["layers"], "all": found["all"]}), **labels)
+    return made
 
 
 def _recoveries(axes: Any, recovery: dict[str, Any]) -> None:

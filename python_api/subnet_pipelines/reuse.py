@@ -88,16 +88,19 @@ def _pair_sum(matrix: Tensor) -> float:
     return ((matrix.sum() - matrix.trace()) / 2).item()
 
 
-def reuse_report(bank: sk.MaskBank) -> dict[str, Any] | None:
-    """`reuse` of a bank's masks in commit order; how many weights every two have in common, how many they would have if they were
-    independent in every layer, and their correlation, over all layers; and the mean of the first two by layer (`pairs`, of two masks or
-    more). All that is of pairs is null beyond 250 masks. None for an empty bank."""
+def reuse_report(bank: Any, sizes: Mapping[str, int]) -> dict[str, Any] | None:
+    """`reuse` of the masks of a bank, or of a saved one, in commit order; how many weights every two have in common, how many they would
+    have if they were independent in every layer, and their correlation, over all layers; and the mean of the first two by layer (`pairs`,
+    of two masks or more). All that is of pairs is null beyond 250 masks. None for an empty bank.
+
+    bank: with `masks`, `opened` and `overlap`; sizes: weights of each layer.
+    """
     names = bank.masks
     if not names:
         return None
     found = {"masks": names, **reuse(map(bank.opened, names)), **dict.fromkeys(("overlap", "expected", "correlation", "pairs"))}
     if len(names) <= MOST:
-        layers, sizes = bank.overlap(), {name: layer.weight.numel() for name, layer in zip(bank.layer_names, bank.layers())}
+        layers = bank.overlap()
         overlap, expected = sum(layers.values()), sum(expected_overlap(both, sizes[name]) for name, both in layers.items())
         found["overlap"] = overlap.tolist()
         found["expected"] = [[round(value, 1) for value in row] for row in expected.tolist()]

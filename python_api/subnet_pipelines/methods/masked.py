@@ -88,7 +88,7 @@ class MaskedMethod(Method):
         signs = ("",) if all(layer.rule.planes == 1 for layer in self.bank.layers()) else SIGNS
         huffman = joint_huffman(planes, {name + sign: n for name, n in sizes.items() for sign in signs})
         report["capacity"] = with_huffman(report["capacity"], huffman, sum(sizes.values()))
-        return {**report, "reuse": reuse_report(self.bank)}
+        return {**report, "reuse": reuse_report(self.bank, sizes)}
 
     def state(self) -> dict[str, Any]:
         if self.out is None:
