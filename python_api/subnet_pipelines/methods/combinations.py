@@ -53,7 +53,7 @@ class CombinationConfig(MethodConfig):
     (basis-GN)."""
     basis_step: Literal["simplex", "rmsprop", "adam", "sgd"] = "simplex"
     """As inference_step simplex, in every layer over the masks, or the optimizer of these coefficients."""
-    basis_step_lr: Positive = 0.1
+    basis_step_lr: Positive = 0.5
     """The rate of either."""
 
 
