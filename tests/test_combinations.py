@@ -155,7 +155,7 @@ def test_a_basis_task_without_its_mask(learnt):
     assert report["combination_mean"][0] == pytest.approx(sum(p[0] for p in report["combination"].values()) / 3)
     assert report["own_mask_mean"] >= 90
     x = benchmark.test(1).tensors()[0]
-    _, (first, second) = method.eval().descend(x, torch.arange(len(x)))
+    first, second = method.eval().descend(x, torch.arange(len(x)))
     assert first.shape == (3, 3)
 
     def doubt(alphas):
@@ -167,12 +167,25 @@ def test_a_basis_task_without_its_mask(learnt):
     method.bank.activate(None)
 
 
+def test_a_descent_starts_at_the_surest_mask_or_at_equal_ones(learnt):
+    method, benchmark = other(learnt)
+    x = benchmark.test(1).tensors()[0]
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    start = method.descent_start(x, order)
+    rows = order[: method.config.inference_rows]
+    surest = min(range(3), key=lambda k: method.doubt(x, rows, method.basis[k]))
+    assert method.basis[surest] == "task 1"
+    assert start.tolist() == [0.5 if k == surest else 0.25 for k in range(3)]
+    equal, _ = other(learnt, basis_start="equal")
+    assert torch.equal(equal.descent_start(x, order), torch.full((3,), 1 / 3))
+
+
 @pytest.mark.parametrize("fields", [{"basis_step": "sgd"}, {"basis_step": "rmsprop", "basis_step_lr": 0.01}])
 def test_other_steps_without_a_mask_go_down_too(learnt, fields):
-    method, benchmark = other(learnt, **fields)
+    method, benchmark = other(learnt, basis_start="equal", **fields)
     x = benchmark.test(2).tensors()[0]
-    chosen, after = method.descend(x, torch.arange(len(x)))
-    assert chosen == 2
+    assert method.first_choice(x, torch.arange(len(x))) == 2
+    after = method.descend(x, torch.arange(len(x)))
     with torch.no_grad():
         seen = []
         for alphas in (torch.full((3, 3), 1 / 3), *after):

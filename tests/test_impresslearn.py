@@ -417,6 +417,7 @@ RESUMED = {
     "real": ({"mask": "real"}, [4, 9, 8, 2]),
     "signed, scaled": ({"mask": "signed", "scale_basis": True, "alpha_init": "optimal", "schedule": "cosine"}, [4, 9, 8, 2]),
     "a mix": ({"basis_seeds": 1, "basis_random": 1}, [4, 5, 8, 9]),
+    "components": ({"basis_random": 2, "components": "nonnegative", "component_count": 2}, [4, 9, 8, 2]),
     "smaller bases": ({"basis_random": 2, "sizes": [1, 3]}, [4, 2, 3, 2]),
     "seeds at once": ({"basis_kind": "homogeneous", "basis": 3, "parallel_tasks": 2}, [2, 5, 4]),
 }
@@ -524,6 +525,9 @@ def test_a_spread_basis_cannot_grow(tmp_path):
         ({"penalty": -1.0}, "penalty must not be negative"),
         ({"sizes": [1, 2]}, "sizes must be numbers of masks from 1 to 1, got 2"),
         ({"sizes": [1], "alpha_init": "optimal"}, "alpha_init must be equal where sizes gives smaller bases"),
+        ({"components": "principal", "mask": "signed"}, "components principal go with mask topk"),
+        ({"components": "nonnegative", "scale_basis": True}, "components nonnegative go with mask topk"),
+        ({"components": "principal", "component_count": 3}, "component_count must be at most the 2 masks of the basis, got 3"),
         ({"mask": "real", "basis_passes": 1}, "basis_passes must be 0 where mask is real"),
         ({"outputs": 1}, "outputs must be at least the 2 classes of contrary, got 1"),
         ({"density": 0.0}, "density must be in"),

@@ -51,6 +51,9 @@ class CombinationConfig(MethodConfig):
     basis_passes: Whole = 0
     """At the end of a run show every basis task without labels, and learn coefficients by so many epochs of the same objective
     (basis-GN)."""
+    basis_start: Literal["equal", "surest"] = "surest"
+    """Where these coefficients start: 1 / K each; or half on the one mask that wins on the first inference_rows rows as in exhaustive
+    inference, and the rest alike on the others."""
     basis_step: Literal["simplex", "rmsprop", "adam", "sgd"] = "simplex"
     """As inference_step simplex, in every layer over the masks, or the optimizer of these coefficients."""
     basis_step_lr: Positive = 0.5
@@ -79,6 +82,7 @@ class CombinationMethod(MaskedMethod):
         "inference_lr",
         "inference_batch",
         "basis_passes",
+        "basis_start",
         "basis_step",
         "basis_step_lr",
     )
@@ -138,7 +142,7 @@ class CombinationMethod(MaskedMethod):
         c, tasks = self.config, self.known()
         if c.inference == "exhaustive":
             rows = order[: c.inference_rows]
-            best = min(tasks, key=lambda task: self.doubt(x, rows, task))
+            best = min(tasks, key=lambda task: self.doubt(x, rows, entry_name(task)))
             return Found([best], best)
         shown = self.shown(order, c.passes) if c.passes else [[order[: c.inference_batch]]]
         candidates = self.alike(self.coefficients_of(tasks))
@@ -155,10 +159,9 @@ class CombinationMethod(MaskedMethod):
         return inference.information(logits) if informed else inference.entropy(logits).mean()
 
     @torch.no_grad()
-    def doubt(self, x: Tensor, rows: Tensor, task: int) -> float:
-        """The objective of these rows of x (n, ...) through a task's own entry; under information less that of the rows it was learnt on,
-        as some entries are surer of everything than others."""
-        name = entry_name(task)
+    def doubt(self, x: Tensor, rows: Tensor, name: str) -> float:
+        """The objective of these rows of x (n, ...) through an entry of the bank; under information less that of the rows it was learnt
+        on, as some entries are surer of everything than others."""
         with self.bank.as_task(name):
             doubt = self.objective(torch.cat([self.network(x[some]) for some in rows.split(1000)])).item()
         return doubt - (self.bank[name].tensors["information"].item() if self.config.inference_objective == "information" else 0)
@@ -191,26 +194,39 @@ class CombinationMethod(MaskedMethod):
 
     # ---- a basis task without its mask ------------------------------------------------------------------------------
 
-    @torch.enable_grad()
-    def descend(self, x: Tensor, order: Tensor) -> tuple[int, list[Tensor]]:
-        """basis-GN on the rows x (n, ...): the place of the mask that SupSup's one-shot rule chooses by the first batch, and the
-        coefficients (layers, K), from 1/K each, after each pass."""
+    def first_choice(self, x: Tensor, order: Tensor) -> int:
+        """The place of the basis mask that SupSup's one-shot rule chooses by the first batch of the rows x (n, ...)."""
+        equal = self.bank.layers()[0].weight.new_full((len(self.bank.layers()), len(self.basis)), 1 / len(self.basis))
+        return int(inference.one_shot(self.unlabelled_gradient(equal, self.basis, x[self.shown(order, 1)[0][0]]).sum(0)))
+
+    def descend(self, x: Tensor, order: Tensor) -> list[Tensor]:
+        """basis-GN on the rows x (n, ...): coefficients (layers, K) after each pass."""
         c = self.config
-        masks, simplex = len(self.basis), c.basis_step == "simplex"
-        alphas = nn.Parameter(torch.full((len(self.bank.layers()), masks), 1 / masks, device=x.device))
-        opt = None if simplex else OPTIMIZERS[c.basis_step]([alphas], c.basis_step_lr)
-        drift, chosen, after = torch.zeros_like(alphas), None, []
+        start = self.descent_start(x, order).expand(len(self.bank.layers()), -1).clone()
+        alphas, drift = nn.Parameter(start), start.log()
+        opt = None if c.basis_step == "simplex" else OPTIMIZERS[c.basis_step]([alphas], c.basis_step_lr)
+        after = []
         for batches in self.shown(order, c.basis_passes):
             for rows in batches:
                 alphas.grad = self.unlabelled_gradient(alphas, self.basis, x[rows])
-                chosen = int(inference.one_shot(alphas.grad.sum(0))) if chosen is None else chosen
-                if simplex:
+                if opt is None:
                     drift = drift - c.basis_step_lr * inference.standardised(alphas.grad)
                     alphas.data = drift.softmax(1)
                 else:
                     opt.step()
             after.append(alphas.detach().clone())
-        return chosen, after
+        return after
+
+    def descent_start(self, x: Tensor, order: Tensor) -> Tensor:
+        """Coefficients (K,) of basis masks from which they go down the objective; all are > 0."""
+        masks = len(self.basis)
+        if self.config.basis_start == "equal" or masks == 1:
+            return torch.full((masks,), 1 / masks, device=x.device)
+        rows = order[: self.config.inference_rows]
+        doubts = [self.doubt(x, rows, name) for name in self.basis]
+        start = torch.full((masks,), 0.5 / (masks - 1), device=x.device)
+        start[doubts.index(min(doubts))] = 0.5
+        return start
 
     @torch.no_grad()
     def right(self, x: Tensor, y: Tensor, order: Tensor, run_as: str | Tensor) -> float:
@@ -266,11 +282,11 @@ class CombinationMethod(MaskedMethod):
         own, shot, after, hits = {}, {}, {}, []
         for task in masked:
             (x, y, order), name = self.rows_of(task), entry_name(task)
-            chosen, alphas = self.descend(x, order)
-            hits.append(self.basis[chosen] == name)
+            chosen = self.basis[self.first_choice(x, order)]
+            hits.append(chosen == name)
             own[name] = self.right(x, y, order, name)
-            shot[name] = own[name] if hits[-1] else self.right(x, y, order, self.basis[chosen])
-            after[name] = [self.right(x, y, order, each) for each in alphas]
+            shot[name] = own[name] if hits[-1] else self.right(x, y, order, chosen)
+            after[name] = [self.right(x, y, order, each) for each in self.descend(x, order)]
         means = [statistics.fmean(each) for each in zip(*after.values())]
         report = {"own_mask": own, "one_shot_mask": shot, "combination": after, "one_shot_found": 100 * statistics.fmean(hits)}
         report |= {"own_mask_mean": statistics.fmean(own.values()), "one_shot_mask_mean": statistics.fmean(shot.values())}

@@ -20,8 +20,9 @@ import subnet_kernels as sk
 from subnet_kernels import optim
 from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
 from subnet_pipelines.bounds import Count, NotNegative, Positive, Share, Whole
-from subnet_pipelines.chance import seeded
+from subnet_pipelines.chance import seeded, stream
 from subnet_pipelines.errors import Refusal
+from subnet_pipelines.methods import components
 from subnet_pipelines.methods.base import Clock, Phase
 from subnet_pipelines.methods.combinations import CombinationConfig, CombinationMethod
 from subnet_pipelines.methods.controls import Controls
@@ -92,6 +93,11 @@ class ImpressLearnConfig(CombinationConfig):
     sizes: list[int] | None = None
     """Smaller bases, of so many masks each that lie evenly in the whole one: every new task learns coefficients over them too, which are
     measured and not kept."""
+    components: Literal["masks", "principal", "nonnegative"] = "masks"
+    """What coefficients weigh: the masks, or component_count components of these in each layer, principal ones or non-negative ones
+    (convex NMF): fewer numbers learn, and they are kept as the coefficients of masks that they amount to."""
+    component_count: Count = 10
+    """Components a layer."""
     alpha_init: Literal["equal", "optimal", "previous"] = "equal"
     """Where alpha starts: 1 / K each; 1 for the mask that does best on the task's validation rows and 0 for all others (the capstone's
     start_at_optimal, which for a basis task is its own mask); or the new task before this one, for a task that drifts."""
@@ -127,6 +133,9 @@ class ImpressLearnConfig(CombinationConfig):
             raise Refusal("basis_from spread needs new_tasks, to know the tasks that the basis is spread over")
         if self.sizes is not None and self.alpha_init != "equal":
             raise Refusal(f"alpha_init must be equal where sizes gives smaller bases, got {self.alpha_init}")
+        plain = self.mask == "topk" and self.alpha_init == "equal" and self.sizes is None and not self.scale_basis
+        if self.components != "masks" and not plain:
+            raise Refusal(f"components {self.components} go with mask topk, alpha_init equal, no sizes and scale_basis off")
         if self.mask == "real" and self.basis_passes:
             raise Refusal("basis_passes must be 0 where mask is real: basis-GN runs binary and signed masks at once")
         if self.mask == "real" and (self.hybrid or self.parallel_tasks > 1):
@@ -157,6 +166,10 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.random = [f"random {k}" for k in range(config.basis if config.basis_kind == "random" else config.basis_random)]
         self.basis = [entry_name(task) for task in self.basis_tasks]  # names of its masks, in the order of their coefficients
         self.basis += [mask_name(0, k) for k in range(1, self.seeds)] + self.random
+        if config.components != "masks" and config.component_count > len(self.basis):
+            raise Refusal(
+                f"component_count must be at most the {len(self.basis)} masks of the basis, got {config.component_count}"
+            )
         for size in config.sizes or ():
             if not 0 < size < len(self.basis):
                 raise Refusal(f"sizes must be numbers of masks from 1 to {len(self.basis) - 1}, got {size}")
@@ -172,6 +185,7 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.static_step = config.parallel_tasks == 1 and self.seeds <= 1  # else a step has a batch of each mask
         self.alphas: nn.Parameter | None = None
         self.over = self.basis  # the masks that alphas weigh
+        self.register_buffer("shares", None)  # of these masks in components, (layers, count, K), where alphas weigh those
         self.dense: nn.Module | None = None  # the backbone while it is trained
 
     def make_network(self) -> nn.Module:
@@ -326,6 +340,8 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         whole = len(over) == len(self.basis)
         best = self.measure_basis(task) if whole and (c.controls or c.alpha_init == "optimal") else None
         self.make_alphas(over)
+        if c.components != "masks":
+            self.make_components()
         if whole and c.controls:
             self.mix()
             self.gather_norms(task, self.model, self.network)
@@ -340,13 +356,32 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
                 self.alphas.copy_(before * len(over) if c.scale_basis else before)
 
     def make_alphas(self, over: list[str]) -> None:
-        """Equal coefficients (layers, K) of these masks."""
-        self.over, masks = over, len(over)
-        start = 1.0 if self.config.scale_basis else 1 / masks
-        self.alphas = nn.Parameter(torch.full((len(self.bank.layers()), masks), start, device=self.device))
+        """Equal coefficients of these masks (layers, K), or of as many components as these weigh (layers, count)."""
+        c, self.over, masks = self.config, over, len(over)
+        weighed = masks if c.components == "masks" else c.component_count
+        start = 1.0 if c.scale_basis else 1 / masks
+        self.alphas = nn.Parameter(torch.full((len(self.bank.layers()), weighed), start, device=self.device))
+        if c.components != "masks":
+            self.shares = self.alphas.new_zeros((*self.alphas.shape, masks))
+
+    @torch.no_grad()
+    def make_components(self) -> None:
+        """The components of these masks, and the coefficients of them that come nearest to equal ones of the masks."""
+        places = torch.tensor([self.bank.masks.index(name) for name in self.over])
+        overlaps = [each.cpu()[places][:, places] for each in self.bank.overlap().values()]
+        count, chance = self.config.component_count, stream(self.seed, "components")
+        principal = self.config.components == "principal"
+        shares = [
+            components.principal(each, count) if principal else components.nonnegative(each, count, chance) for each in overlaps
+        ]
+        equal = torch.full((len(self.over),), 1 / len(self.over))
+        self.shares.copy_(torch.stack(shares))
+        self.alphas.copy_(torch.stack([components.nearest(each, some, equal) for each, some in zip(overlaps, shares)]))
 
     def coefficients(self) -> Tensor:
         """What the masks are weighed by (layers, K); a hybrid's last row means nothing."""
+        if self.config.components != "masks":
+            return torch.einsum("lc,lck->lk", self.alphas, self.shares)
         return self.alphas / len(self.over) if self.config.scale_basis else self.alphas
 
     def mix(self) -> None:
@@ -368,7 +403,7 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         if clock.phase == "backbone":
             return self.dense(batch.x)
         self.ready(clock)
-        if clock.phase.startswith("alpha") and self.config.scale_basis:
+        if clock.phase.startswith("alpha") and (self.config.scale_basis or self.config.components != "masks"):
             self.mix()  # anew, as the coefficients are computed anew
         return self.network(batch.x)
 
@@ -430,6 +465,9 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         if self.config.backbone == "trained":
             capacity["seed_only_cap"] = None  # no seed gives these weights
         stream = {"basis_tasks": self.basis_tasks, "new_tasks": self.new_tasks, "basis_masks": len(self.basis)}
+        stream["learnt_per_task"] = layers * (
+            len(self.basis) if self.config.components == "masks" else self.config.component_count
+        )
         return {**report, **stream, "alphas_per_task": layers * len(self.basis), **self.controls_report()}
 
     def facts(self) -> dict[str, Any]:
