@@ -223,10 +223,8 @@ class MaskBank(BankFiles):
                 ops.restore_([layer.weight], [layer.frozen], [layer.frozen_values])
             layer.frozen = self._masks.owned[key].clone()
             layer.frozen_values = layer.weight.detach().new_empty(int(ops.count(layer.frozen)))
-        for (
-            _,
-            layer,
-        ) in learning:  # after all that stays is allocated: between it, what does not would leave a hole for every layer
+        # after all that stays is allocated: between it, what does not would leave a hole for every layer
+        for _, layer in learning:
             where = ops.unpack(layer.frozen, layer.weight.shape).flatten().nonzero()[:, 0]
             torch.index_select(layer.weight.detach().reshape(-1), 0, where, out=layer.frozen_values)
 
@@ -422,9 +420,7 @@ class MaskBank(BankFiles):
 
     def _from_cache(self, name: str | None, entry: Entry | None, bits: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
         """The effective weights of a task or of bits, made anew where they are not those of a task that is cached."""
-        now = [
-            (layer._own, layer.weight._version) for layer in self.layers()
-        ]  # a layer that moves or is cast gets another `_own`
+        now = [(layer._own, layer.weight._version) for layer in self.layers()]  # one that moves or is cast gets another `_own`
         if len(now) != len(self._ready_of) or any(a is not b or v != w for (a, v), (b, w) in zip(now, self._ready_of)):
             self._ready, self._ready_of = {}, now
         weights = self._ready.pop(name, None) if entry is not None else None

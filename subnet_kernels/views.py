@@ -20,15 +20,7 @@ def baked(
     for key, weight in weights.items():
         layer = model.get_submodule(key)
         new[key] = kept[id(layer.weight)] = nn.Parameter(weight, requires_grad=False)
-        for name in (
-            "scores",
-            "bits",
-            "w_eff",
-            "hints",
-            "frozen",
-            "frozen_values",
-            "_active",
-        ):  # which the copy is to lose: not copied
+        for name in "scores bits w_eff hints frozen frozen_values _active".split():  # which the copy is to lose: not copied
             if (tensor := getattr(layer, name)) is not None:
                 kept[id(tensor)] = tensor
     dense = unconvert(copy.deepcopy(model, kept))
