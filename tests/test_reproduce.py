@@ -409,6 +409,10 @@ def test_figures_of_a_table(small, capsys, tmp_path):
     log = [json.loads(line) for line in (tmp_path / "out/permuted-mnist-mini/wsn/code/seed-1/metrics.jsonl").open()]
     losses = [line["val_loss"] for line in log if line["kind"] == "epoch"]
     assert curves_of("epoch", "val_loss", cells)["WSN, c = .1"] == [(1, pytest.approx(statistics.fmean(losses)))]
+    assert curves_of("epoch", "val_loss", cells, ["train"])["WSN, c = .1: train"] == [
+        (1, pytest.approx(statistics.fmean(losses)))
+    ]
+    assert curves_of("epoch", "val_loss", cells, ["another phase"]) == {}
     pictures = {path.name for path in (tmp_path / "out").glob("*.png")}
     assert {f"permuted-mnist-mini.{name}.png" for name in ("by-rows-of-a-batch", "task-by-task", "learning")} <= pictures
     assert "permuted-mnist-mini.inferred-by-rows.png" not in pictures

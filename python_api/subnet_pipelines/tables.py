@@ -52,7 +52,8 @@ FIGURE = {  # what a figure may say, and what holds else
     "lines": None,
 }
 AXES = {"point": set(SHOWN), "task": {"final"}, "epoch": {"loss", "val_loss", "val_accuracy"}}  # x of a figure -> its y
-# x `curve` has for y the title of one of the curves that methods report, of which `lines` may name some
+# x `curve` has for y the title of one of the curves that methods report, of which `lines` may name some; x `epoch` a mean over all phases
+# of a task's training, or a line for each phase that `lines` names
 
 
 @dataclass(frozen=True)
@@ -186,13 +187,15 @@ def entry(
 
 
 def epoch_means(log: Path) -> dict[str, list[float]]:
-    """What a run's metrics.jsonl says of its epochs: means over the tasks that had the epoch, by epoch."""
-    found: dict[str, list[list[float]]] = {name: [] for name in AXES["epoch"]}
+    """What a run's metrics.jsonl says of its epochs: means over the tasks that had the epoch, by epoch, under the name of what was
+    measured; and under "PHASE, NAME" those over one phase of their training."""
+    found: dict[str, list[list[float]]] = {}
     for line in map(json.loads, log.read_text().splitlines()):
-        for name in found if line["kind"] == "epoch" else ():
-            if line.get(name) is not None:
-                found[name] += [[] for _ in range(line["epoch"] + 1 - len(found[name]))]
-                found[name][line["epoch"]].append(line[name])
+        for name in AXES["epoch"] if line["kind"] == "epoch" else ():
+            for key in (name, f"{line['phase']}, {name}") if line.get(name) is not None else ():
+                values = found.setdefault(key, [])
+                values += [[] for _ in range(line["epoch"] + 1 - len(values))]
+                values[line["epoch"]].append(line[name])
     return {name: [sum(each) / len(each) for each in epochs] for name, epochs in found.items() if epochs and all(epochs)}
 
 
@@ -422,7 +425,8 @@ def curves_of(
     x: str, y: str, entries: list[dict[str, Any]], lines: list[str] | None = None
 ) -> dict[str, list[tuple[float, float]]]:
     """What a figure shows: label -> points. Over `point` a number of every cell that has one; of `curve` the lines, these or all, of that
-    title that a cell's method reports; else a curve of every cell."""
+    title that a cell's method reports; over `epoch` a curve of every cell, or of each of these phases of its training; else a curve of
+    every cell."""
     found: dict[str, list[tuple[float, float]]] = {}
     several = len({e["fidelity"] for e in entries}) > 1
     for e in entries:
@@ -435,9 +439,10 @@ def curves_of(
             if e["point"] and (value := e["ours"][y]["mean"]) is not None:
                 found.setdefault(e["point"][0] + mode, []).append((e["point"][1], value))
         else:
-            values = e["final"] if x == "task" else e["epochs"].get(y, [])
-            if any(v is not None for v in values):
-                found[e["row"] + mode] = [(i + 1, v) for i, v in enumerate(values) if v is not None]
+            named = {f"{e['row']}: {phase}": e["epochs"].get(f"{phase}, {y}", []) for phase in lines or ()}
+            for label, values in (named or {e["row"]: e["final"] if x == "task" else e["epochs"].get(y, [])}).items():
+                if any(v is not None for v in values):
+                    found[label + mode] = [(i + 1, v) for i, v in enumerate(values) if v is not None]
     return {label: sorted(points) for label, points in found.items()}
 
 
