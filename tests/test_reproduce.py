@@ -275,6 +275,10 @@ def test_scaling_down(tmp_path):
     cell = Cell("permuted-mnist-mini/supsup", "", {"acc": [1, 1]}, "supsup", {"iterations": 30, "tasks": 3})
     assert jobs_of(cell, Asked(tmp_path, [1]))[0].flags == {"iterations": 30, "tasks": 3}
     assert jobs_of(cell, Asked(tmp_path, [1], tasks=9, epochs=2))[0].flags == {"tasks": 3, "epochs": 2}
+    masks = Cell("permuted-mnist-mini/impresslearn", "", {}, "impresslearn", {"basis_epochs": 5})
+    scaled = {"epochs": 2, "basis_epochs": 2, "backbone_epochs": 2}
+    assert jobs_of(masks, Asked(tmp_path, [1], epochs=2))[0].flags == scaled
+    assert jobs_of(masks, Asked(tmp_path, [1], epochs=7))[0].flags == {"epochs": 7, "basis_epochs": 5, "backbone_epochs": 7}
     assert [(j.fidelity, j.seed) for j in jobs_of(cell, Asked(tmp_path, [4, 2], also="sound"))] == [
         ("code", 4),
         ("code", 2),

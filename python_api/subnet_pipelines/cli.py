@@ -175,6 +175,7 @@ def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     """One run a seed, then the summary."""
     from subnet_pipelines.folder import refuse_run
     from subnet_pipelines.interrupt import Interrupted
+    from subnet_pipelines.processes import this_process
     from subnet_pipelines.progress import shown_on
     from subnet_pipelines.report import number, write_seeds
     from subnet_pipelines.train import run
@@ -182,19 +183,23 @@ def train_seeds(settings: Any, given: argparse.Namespace) -> int:
     seeds, device = seeds_of(given.seeds), device_of(given.device)
     method_config, benchmark_config, run_config = settings.build()
     out = Path(given.out or f"runs/{settings.method.name}-{settings.benchmark.name}-{settings.hash()}")
+    process = this_process()
     for seed in seeds if not given.resume else []:
-        refuse_run(out / f"seed-{seed}")
+        refuse_run(process.home(out / f"seed-{seed}"))
     results = []
     for seed in seeds:
         benchmark = settings.benchmark(benchmark_config, seed, given.data_dir, device)
         method = settings.method(method_config, benchmark, seed)
-        show = shown_on(title=f"seed {seed}: " if len(seeds) > 1 else "")
+        title = f"seed {seed}: " if len(seeds) > 1 else ""
+        show = shown_on(title=title + (f"process {process.rank}: " if process.rank else ""))
         try:
             note = {"fidelity": settings.fidelity}
             results.append(run(method, benchmark, run_config, out / f"seed-{seed}", given.resume, show, note=note))
         except Interrupted as stopped:
             print(f"subnet-kernels: {stopped}", file=sys.stderr)
             return 128 + stopped.signum
+    if process.rank:
+        return 0
     summary = write_seeds(results, out)
     spread = f" +- {number(summary['acc']['std'])}" if len(seeds) > 1 else ""
     print(f"{settings.title}: ACC {number(summary['acc']['mean'])}{spread} %; {out / 'report.html'}")
@@ -345,7 +350,11 @@ def device_of(word: str) -> Any:
         raise Refusal(f"--device must be auto, cpu or cuda, got {word!r}")
     if word == "cuda" and not torch.cuda.is_available():
         raise Refusal("--device cuda: torch finds no CUDA device here; use --device cpu")
-    return torch.device("cuda" if word == "cuda" or (word == "auto" and torch.cuda.is_available()) else "cpu")
+    if word == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    if "LOCAL_RANK" in os.environ:  # several processes: a GPU each, as far as there are
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    return torch.device("cuda")
 
 
 if __name__ == "__main__":

@@ -113,6 +113,8 @@ def jobs_of(cell: Cell, asked: Asked) -> list[Job]:
             if asked.epochs is not None:
                 flags.pop("iterations", None)
                 flags["epochs"] = asked.epochs
+                further = {name: flags.get(name, value) for name, value in settings.values.items() if name.endswith("_epochs")}
+                flags |= {name: min(asked.epochs, value) for name, value in further.items() if isinstance(value, int)}
             settings.resolve(None, flags, mode)
         except Refusal as error:
             why = str(error)

@@ -22,6 +22,17 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Phase
 
 
+def drops(model: nn.Module) -> bool:
+    """Whether a network draws random numbers as it trains."""
+    return any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules())
+
+
+def own_tensors(network: nn.Module) -> dict[str, Tensor]:
+    """What a network over shared weights has of its own: all of its state but these."""
+    shared = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, sk.SubnetLayer)}
+    return {name: t for name, t in network.state_dict().items() if name not in shared}
+
+
 class Together(nn.Module):
     """The networks of the tasks in training, and of those that are trained and wait.
 
@@ -34,7 +45,7 @@ class Together(nn.Module):
         super().__init__()
         if any(isinstance(m, sk.SubnetLayer) and m.train_weight for m in model.modules()):
             raise Refusal("parallel_tasks must be 1 where weights learn: tasks that share them would train each other's")
-        if any(isinstance(m, nn.modules.dropout._DropoutNd) and m.p > 0 for m in model.modules()):
+        if drops(model):
             raise Refusal("parallel_tasks must be 1 for a network with dropout, which draws from a stream of each task's own")
         self._model = (model,)  # in a tuple, so that it is no part of this module
         self.live = live
@@ -102,8 +113,7 @@ class Together(nn.Module):
     def get_extra_state(self) -> dict[str, Any]:
         saved = {}
         for task, network in self.networks.items():
-            shared = {f"{name}.weight" for name, m in network.named_modules() if isinstance(m, sk.SubnetLayer)}
-            saved[task] = {name: t for name, t in network.state_dict().items() if name not in shared}
+            saved[task] = own_tensors(network)
         return {"trained": self.trained, "networks": saved}
 
     def set_extra_state(self, state: dict[str, Any]) -> None:

@@ -56,25 +56,25 @@ def run(
     show: Quiet | None = None,
     save_every: float = 60.0,
     note: dict[str, Any] | None = None,
-) -> Result:
+) -> Result | None:
     """Train the method on the benchmark's stream, measure it, and write the folder `out`; returns what result.json holds.
 
     resume goes on at the batch where `out` stopped, to the same final bits; method must then be fresh. save_every: seconds between
     checkpoints; note: more fields for the recorded config. Raises Refusal where `out` holds a run and resume is false, where it was made
     with another config, where cuda_graph cannot be had, or where a loss is not finite; Interrupted at SIGTERM or SIGINT, after a
-    checkpoint.
+    checkpoint. Of several processes that share a run each calls this, with the run's folder as out; but for the first they return None.
     """
     config.check()
     if config.cuda_graph:
         refuse_graph(method)
-    method.out = Path(out)
+    out = method.out = method.process.home(Path(out))
     record = {"method": method.name, "benchmark": benchmark.name, "seed": method.seed}
     record |= {**asdict(method.config), **asdict(benchmark.config), **asdict(config), **(note or {})}
-    if resume and (done := finished(Path(out), record)) is not None:
+    if resume and (done := finished(out, record)) is not None:
         return done
     show = show or Quiet()
     with repeatable(), Stop() as stop:  # before the folder is there, so that whoever sees it may send signals
-        return Run(method, benchmark, config, Folder(Path(out), record, resume, show.say), show, save_every, stop).go()
+        return Run(method, benchmark, config, Folder(out, record, resume, show.say), show, save_every, stop).go()
 
 
 @contextlib.contextmanager
@@ -124,12 +124,14 @@ class Run:
             self.waiting = {"optimizer": tree["optimizer"], "left": tree["left"]}
             generators(tree["random"])
 
-    def go(self) -> Result:
-        """The whole stream."""
+    def go(self) -> Result | None:
+        """The whole stream, or this process's share of it."""
         with contextlib.closing(self.folder), self.show, contextlib.ExitStack() as stack:
             stack.callback(gc.unfreeze)
             self.go_on()
             self.save()
+        if self.method.process.rank:
+            return None
         result = make_result(self.method, self.benchmark, self.folder.record, self.seconds, self.matrix)
         write_run(result, self.folder.path)
         return result
@@ -147,6 +149,8 @@ class Run:
             plan = self.method.plan(None if index is None else self.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
+            if plan and self.method.process.rank:
+                return
             self.measure(lambda parts=parts: self.matrix.mark(parts[-1].row, self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:

@@ -17,6 +17,7 @@ from subnet_pipelines.bounds import Count, check_bounds
 from subnet_pipelines.chance import stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.models import gather_statistics
+from subnet_pipelines.processes import this_process
 from subnet_pipelines.schedules import Plateau
 
 
@@ -115,6 +116,15 @@ class Method(nn.Module):
             instead = f"; for {asked} train {self.elsewhere[asked]}" if asked in self.elsewhere else ""
             raise Refusal(f"{self.name} serves scenario {' and '.join(self.scenarios)}, not {asked} of {benchmark.name}{instead}")
         self.config, self.seed, self.device = config, seed, benchmark.device
+        if (process := this_process()).count > 1 and not self.can_share(config):
+            raise Refusal(f"{self.name} must be run by one process with these settings, got {process.count}")
+        self.process = process
+
+    @staticmethod
+    def can_share(config: MethodConfig) -> bool:
+        """Whether several processes can share the work of such a run: then `plan` of all but the first is its share of the first task that
+        it has a plan for, after which they end."""
+        return False
 
     @property
     def select_seconds(self) -> float:

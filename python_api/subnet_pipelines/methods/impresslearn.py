@@ -7,9 +7,8 @@ W_eff = W * sum_k alpha_k M_k, by cross-entropy and a penalty that keeps sum |al
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -24,6 +23,7 @@ from subnet_pipelines.chance import seeded, stream
 from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods import components
 from subnet_pipelines.methods.base import Clock, Phase
+from subnet_pipelines.methods.basis import Basis, mask_name
 from subnet_pipelines.methods.combinations import CombinationConfig, CombinationMethod
 from subnet_pipelines.methods.controls import Controls
 from subnet_pipelines.methods.dense import OPTIMIZERS, Network
@@ -32,7 +32,7 @@ from subnet_pipelines.methods.real_masks import RealMasks
 from subnet_pipelines.methods.supsup import outputs_of, wide
 from subnet_pipelines.models import MODELS, batch_norms, use_batch_statistics, use_running_statistics
 from subnet_pipelines.schedules import cosine
-from subnet_pipelines.together import Together
+from subnet_pipelines.together import Together, drops
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class ImpressLearnConfig(CombinationConfig):
             raise Refusal(f"{word} where mask is real: its weights are made layer by layer in PyTorch, for one network")
 
 
-class ImpressLearn(RealMasks, Controls, CombinationMethod):
+class ImpressLearn(Basis, RealMasks, Controls, CombinationMethod):
     """A basis of masks, and coefficients over them for every new task."""
 
     name = "impresslearn"
@@ -180,6 +180,8 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
             self.norms = batch_norms(network) if config.norm == "task" else []
             select = "signed" if config.mask == "signed" else "topk"
             self.adopt(network, sk.SubnetConfig(density=share, select=select, weight_init=init))
+        if self.process.count > 1 and drops(self.model):
+            raise Refusal(f"{self.name} must be run by one process where the network has dropout, got {self.process.count}")
         if config.parallel_tasks > 1:
             self.together = Together(self.model, self.run_live)
         self.static_step = config.parallel_tasks == 1 and self.seeds <= 1  # else a step has a batch of each mask
@@ -187,6 +189,10 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         self.over = self.basis  # the masks that alphas weigh
         self.register_buffer("shares", None)  # of these masks in components, (layers, count, K), where alphas weigh those
         self.dense: nn.Module | None = None  # the backbone while it is trained
+
+    @staticmethod
+    def can_share(config: ImpressLearnConfig) -> bool:
+        return config.basis_kind == "homogeneous"
 
     def make_network(self) -> nn.Module:
         outputs = outputs_of(self.config, self.benchmark)
@@ -235,66 +241,6 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
             layer.weight.copy_(self.dense.get_submodule(name).weight)
         sk.refresh(self.model)
         self.dense = None
-
-    # ---- the basis --------------------------------------------------------------------------------------------------
-
-    def plan_masks(self, task: Task) -> list[Phase]:
-        """A phase for each mask of a basis task; further ones of the first task count down from 0 in the place of a task's number."""
-        c, place = self.config, self.basis_tasks.index(task.index)
-        several = place == 0 and self.seeds > 1
-        numbered = [replace(task, index=-k) for k in range(self.seeds)] if several else [task]
-        phases = []
-        for k, mine in enumerate(numbered):
-            phase = self.mask_phase(mine.index, "mask", lambda k=k: self.commit_mask(mask_name(task.index, k), task))
-            if c.parallel_tasks == 1:
-                phase = replace(phase, together=[mine]) if several else phase
-            elif k % c.parallel_tasks:
-                phase = self.together.waiting(phase, mine)
-            else:
-                others = numbered[k + 1 :] if several else map(self.benchmark.task, self.basis_tasks[place + 1 :])
-                others = list(itertools.islice(others, c.parallel_tasks - 1))
-                phase = self.together.phase(phase, mine, others, self.begin_mask, self.mask_optimizer)
-            phases.append(phase)
-        return phases
-
-    def mask_phase(self, number: int, name: str, then: Callable[[], None]) -> Phase:
-        """The training of a mask from the scores of that number."""
-        c = self.config
-        return Phase(
-            name,
-            epochs=c.basis_epochs,
-            batch_size=c.batch_size,
-            optimizer=self.mask_optimizer,
-            schedule=cosine() if c.basis_schedule == "cosine" else None,
-            first=lambda: self.begin_mask(number),
-            then=then,
-            order=0,
-        )
-
-    def mask_optimizer(self, networks: Sequence[nn.Module] | None = None) -> torch.optim.Optimizer:
-        c, fuse = self.config, self.config.mask != "real"  # whose straight-through rule is the step's own, or autograd's
-        layers = [m for network in networks or [self.model] for m in network.modules() if isinstance(m, sk.SubnetLayer)]
-        scores = [layer.scores for layer in layers]
-        return optim.Adam(scores, c.basis_lr, weight_decay=c.basis_weight_decay, fuse_ste=fuse)
-
-    def begin_mask(self, number: int) -> None:
-        with seeded(self.seed, "scores", number):
-            self.bank.begin(scores="init")
-
-    def commit_mask(self, name: str, task: Task) -> None:
-        """Keep the live mask, with the statistics of norms over the task's training rows."""
-        self.run_live()
-        self.gather_norms(task, self.model, self.network)
-        self.run_live()
-        tensors = self.live_values() if self.config.mask == "real" else {}
-        self.bank.commit(name, tensors={**tensors, "information": self.own_information(task)})
-
-    def draw_masks(self, task: Task) -> None:
-        """The masks that nobody trains: the top-k of fresh scores, which is any choice of k weights as likely as any other."""
-        for k, name in enumerate(self.random):
-            with seeded(self.seed, "random mask", k):
-                self.bank.begin(scores="init")
-            self.commit_mask(name, task)
 
     # ---- new tasks: coefficients over the masks ---------------------------------------------------------------------
 
@@ -479,11 +425,6 @@ class ImpressLearn(RealMasks, Controls, CombinationMethod):
         if facts["dense"]:
             self.dense = self.make_network().to(self.device)
         self.measured = facts["measured"]
-
-
-def mask_name(task: int, k: int) -> str:
-    """The bank's name of a task's mask number k."""
-    return entry_name(task) + (f", seed {k}" if k else "")
 
 
 def tasks_of(config: ImpressLearnConfig, benchmark: Benchmark) -> tuple[list[int], list[int]]:

@@ -1,0 +1,98 @@
+"""Several processes that share the masks of a homogeneous basis, as torchrun starts them."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from streams import Contrary
+
+from subnet_pipelines import METHODS, Refusal
+from subnet_pipelines.benchmarks.base import BenchmarkConfig
+from subnet_pipelines.cli import main
+from subnet_pipelines.processes import Process, hand_over, taken
+
+SMALL = "train impresslearn --benchmark permuted-mnist-mini --tasks 3 --basis-kind homogeneous --basis 5 --basis-epochs 1".split()
+SMALL += "--epochs 1 --model mlp --controls false --eval-rows last --device cpu".split()
+
+
+def process(rank, count, out, *more):
+    """One of the processes, as torchrun would start it."""
+    env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    argv = [sys.executable, "-m", "subnet_pipelines.cli", *SMALL, "--out", str(out), *more]
+    return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(*processes):
+    for each in processes:
+        text = each.communicate(timeout=300)[0]
+        assert each.returncode == 0, text
+
+
+def bank_of(out):
+    """What the files of a run's bank hold, by name."""
+    files = sorted((out / "seed-1" / "bank").glob("*.safetensors"))
+    return {file.name: load_file(file) for file in files}
+
+
+def assert_same_bank(a, b):
+    assert list(a) == list(b)  # the names have the hashes of the contents
+    for name, tensors in a.items():
+        assert all(torch.equal(value, b[name][key]) for key, value in tensors.items()), name
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    out = tmp_path_factory.mktemp("alone")
+    assert main([*SMALL, "--out", str(out)]) == 0
+    found = bank_of(out)
+    assert len(found) == 7  # five masks and two new tasks
+    return found
+
+
+@pytest.mark.parametrize(("count", "more"), [(2, []), (3, ["--parallel-tasks", "2"])])
+def test_processes_end_with_the_masks_of_one(alone, count, more, tmp_path):
+    ended(*(process(rank, count, tmp_path, *more) for rank in range(count)))
+    assert_same_bank(alone, bank_of(tmp_path))
+    assert sorted(p.name for p in (tmp_path / "seed-1" / "processes").glob("[0-9]*")) == [str(k) for k in range(1, count)]
+
+
+def test_a_process_that_was_killed_goes_on(alone, tmp_path):
+    first, second = process(0, 2, tmp_path), process(1, 2, tmp_path)
+    masks = tmp_path / "seed-1" / "processes"
+    limit = time.monotonic() + 240
+    while not list(masks.glob("masks-*/*.safetensors")) and time.monotonic() < limit:
+        time.sleep(0.02)
+    for each in (first, second):
+        each.send_signal(signal.SIGKILL)
+        each.communicate()
+    assert not (tmp_path / "seed-1" / "result.json").exists()
+    ended(*(process(rank, 2, tmp_path, "--resume") for rank in range(2)))
+    assert_same_bank(alone, bank_of(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "fields"), [("impresslearn", {"basis": 1}), ("wsn", {})])
+def test_who_cannot_share(name, fields, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    method, benchmark = METHODS[name], Contrary(BenchmarkConfig(tasks=2), 1)
+    with pytest.raises(Refusal, match=f"{name} must be run by one process with these settings, got 2"):
+        method(method.Config(model="mlp", **fields), benchmark, 1)
+
+
+def test_folders_of_processes(tmp_path):
+    assert Process().home(tmp_path) == tmp_path == Process().run_of(tmp_path)
+    second = Process(1, 2)
+    assert second.home(tmp_path) == tmp_path / "processes" / "1"
+    assert second.run_of(second.home(tmp_path)) == tmp_path
+
+
+def test_what_is_handed_over(tmp_path):
+    tensors = {"a": torch.arange(5), "b": torch.randn(2, 3).T}
+    hand_over(tmp_path / "masks" / "0.safetensors", tensors)
+    found = taken(tmp_path / "masks" / "0.safetensors")
+    assert list(found) == ["a", "b"]
+    assert all(torch.equal(found[key], value) for key, value in tensors.items())
