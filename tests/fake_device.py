@@ -22,6 +22,7 @@ from subnet_pipelines.benchmarks import SCENARIOS
 from subnet_pipelines.benchmarks.base import Split, Visit, batches
 from subnet_pipelines.methods.base import Clock
 from subnet_pipelines.methods.lasem import LASEM
+from subnet_pipelines.methods.lifelong import Lifelong
 
 FIELDS = {
     "wsn": {"stored_mask": "last_step"},
@@ -93,7 +94,7 @@ def main(name: str) -> int:
     torch.nn.Module._apply = move
     FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # one mode for a tensor and its copies
     MaskBank._hash, MaskBank._freeze, bank.is_padded = (lambda _: "0"), freeze, (lambda *_: True)  # which need values
-    LASEM.best, LASEM.measure, LASEM.path = (lambda _: (True, False)), (lambda _: [None, None]), (lambda _: [])  # so do these
+    LASEM.best, LASEM.path, Lifelong.measure = (lambda _: (True, False)), (lambda _: []), (lambda _: [None, None])  # so do these
     with FakeTensorMode(shape_env=ShapeEnv()):
         method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream(SERVED.get(name, "GG"), on), 1)
         x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)

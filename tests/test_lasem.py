@@ -195,7 +195,7 @@ def test_it_learns(fields, tmp_path):
     assert list(lines) == ["layer 0", "layer 1"]
     assert all(0 <= y <= 1 for points in lines.values() for _, y in points)
     json.dumps(result.method_report)
-    with pytest.raises(NotLearnt, match="task 2 has not chosen"):
+    with pytest.raises(NotLearnt, match="task 2 has not been learnt"):
         method.predict(benchmark.test(0).tensors()[0], 2)
 
 
