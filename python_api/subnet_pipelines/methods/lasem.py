@@ -39,8 +39,11 @@ class LASEMConfig(LifelongConfig):
     sharing: Literal["hps", "tf", "df-cnn"] = "hps"
     """How a shared layer gets its kernel: as it is, from a core and the task's factors, or from a base by the task's deconvolution."""
     configuration: str = "em"
-    """Which layers are shared: chosen by EM; by DARTS's selection, of the first order; by a search through all configurations on validation
-    rows; or fixed: shared, specific, bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
+    """Which layers are shared: chosen by EM; by DARTS's selection; by a search through all configurations on validation rows; or fixed:
+    shared, specific, bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
+    darts_order: Literal["first", "second"] = "first"
+    """Under darts, the loss that the logits descend: that of the weights as they are, or of the weights after a step of gradient descent by
+    the learning rate, through which the logits' gradient goes too (exactly; the code takes finite differences of it)."""
     groups: list[int] | None = None
     """Sizes of groups of consecutive layers that are shared together or not at all, under em and search; null is each by itself."""
     likelihood: Literal["mean", "product"] = "mean"
@@ -127,11 +130,15 @@ class LASEM(Lifelong):
                 parts.append([make(layer, inp) for layer, inp in shapes])
         return [*parts, self.fresh_head(task)]
 
+    def parts(self) -> tuple[nn.ModuleList, ...]:
+        """What is in training: shared, the task's own, added, head; of each a dict of tensors a layer."""
+        return self.shared, self.own, self.added, self.head
+
     @torch.no_grad()
     def begin(self, task: int) -> None:
         """Fresh tensors for a task; what is shared stays where an earlier task has shared it."""
         self.index = task
-        for part, drawn in zip((self.shared, self.own, self.added, self.head), self.fresh(task)):
+        for part, drawn in zip(self.parts(), self.fresh(task)):
             for i, (layer, tensors) in enumerate(zip(part, drawn)):
                 for name, tensor in tensors.items() if part is not self.shared or not self.known[i] else ():
                     layer[name].copy_(tensor)
@@ -175,7 +182,9 @@ class LASEM(Lifelong):
     def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
         opt.zero_grad()
         if self.by_darts:
-            self.mixture_loss(batch).backward(inputs=[self.logits_of_layers])
+            second = self.config.darts_order == "second"
+            ahead = self.unrolled_loss(batch, opt.param_groups[0]["lr"]) if second else self.mixture_loss(batch)
+            ahead.backward(inputs=[self.logits_of_layers])
             opt.step()  # of the logits alone: nothing else has a gradient
             opt.zero_grad()
             loss = self.mixture_loss(batch)
@@ -195,11 +204,19 @@ class LASEM(Lifelong):
             self.note(clock.steps)
         return {"loss": loss.detach()}
 
-    def mixture_loss(self, batch: Batch) -> Tensor:
-        """The training loss of DARTS's network, 0-dim."""
-        shared, own = self.kernels((True,) * len(self.net.layers)), self.kernels((False,) * len(self.net.layers))
-        made = mixed(self.net, shared, own, self.logits_of_layers.softmax(1)[:, 1], batch.x)
-        return F.cross_entropy(self.scores(self.dropped(made)), batch.y)
+    def mixture_loss(self, batch: Batch, parts: Sequence | None = None) -> Tensor:
+        """The training loss of DARTS's network, 0-dim; parts: shared, own, added and head, default those in training."""
+        shared, own, added, head = parts or self.parts()
+        kernels = [self.rule.kernel(s, a) for s, a in zip(shared, added)], [(o["weight"], o["bias"]) for o in own]
+        made = mixed(self.net, *kernels, self.logits_of_layers.softmax(1)[:, 1], batch.x)
+        return F.cross_entropy(self.scores(self.dropped(made), head), batch.y)
+
+    def unrolled_loss(self, batch: Batch, rate: float | Tensor) -> Tensor:
+        """The loss, 0-dim, of DARTS's network once its weights have made a step of gradient descent by this rate: a function of the logits."""
+        weights = [p for part in self.parts() for layer in part for p in layer.values()]
+        slopes = iter(torch.autograd.grad(self.mixture_loss(batch), weights, create_graph=True))
+        moved = [[{name: p - rate * next(slopes) for name, p in layer.items()} for layer in part] for part in self.parts()]
+        return self.mixture_loss(batch, moved)
 
     def loss_of(self, way: tuple[bool, ...], batch: Batch) -> Tensor:
         """A configuration's training loss, 0-dim."""
