@@ -35,6 +35,7 @@ FIELDS = {
     "ewc": {"clip_norm": 1.0},
     "packnet": {},
     "lasem": {"model": "mlp"},
+    "prognn": {"model": "mlp"},
     "batche": {"model": "mlp"},
     "psp": {"model": "mlp", "momentum": 0.5},
     "separate-heads": {"model": "mlp"},

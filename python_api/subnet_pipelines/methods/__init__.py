@@ -10,6 +10,7 @@ from subnet_pipelines.methods.lasem import LASEM
 from subnet_pipelines.methods.mtl import MTL
 from subnet_pipelines.methods.nns import NNs
 from subnet_pipelines.methods.packnet import PackNet
+from subnet_pipelines.methods.prognn import ProgNN
 from subnet_pipelines.methods.psp import PSP
 from subnet_pipelines.methods.separate_heads import SeparateHeads
 from subnet_pipelines.methods.stl import STL
@@ -28,6 +29,7 @@ _ALL = (
     HopSupSup,
     ImpressLearn,
     LASEM,
+    ProgNN,
     BatchE,
     PSP,
     SeparateHeads,

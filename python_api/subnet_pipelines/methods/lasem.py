@@ -212,7 +212,7 @@ class LASEM(Lifelong):
         return F.cross_entropy(self.scores(self.dropped(made), head), batch.y)
 
     def unrolled_loss(self, batch: Batch, rate: float | Tensor) -> Tensor:
-        """The loss, 0-dim, of DARTS's network once its weights have made a step of gradient descent by this rate: one of the logits."""
+        """DARTS's loss, 0-dim, after a step of the weights down the loss by this rate, in which the logits have their part too."""
         weights = [p for part in self.parts() for layer in part for p in layer.values()]
         slopes = iter(torch.autograd.grad(self.mixture_loss(batch), weights, create_graph=True))
         moved = [[{name: p - rate * next(slopes) for name, p in layer.items()} for layer in part] for part in self.parts()]
