@@ -36,6 +36,7 @@ FIELDS = {
     "packnet": {},
     "lasem": {"model": "mlp"},
     "prognn": {"model": "mlp"},
+    "apd": {"model": "mlp"},
     "batche": {"model": "mlp"},
     "psp": {"model": "mlp", "momentum": 0.5},
     "separate-heads": {"model": "mlp"},

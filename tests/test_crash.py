@@ -24,6 +24,7 @@ SMALL = {  # settings that make a run of about forty steps
     "impresslearn": {"epochs": 2, "basis_epochs": 2, "batch_size": 16, "basis": 1, "model": "mlp"},
     "lasem": {"epochs": 2, "batch_size": 7, "model": "mlp"},
     "prognn": {"epochs": 2, "batch_size": 7, "model": "mlp"},
+    "apd": {"epochs": 2, "batch_size": 7, "model": "mlp"},
     "batche": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "psp": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "separate-heads": {"iterations": 15, "batch_size": 16, "model": "mlp"},

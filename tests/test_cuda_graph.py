@@ -124,6 +124,7 @@ CASES = {
     "lasem, search": functools.partial(made, "lasem", model="mlp", configuration="search", epochs=3, batch_size=20),
     "lasem, tf": functools.partial(made, "lasem", model="mlp", sharing="tf", prior="counts", epochs=3, batch_size=20),
     "prognn": functools.partial(made, "prognn", model="mlp", epochs=3, batch_size=20, lr=0.01),
+    "apd": functools.partial(made, "apd", model="mlp", epochs=3, batch_size=20, lr=0.01),
     "finetune": functools.partial(made, "finetune", epochs=3, lr=0.01),
     "stl": functools.partial(made, "stl", epochs=3, lr=0.01),
     "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),

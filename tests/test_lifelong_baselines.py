@@ -49,7 +49,13 @@ def watched(method, benchmark, out):
     return run(method, benchmark, RunConfig(), out), logits, kept
 
 
-CASES = {"prognn": ("prognn", {}), "prognn, half": ("prognn", {"reduction": 2.0, "keep": "best"})}
+LASEMS_APD = METHODS["apd"].FIDELITY["code"]
+CASES = {
+    "prognn": ("prognn", {}),
+    "prognn, half": ("prognn", {"reduction": 2.0, "keep": "best"}),
+    "apd": ("apd", {"lambda1": 1e-3, "lambda2": 1.0}),
+    "apd, LASEM's": ("apd", LASEMS_APD),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -82,7 +88,14 @@ def test_resumes_to_the_same_bits(case, tmp_path, monkeypatch):
     assert (whole.method_report, whole.accuracy_matrix) == (result.method_report, result.accuracy_matrix)
 
 
-@pytest.mark.parametrize(("name", "fields", "sentence"), [("prognn", {"reduction": 0.0}, "reduction must be positive, got 0.0")])
+@pytest.mark.parametrize(
+    ("name", "fields", "sentence"),
+    [
+        ("prognn", {"reduction": 0.0}, "reduction must be positive, got 0.0"),
+        ("apd", {"lambda1": -1.0}, "lambda1 must not be negative, got -1.0"),
+        ("apd", {"lambda2": -1.0}, "lambda2 must not be negative, got -1.0"),
+    ],
+)
 def test_refusals(name, fields, sentence):
     with pytest.raises(Refusal, match=sentence):
         made(name, **fields)
@@ -140,3 +153,78 @@ def test_reductions():
         method = made("prognn", reduction=reduction)[0]
         method.make(1)
         assert method.column[1]["down_0"].shape == (few, 100, 1, 1)
+
+
+# ---- APD -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fields", [{}, LASEMS_APD], ids=["paper", "LASEM's code"])
+def test_penalties_by_hand(fields, monkeypatch):
+    """In the second task: of adaptive parts, and of what has moved of the first task's kernels or of what is shared."""
+    method = pictured("apd", monkeypatch, **fields)[0]
+    method.begin(0)
+    assert method.held == []
+    method.settle(None)
+    before = [method.weight(i, method.own[i]).detach() if fields else kernel_of(method, 0, i) for i in range(4)]
+    was = [p.detach().clone() for p in method.shared.parameters()]
+    method.begin(1)
+    with torch.no_grad():
+        for p in method.parameters():
+            p += 0.01 * torch.randn_like(p)
+    own = [layer["adaptive"] for layer in method.own]
+    if fields:
+        l1 = sum(t.abs().mean() for t in own) / 4
+        pairs = list(zip(method.shared.parameters(), was))
+        l2 = sum((now - then).square().mean() / 2 for now, then in pairs) / len(pairs)
+    else:
+        along = [layer["adaptive"] for layer in method.earlier[0]]
+        l1 = sum(t.abs().sum() for t in (*own, *along))
+        masks = [method.learnt[0][f"{i}.mask"] for i in range(4)]
+        now = [layer["weight"] / (1 + (-mask).exp()) + tau for layer, mask, tau in zip(method.shared, masks, along)]
+        l2 = sum((one - two).square().sum() for one, two in zip(now, before))
+    torch.testing.assert_close(method.penalty(), 4e-4 * l1 + 100 * l2, rtol=1e-4, atol=1e-6)
+
+
+def kernel_of(method, task, i):
+    """Layer i's weight of a task that has been learnt, from the formula."""
+    kept = method.learnt[task]
+    return (method.shared[i]["weight"] * torch.sigmoid(kept[f"{i}.mask"]) + kept[f"{i}.adaptive"]).detach()
+
+
+@pytest.mark.parametrize("hold", ["tasks", "shared"])
+def test_what_apd_holds(hold, tmp_path):
+    """The greater lambda2 the less the first task's kernels move; under `tasks` its adaptive part follows what is shared."""
+    moves = {}
+    for lambda2 in (0.0, 100.0):
+        method, benchmark = made("apd", hold=hold, lambda2=lambda2, lambda1=1e-3, tasks=2)
+        settle, seen = method.settle, []
+
+        def settled(peak, method=method, settle=settle, seen=seen):
+            settle(peak)
+            seen.append(([kernel_of(method, 0, i) for i in range(2)], dict(method.learnt[0])))
+
+        method.settle = settled
+        result = run(method, benchmark, RunConfig(), tmp_path / str(lambda2))
+        (first, kept), (second, later) = seen
+        moves[lambda2] = sum(float((one - two).square().sum()) for one, two in zip(first, second))
+        for name, tensor in kept.items():
+            assert torch.equal(tensor, later[name]) == (hold == "shared" or "adaptive" not in name), name
+    assert 0 < moves[100.0] < 0.1 * moves[0.0]
+    assert result.final[0] >= result.diagonal[0] - 10
+
+
+def test_small_entries_do_not_count(tmp_path):
+    """What a task keeps of its adaptive part is greater than lambda1, and it alone is counted."""
+    method, benchmark = made("apd", lambda1=2e-3, tasks=2, epochs=6, lr=2e-3)
+    result = run(method, benchmark, RunConfig(), tmp_path / "run")
+    for kept, share, count in zip(
+        method.learnt, result.method_report["adaptive_share"], result.method_report["parameters_per_task"]
+    ):
+        entries = torch.cat([kept[f"{i}.adaptive"].flatten() for i in range(2)])
+        assert float(entries[entries != 0].abs().min()) > 2e-3
+        assert 0 < share < 0.9
+        assert count == int((entries != 0).sum()) + 100 + 100 + 200  # masks and biases
+    shared = 16 * 100 + 100 * 100
+    plain = shared + 200
+    own = sum(result.method_report["parameters_per_task"])
+    assert result.capacity["measured_cap"] == pytest.approx(100 * (shared + own) / plain)

@@ -1,5 +1,6 @@
 """Methods by name: a new one is its file, a line here, a YAML and a test."""
 
+from subnet_pipelines.methods.apd import APD
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.batche import BatchE
 from subnet_pipelines.methods.ewc import EWC
@@ -30,6 +31,7 @@ _ALL = (
     ImpressLearn,
     LASEM,
     ProgNN,
+    APD,
     BatchE,
     PSP,
     SeparateHeads,
