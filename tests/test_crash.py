@@ -25,6 +25,7 @@ SMALL = {  # settings that make a run of about forty steps
     "lasem": {"epochs": 2, "batch_size": 7, "model": "mlp"},
     "prognn": {"epochs": 2, "batch_size": 7, "model": "mlp"},
     "apd": {"epochs": 2, "batch_size": 7, "model": "mlp"},
+    "den": {"epochs": 1, "batch_size": 7, "model": "mlp", "lr": 1e-2, "expansion": 3},
     "batche": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "psp": {"iterations": 15, "batch_size": 16, "model": "mlp"},
     "separate-heads": {"iterations": 15, "batch_size": 16, "model": "mlp"},

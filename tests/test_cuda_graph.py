@@ -125,6 +125,7 @@ CASES = {
     "lasem, tf": functools.partial(made, "lasem", model="mlp", sharing="tf", prior="counts", epochs=3, batch_size=20),
     "prognn": functools.partial(made, "prognn", model="mlp", epochs=3, batch_size=20, lr=0.01),
     "apd": functools.partial(made, "apd", model="mlp", epochs=3, batch_size=20, lr=0.01),
+    "den": functools.partial(made, "den", model="mlp", epochs=3, batch_size=20, lr=0.01, expansion=3, select_share=0.7),
     "finetune": functools.partial(made, "finetune", epochs=3, lr=0.01),
     "stl": functools.partial(made, "stl", epochs=3, lr=0.01),
     "mtl": functools.partial(made, "mtl", epochs=3, lr=0.01),

@@ -3,6 +3,7 @@
 from subnet_pipelines.methods.apd import APD
 from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
 from subnet_pipelines.methods.batche import BatchE
+from subnet_pipelines.methods.den import DEN
 from subnet_pipelines.methods.ewc import EWC
 from subnet_pipelines.methods.finetune import Finetune
 from subnet_pipelines.methods.hopsupsup import HopSupSup
@@ -32,6 +33,7 @@ _ALL = (
     LASEM,
     ProgNN,
     APD,
+    DEN,
     BatchE,
     PSP,
     SeparateHeads,
