@@ -99,7 +99,7 @@ def main(name: str) -> int:
     FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # one mode for a tensor and its copies
     MaskBank._hash, MaskBank._freeze, bank.is_padded = (lambda _: "0"), freeze, (lambda *_: True)  # which need values
     LASEM.best, LASEM.path, Lifelong.measure = (lambda _: (True, False)), (lambda _: []), (lambda _: [None, None])  # so do these
-    DEN.training_loss, DEN.dead, DEN.drifted = (lambda _: 1.0), (lambda _: [[101], [100, 102]]), (lambda _: [[0, 3], [1]])
+    DEN.training_loss, DEN.dead, DEN.drifted = (lambda _: 1.0), (lambda _: [[101], [100, 102]]), (lambda _: [[0, 3], [1, 2]])
     with FakeTensorMode(shape_env=ShapeEnv()):
         method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream(SERVED.get(name, "GG"), on), 1)
         x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)
