@@ -78,6 +78,14 @@ def test_it_learns(case, tmp_path):
         method.predict(benchmark.test(0).tensors()[0], 3)
 
 
+@pytest.mark.parametrize("name", ["prognn", "apd", "den"])
+def test_without_validation_rows(name, tmp_path):
+    method, benchmark = made(name, tasks=2, val_fraction=0.0, iterations=8, epochs=1)
+    result = run(method, benchmark, RunConfig(), tmp_path / "run")
+    assert result.method_report["peak"] == [None, None]
+    assert len(result.final) == 2
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_resumes_to_the_same_bits(case, tmp_path, monkeypatch):
     name, fields = CASES[case]
