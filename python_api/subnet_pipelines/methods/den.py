@@ -124,11 +124,11 @@ class DEN(Lifelong):
                 old = self.layers[i]["weight"].shape
                 fresh = self.start.linear(old[1] + (more if i else 0), old[0] + more, layer.kernel, layer.kernel)
                 fresh = {name: t.to(self.device) for name, t in fresh.items()}
-                closed = {name: torch.ones_like(t, dtype=torch.bool) for name, t in fresh.items()}
+                opened = {name: torch.ones_like(t, dtype=torch.bool) for name, t in fresh.items()}
                 corner = {"weight": (slice(old[0]), slice(old[1])), "bias": slice(old[0])}
                 for name, at in corner.items():
-                    fresh[name][at], closed[name][at] = self.layers[i][name], False
-                    self.open[f"layers.{i}.{name}"] = closed[name]
+                    fresh[name][at], opened[name][at] = self.layers[i][name], False
+                    self.open[f"layers.{i}.{name}"] = opened[name]
                 self.put(i, fresh["weight"], fresh["bias"])
             head = self.head[0]["weight"]
             wide = self.start.linear(self.width, len(head))["weight"].to(self.device)
