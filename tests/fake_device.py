@@ -21,7 +21,9 @@ from subnet_pipelines import METHODS
 from subnet_pipelines.benchmarks import SCENARIOS
 from subnet_pipelines.benchmarks.base import Split, Visit, batches
 from subnet_pipelines.methods.base import Clock
+from subnet_pipelines.methods.den import DEN
 from subnet_pipelines.methods.lasem import LASEM
+from subnet_pipelines.methods.lifelong import Lifelong
 
 FIELDS = {
     "wsn": {"stored_mask": "last_step"},
@@ -34,6 +36,9 @@ FIELDS = {
     "ewc": {"clip_norm": 1.0},
     "packnet": {},
     "lasem": {"model": "mlp"},
+    "prognn": {"model": "mlp"},
+    "apd": {"model": "mlp"},
+    "den": {"model": "mlp"},
     "batche": {"model": "mlp"},
     "psp": {"model": "mlp", "momentum": 0.5},
     "separate-heads": {"model": "mlp"},
@@ -93,7 +98,8 @@ def main(name: str) -> int:
     torch.nn.Module._apply = move
     FakeTensorMode.__deepcopy__ = lambda mode, memo: mode  # one mode for a tensor and its copies
     MaskBank._hash, MaskBank._freeze, bank.is_padded = (lambda _: "0"), freeze, (lambda *_: True)  # which need values
-    LASEM.best, LASEM.measure, LASEM.path = (lambda _: (True, False)), (lambda _: [None, None]), (lambda _: [])  # so do these
+    LASEM.best, LASEM.path, Lifelong.measure = (lambda _: (True, False)), (lambda _: []), (lambda _: [None, None])  # so do these
+    DEN.training_loss, DEN.dead, DEN.drifted = (lambda _: 1.0), (lambda _: [[101], [100, 102]]), (lambda _: [[0, 3], [1, 2]])
     with FakeTensorMode(shape_env=ShapeEnv()):
         method = METHODS[name](METHODS[name].Config(**FIELDS[name]), Stream(SERVED.get(name, "GG"), on), 1)
         x, y = torch.empty(50, 784, device=on), torch.zeros(50, dtype=torch.int64, device=on)

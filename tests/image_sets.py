@@ -78,6 +78,21 @@ def write_stl10(folder: Path, train: int = 8, test: int = 3) -> None:
         (folder / f"{half}_y.bin").write_bytes((labels + 1).astype(np.uint8).tobytes())
 
 
+def write_office_home(
+    data_dir: Path, groups: list[list[str]], each: int = 10, photographs: str = "Real World", zipped: bool = False
+) -> None:
+    """Office-Home's folder, or zip: JPEGs of several sizes, so many of each class of the two domains that are read, and some of a third."""
+    folder, sizes = data_dir / "OfficeHomeDataset_10072016", [(150, 200), (128, 128), (90, 60)]  # height, width
+    for d, domain in enumerate(("Product", photographs, "Art")):
+        for c, name in enumerate(name for group in groups for name in group[: 1 if domain == "Art" else None]):
+            (folder / domain / name).mkdir(parents=True)
+            for i in range(1 if domain == "Art" else each):
+                picture = pictures(np.array([c]), (3, *sizes[i % 3]), 70 + i + each * (c + 65 * d))[0]
+                (folder / domain / name / f"{i + 1:05}.jpg").write_bytes(encoded(picture.transpose(1, 2, 0), "JPEG"))
+    (folder / "ImageInfo.csv").write_text("a list that nothing here reads\n")
+    zip_folder(folder, zipped)
+
+
 def write_files(data_dir: Path, folder: str, archive_name: str, files: dict[str, bytes], archive: bool) -> None:
     """Files in a folder, or in an archive that has the folder."""
     if not archive:

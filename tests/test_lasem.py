@@ -183,7 +183,14 @@ def test_fixed_configurations(configuration, tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"likelihood": "product", "prior": "counts"}, {"sharing": "tf"}, {"sharing": "df-cnn"}, {"configuration": "darts"}],
+    [
+        {},
+        {"likelihood": "product", "prior": "counts"},
+        {"sharing": "tf"},
+        {"sharing": "df-cnn"},
+        {"configuration": "darts"},
+        {"configuration": "darts", "darts_order": "second"},
+    ],
     ids=str,
 )
 def test_it_learns(fields, tmp_path):
@@ -195,7 +202,7 @@ def test_it_learns(fields, tmp_path):
     assert list(lines) == ["layer 0", "layer 1"]
     assert all(0 <= y <= 1 for points in lines.values() for _, y in points)
     json.dumps(result.method_report)
-    with pytest.raises(NotLearnt, match="task 2 has not chosen"):
+    with pytest.raises(NotLearnt, match="task 2 has not been learnt"):
         method.predict(benchmark.test(0).tensors()[0], 2)
 
 
@@ -284,7 +291,15 @@ def test_search_keeps_the_best_configuration(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"configuration": "search"}, {"keep": "best"}, {"sharing": "tf"}, {"configuration": "darts"}], ids=str
+    "fields",
+    [
+        {"configuration": "search"},
+        {"keep": "best"},
+        {"sharing": "tf"},
+        {"configuration": "darts"},
+        {"configuration": "darts", "darts_order": "second"},
+    ],
+    ids=str,
 )
 def test_resumes_to_the_same_bits(fields, tmp_path):
     def make():

@@ -233,3 +233,42 @@ def test_a_step_of_darts(sharing, monkeypatch):
     for p, gradient in zip(learning, gradients):
         torch.testing.assert_close(p.grad, gradient, rtol=1e-8, atol=1e-12)
     assert method.best() == tuple((after[:, 1] > after[:, 0]).tolist())
+
+
+@pytest.mark.parametrize("sharing", ["hps", "df-cnn"])
+def test_darts_of_the_second_order(sharing, monkeypatch):
+    """The logits' gradient against central differences, in float64, of the loss after a step of the weights, worked out from outside."""
+    monkeypatch.setitem(NETS, "lasem-cifar", Net((Layer(3, 3, 2), Layer(3, 3), Layer(3, 3, 2, skip=True)), (4,)))
+    method, batch = pictured(sharing=sharing, configuration="darts", darts_order="second", dropout=0.0, lr=0.3)
+    logits = method.logits_of_layers
+    weights = [p for p in method.learning(None) if p is not logits]
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+        start = logits.clone(), [p.clone() for p in weights]
+
+    def after_a_step(alpha):
+        with torch.no_grad():
+            logits.copy_(alpha)
+        slopes = torch.autograd.grad(method.mixture_loss(batch), weights)
+        with torch.no_grad():
+            for p, slope in zip(weights, slopes):
+                p -= 0.3 * slope
+            loss = method.mixture_loss(batch)
+            for p, value in zip((logits, *weights), (start[0], *start[1])):
+                p.copy_(value)
+        return loss
+
+    expected = torch.empty_like(logits).flatten()
+    for i in range(len(expected)):
+        step = torch.zeros_like(expected)
+        step[i] = 1e-5
+        ahead, behind = (after_a_step(start[0] + sign * step.view_as(start[0])) for sign in (1, -1))
+        expected[i] = (ahead - behind) / 2e-5
+    (first,) = torch.autograd.grad(method.mixture_loss(batch), [logits])
+    opt = method.optimizer(method.learning(None))
+    found = []
+    monkeypatch.setattr(opt, "step", lambda: found.append(logits.grad))
+    method.step(batch, opt, Clock(0))
+    torch.testing.assert_close(found[0].flatten(), expected, rtol=1e-6, atol=1e-9)
+    assert (found[0] - first).norm() > 1e-3 * first.norm()  # which the first order is not
+    assert found[1] is None  # the weights' step leaves the logits alone

@@ -25,6 +25,7 @@ from subnet_pipelines.benchmarks.mnist import (
     SplitMNIST,
     SplitMNISTMini,
 )
+from subnet_pipelines.benchmarks.office_home import OfficeHome
 from subnet_pipelines.benchmarks.omniglot import OmniglotRotation
 from subnet_pipelines.benchmarks.stl10 import STL10Tasks
 from subnet_pipelines.benchmarks.tiny_imagenet import TinyImageNet
@@ -45,6 +46,7 @@ _ALL = (
     CIFAR100Few20,
     CIFAR100Few40,
     STL10Tasks,
+    OfficeHome,
     TinyImageNet,
     ImageNetSplit,
 )

@@ -21,7 +21,7 @@ from torch import Tensor
 from subnet_pipelines.benchmarks.base import Benchmark, Late, Rows, Task
 from subnet_pipelines.benchmarks.files import data_folder, progress_bar
 from subnet_pipelines.benchmarks.images import ClassesConfig, Normal, at_most
-from subnet_pipelines.benchmarks.pictures import TOGETHER, sentence
+from subnet_pipelines.benchmarks.pictures import FILE, PIXELS, TOGETHER, sentence
 from subnet_pipelines.benchmarks.tiny_imagenet import MEAN, STD
 from subnet_pipelines.bounds import Count
 from subnet_pipelines.chance import stream
@@ -30,7 +30,7 @@ from subnet_pipelines.errors import Refusal
 FOLDERS = ("imagenet", "ILSVRC/Data/CLS-LOC", ".")
 SOLUTION = "LOC_val_solution.csv"  # of the set's page at Kaggle: a picture of val, and its class first among its boxes
 SHORT, SIDE = 256, 224  # short side of a picture as it is kept, side of what the model sees
-FILE, PIXELS, LONGER = 1 << 25, 1 << 27, 64  # at most: bytes of a file, pixels of a picture, and its long side over its short one
+LONGER = 64  # at most: a picture's long side over its short one
 LEAST_AREA, LEAST_RATIO, TRIES = (
     0.08,
     3 / 4,

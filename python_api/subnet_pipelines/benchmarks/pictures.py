@@ -27,6 +27,7 @@ from subnet_pipelines.errors import Refusal
 
 FILES = 1 << 18  # of a tree; TinyImageNet has 120,406
 BYTES = 1 << 20  # of a file in it; the largest is a list of 300 kB
+FILE, PIXELS = 1 << 25, 1 << 27  # bytes and pixels of a photograph, whose size is not known beforehand
 TOGETHER = 1000  # pictures decoded before they are put in their place
 VERSION = 1  # of what decode makes of a file
 DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError, SyntaxError)
@@ -35,11 +36,11 @@ DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotIm
 class Tree:
     """The files of a folder, or of the folder of a zip's name in that zip, by their paths in it; nothing is unpacked.
 
-    `names` are sorted, with slashes on every system. Raises Refusal, naming the path, where it cannot be read.
+    `names` are sorted, with slashes on every system; most: bytes of a file. Raises Refusal, naming the path, where it cannot be read.
     """
 
-    def __init__(self, path: Path):
-        self.path, self.zip = path, None
+    def __init__(self, path: Path, most: int = BYTES):
+        self.path, self.zip, self.most = path, None, most
         try:
             if path.is_dir():
                 entries = dict(self._walk())
@@ -72,11 +73,11 @@ class Tree:
             raise Refusal(f"{self.path}: lacks {name}")
         try:
             with open(self.path / name, "rb") if self.zip is None else self.zip.open(self.path.stem + "/" + name) as file:
-                data = file.read(BYTES + 1)
+                data = file.read(self.most + 1)
         except DAMAGE as error:
             raise Refusal(f"{self.path}: {name} is damaged ({sentence(error)})") from None
-        if len(data) > BYTES:
-            raise Refusal(f"{self.path}: {name} should be at most {BYTES} bytes")
+        if len(data) > self.most:
+            raise Refusal(f"{self.path}: {name} should be at most {self.most} bytes")
         return data
 
     def mark(self, names: Sequence[str], *how: object) -> str:
@@ -89,24 +90,28 @@ def sentence(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def decode(data: bytes, where: str, kind: str, mode: str, side: int, to: int) -> np.ndarray:
+def decode(data: bytes, where: str, kind: str, mode: str, side: int | None, to: int) -> np.ndarray:
     """A picture's bytes: uint8 (to, to) in mode L, (to, to, 3) in mode RGB, resized by Pillow's bicubic filter where to differs from side.
 
-    kind: PNG or JPEG; side: the width and height that it must have, which is seen before anything is decoded. Raises Refusal.
+    kind: PNG or JPEG; side: the width and height that it must have, which is seen before anything is decoded; None for any, of at most
+    PIXELS pixels, whose ratio is not kept. Raises Refusal.
     """
     try:
         with Image.open(BytesIO(data), formats=[kind]) as picture:
-            if picture.size != (side, side):
-                raise Refusal(f"{where}: should be {side} x {side}, is {picture.width} x {picture.height}")
+            width, height = picture.size
+            if side is not None and (width, height) != (side, side):
+                raise Refusal(f"{where}: should be {side} x {side}, is {width} x {height}")
+            if width * height > PIXELS:
+                raise Refusal(f"{where}: should have at most {PIXELS} pixels, is {width} x {height}")
             picture = picture.convert(mode)
-            return np.asarray(picture if to == side else picture.resize((to, to), Image.Resampling.BICUBIC))
+            return np.asarray(picture if (width, height) == (to, to) else picture.resize((to, to), Image.Resampling.BICUBIC))
     except Refusal:
         raise
     except Exception as error:  # Pillow's decoders raise what they like
         raise Refusal(f"{where}: is no {kind} picture that can be read ({sentence(error)})") from None
 
 
-def pictures(tree: Tree, names: Sequence[str], kind: str, mode: str, side: int, to: int) -> Tensor:
+def pictures(tree: Tree, names: Sequence[str], kind: str, mode: str, side: int | None, to: int) -> Tensor:
     """These files of a tree decoded as `decode` does: uint8 (n, channels, to, to).
 
     Read from the cache, STEM.SIDExSIDE.safetensors beside the tree, where that was made of the same files; else decoded, and the cache

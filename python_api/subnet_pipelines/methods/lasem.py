@@ -13,42 +13,37 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
-from subnet_kernels import optim
-from subnet_pipelines.benchmarks.base import Batch, Benchmark, Split, Task, batches
-from subnet_pipelines.bounds import Fraction, NotNegative, Positive
-from subnet_pipelines.capacity import capacity
+from subnet_pipelines.benchmarks.base import Batch, Benchmark, Task
+from subnet_pipelines.bounds import NotNegative
 from subnet_pipelines.chance import seeded
-from subnet_pipelines.errors import NotLearnt, Refusal
-from subnet_pipelines.methods.base import Clock, Method, MethodConfig, Phase, Prediction
-from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, Start, configurations, features, mixed, named, tree, widths
+from subnet_pipelines.errors import Refusal
+from subnet_pipelines.methods.base import Clock, Phase
+from subnet_pipelines.methods.lifelong import Lifelong, LifelongConfig, named_tensors, named_under, parameters
+from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, configurations, features, mixed, named, tree
 
 POINTS = 100  # of a task's training, at which the probability of sharing is kept
 MOST = 10  # choices among which all configurations are evaluated
-ROWS = 500  # of a test batch, where the accuracy at the best epoch is measured
 
 
 @dataclass(frozen=True)
-class LASEMConfig(MethodConfig):
+class LASEMConfig(LifelongConfig):
     """LASEM; the defaults are the recipe of the authors' code on CIFAR-100, for which the paper prints 39.3 % (HPS) with 10 tasks."""
 
-    epochs: int = 2000
-    """Epochs of a task."""
-    model: Literal["mlp", "lasem-cifar", "lasem-office-home", "lasem-stl", "lasem-resnet-18"] = "lasem-cifar"
-    """The network."""
     sharing: Literal["hps", "tf", "df-cnn"] = "hps"
     """How a shared layer gets its kernel: as it is, from a core and the task's factors, or from a base by the task's deconvolution."""
     configuration: str = "em"
-    """Which layers are shared: chosen by EM; by DARTS's selection, of the first order; by a search through all configurations on validation
-    rows; or fixed: shared, specific, bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
+    """Which layers are shared: chosen by EM; by DARTS's selection; by a search through all configurations on validation rows; or fixed:
+    shared, specific, bottom-N, top-N, alternating, or a digit a layer, 1 for shared."""
+    darts_order: Literal["first", "second"] = "first"
+    """Under darts, the loss that the logits descend: that of the weights as they are, or of the weights after a step of gradient descent by
+    the learning rate, through which the logits' gradient goes too (exactly; the code takes finite differences of it)."""
     groups: list[int] | None = None
     """Sizes of groups of consecutive layers that are shared together or not at all, under em and search; null is each by itself."""
     likelihood: Literal["mean", "product"] = "mean"
@@ -58,28 +53,6 @@ class LASEMConfig(MethodConfig):
     configuration led (the paper)."""
     prior_since: Literal["task", "epoch"] = "task"
     """Where the prior starts anew, at all alike: with each task, or with each epoch too."""
-    keep: Literal["last", "best"] = "last"
-    """A task keeps the weights and the configuration of its last epoch (the code), or of its best on validation rows."""
-    watch: Literal["loss", "accuracy"] = "accuracy"
-    """Which epoch is the best on validation rows: that of least loss, or the first of greatest accuracy (the code)."""
-    dropout: Fraction = 0.5
-    """Share of the features before the head that is dropped in training, where gradients are made but not where posteriors are."""
-    lr: Positive = 1e-4
-    """Learning rate of RMSprop in the first epoch."""
-    lr_decay: NotNegative = 2.5e-4
-    """The rate is lr / (1 + epoch lr_decay)."""
-    lr_epochs: Literal["stream", "task"] = "stream"
-    """Which epochs the rate counts: all since the first task began (the code), or the task's."""
-    smoothing: Fraction = 0.9
-    """RMSprop's share of the old mean of squares."""
-    eps: Positive = 1e-5
-    """What RMSprop adds to the root of the mean of squares (the code adds 1e-10 under the root)."""
-    squares: Literal["zero", "one"] = "zero"
-    """Where RMSprop's mean of squares starts (TensorFlow's, and so the code's, starts at one: first steps are small)."""
-    weight_std: Positive = 0.05
-    """Deviation of the normal distribution, cut at two of it, that plain kernels are drawn from."""
-    bias: float = 0.2
-    """What their biases, and those of the heads, start at."""
     orthogonality: NotNegative = 0.1
     """Weight of the penalty that keeps TF's factors close to orthogonal; the code has .1, .05, .01, .005 and .001."""
 
@@ -98,20 +71,19 @@ class LASEMConfig(MethodConfig):
             raise Refusal(f"sharing must be hps for lasem-resnet-18, as in the paper, got {self.sharing}")
 
 
-class LASEM(Method):
+class LASEM(Lifelong):
     """What is shared, and the layers and head of the task in training; what earlier tasks keep lies beside the module, so that model
     selection copies one task."""
 
     name = "lasem"
     Config = LASEMConfig
-    static_step = True
+    FACTS = (*Lifelong.FACTS, "trying", "known", "chosen", "paths", "tries")
+    BESIDE = (*Lifelong.BESIDE, "before", "winner", "history")
     FIDELITY = {"sound": {}, "code": {"squares": "one"}, "paper": {"likelihood": "product", "prior": "counts"}}
 
     def __init__(self, config: LASEMConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.benchmark, self.net, self.rule = benchmark, NETS[config.model], SHARING[config.sharing]
-        self.start, layers = Start(config.weight_std, config.bias), len(self.net.layers)
-        self.inputs, self.width = widths(self.net, benchmark.input_shape)
+        self.rule, layers = SHARING[config.sharing], len(self.net.layers)
         self.groups = config.groups or [1] * layers
         self.by_em, self.by_darts = config.configuration == "em", config.configuration == "darts"
         if self.by_em or config.configuration == "search":
@@ -132,15 +104,12 @@ class LASEM(Method):
         self.register_buffer("made", torch.zeros((), dtype=torch.int64, device=self.device))  # steps of the task in training
         self.static_step = config.prior_since == "task" and not self.by_darts  # else the host knows when an epoch begins
         self.forget_posteriors()
-        self.index, self.trying = 0, 0  # of the task in training, of the configuration among ways where one is trained by itself
+        self.trying = 0  # the configuration among ways where one is trained by itself
         self.known = [False] * layers  # which layers some task has shared
         self.before: list[dict[str, Tensor]] = []  # what was shared when the task began
         self.history = torch.full((POINTS, layers), torch.nan, device=self.device)  # P(shared), in the task in training
-        self.at_best: dict[str, Tensor] | None = None  # tensors of the best epoch, from the last step to the end of a phase
-        # Of each task: what it keeps for itself, which layers it shares, its test accuracy at its best epoch, and its history.
-        self.learnt: list[dict[str, Tensor]] = []
+        # Of each task: which layers it shares, and its history.
         self.chosen: list[list[bool]] = []
-        self.peaks: list[float | None] = []
         self.paths: list[list[list[float]]] = []
         # Under search: accuracies of each way so far at its best epoch, on validation and test rows, and the best way's tensors.
         self.tries: list[list[float]] = []
@@ -159,16 +128,17 @@ class LASEM(Method):
         for purpose, make in makers:
             with seeded(self.seed, purpose, task):
                 parts.append([make(layer, inp) for layer, inp in shapes])
-        sizes = [self.width, *self.net.hidden, self.benchmark.classes]
-        with seeded(self.seed, "head", task):
-            parts.append([self.start.linear(inp, out) for inp, out in pairwise(sizes)])
-        return parts
+        return [*parts, self.fresh_head(task)]
+
+    def parts(self) -> tuple[nn.ModuleList, ...]:
+        """What is in training: shared, the task's own, added, head; of each a dict of tensors a layer."""
+        return self.shared, self.own, self.added, self.head
 
     @torch.no_grad()
     def begin(self, task: int) -> None:
         """Fresh tensors for a task; what is shared stays where an earlier task has shared it."""
         self.index = task
-        for part, drawn in zip((self.shared, self.own, self.added, self.head), self.fresh(task)):
+        for part, drawn in zip(self.parts(), self.fresh(task)):
             for i, (layer, tensors) in enumerate(zip(part, drawn)):
                 for name, tensor in tensors.items() if part is not self.shared or not self.known[i] else ():
                     layer[name].copy_(tensor)
@@ -201,44 +171,20 @@ class LASEM(Method):
         c = self.config
         if c.configuration != "search":
             way = None if self.by_em or self.by_darts else self.ways[0]
-            return [self.phase("train", task, way, lambda: self.begin(task.index), self.end)]
+            return [self.phase("train", task, lambda: self.learning(way), lambda: self.begin(task.index), self.end)]
         phases = []
         for number, way in enumerate(self.ways):
             first = (lambda: self.begin(task.index)) if number == 0 else lambda number=number: self.begin_again(number)
             then = self.compare if number < len(self.ways) - 1 else self.end_search
-            phases.append(self.phase(f"search {number}", task, way, first, then))
+            phases.append(self.phase(f"search {number}", task, lambda way=way: self.learning(way), first, then))
         return phases
-
-    def phase(self, name: str, task: Task, way: tuple[bool, ...] | None, first, then) -> Phase:
-        """A task's phase under one configuration, or all."""
-        c = self.config
-        a_round = -(-len(task.train) // c.batch_size)
-        steps = c.iterations or c.epochs * a_round
-        before = task.index * (steps // a_round) if c.lr_epochs == "stream" else 0
-        return Phase(
-            name,
-            epochs=c.epochs,
-            steps=c.iterations,
-            batch_size=c.batch_size,
-            optimizer=lambda: self.optimizer(self.learning(way)),
-            schedule=lambda progress: 1 / (1 + (before + round(progress * steps) // a_round) * c.lr_decay),
-            select="last" if task.val is None else "best",
-            first=first,
-            then=then,
-            order=0,  # a search's configurations see the rows in one order
-        )
-
-    def optimizer(self, learning: list[nn.Parameter]) -> torch.optim.Optimizer:
-        c = self.config
-        opt = optim.RMSprop(learning, c.lr, alpha=c.smoothing, eps=c.eps)
-        for p in learning if c.squares == "one" else ():
-            opt.state[p] = {"step": torch.zeros((), device=p.device), "square_avg": torch.ones_like(p)}
-        return opt
 
     def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
         opt.zero_grad()
         if self.by_darts:
-            self.mixture_loss(batch).backward(inputs=[self.logits_of_layers])
+            second = self.config.darts_order == "second"
+            ahead = self.unrolled_loss(batch, opt.param_groups[0]["lr"]) if second else self.mixture_loss(batch)
+            ahead.backward(inputs=[self.logits_of_layers])
             opt.step()  # of the logits alone: nothing else has a gradient
             opt.zero_grad()
             loss = self.mixture_loss(batch)
@@ -258,11 +204,19 @@ class LASEM(Method):
             self.note(clock.steps)
         return {"loss": loss.detach()}
 
-    def mixture_loss(self, batch: Batch) -> Tensor:
-        """The training loss of DARTS's network, 0-dim."""
-        shared, own = self.kernels((True,) * len(self.net.layers)), self.kernels((False,) * len(self.net.layers))
-        made = mixed(self.net, shared, own, self.logits_of_layers.softmax(1)[:, 1], batch.x)
-        return F.cross_entropy(self.scores(self.dropped(made)), batch.y)
+    def mixture_loss(self, batch: Batch, parts: Sequence | None = None) -> Tensor:
+        """The training loss of DARTS's network, 0-dim; parts: shared, own, added and head, default those in training."""
+        shared, own, added, head = parts or self.parts()
+        kernels = [self.rule.kernel(s, a) for s, a in zip(shared, added)], [(o["weight"], o["bias"]) for o in own]
+        made = mixed(self.net, *kernels, self.logits_of_layers.softmax(1)[:, 1], batch.x)
+        return F.cross_entropy(self.scores(self.dropped(made), head), batch.y)
+
+    def unrolled_loss(self, batch: Batch, rate: float | Tensor) -> Tensor:
+        """DARTS's loss, 0-dim, after a step of the weights down the loss by this rate, in which the logits have their part too."""
+        weights = [p for part in self.parts() for layer in part for p in layer.values()]
+        slopes = iter(torch.autograd.grad(self.mixture_loss(batch), weights, create_graph=True))
+        moved = [[{name: p - rate * next(slopes) for name, p in layer.items()} for layer in part] for part in self.parts()]
+        return self.mixture_loss(batch, moved)
 
     def loss_of(self, way: tuple[bool, ...], batch: Batch) -> Tensor:
         """A configuration's training loss, 0-dim."""
@@ -319,16 +273,6 @@ class LASEM(Method):
         self.prior.fill_(1 / len(self.ways))
         self.led.fill_(1)
 
-    def dropped(self, made: Tensor) -> Tensor:
-        return F.dropout(made, self.config.dropout)
-
-    def scores(self, made: Tensor, head: Sequence | None = None) -> Tensor:
-        """Features (..., width) through a head, default the one in training -> logits (..., classes)."""
-        head = self.head if head is None else head
-        for i, layer in enumerate(head):
-            made = F.linear(made if i == 0 else made.relu(), layer["weight"], layer["bias"])
-        return made
-
     # ---- validation and the end of a task ---------------------------------------------------------------------------
 
     def best(self) -> tuple[bool, ...]:
@@ -337,45 +281,8 @@ class LASEM(Method):
             return tuple((self.logits_of_layers[:, 1] > self.logits_of_layers[:, 0]).tolist())
         return self.ways[int(self.prior.argmax()) if self.by_em else self.trying]
 
-    def logits(self, batch: Batch, clock: Clock) -> Tensor:
-        return self.run(batch.x)
-
-    def run(self, x: Tensor) -> Tensor:
-        """Logits (B, classes) of x (B, ...) as the task in training stands, without dropout."""
-        return self.scores(features(self.net, self.kernels(self.best()), x))
-
-    def validate(self, batch: Batch, clock: Clock) -> Tensor:
-        logits = self.run(batch.x)
-        if self.config.watch == "loss":
-            return F.cross_entropy(logits, batch.y)
-        return (logits.argmax(1) != batch.y).to(logits.dtype).mean()
-
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        self.at_best = snapshot  # the end of the phase measures it, and says whether it is what stays
-
-    @torch.no_grad()
-    def accuracy(self, split: Split) -> float:
-        """Percent of a half's rows that the task in training gets right."""
-        self.eval()
-        x, y = split.tensors()
-        return 100 * sum(int((self.run(b.x).argmax(1) == b.y).sum()) for b in batches(x, y, None, None, ROWS)) / len(y)
-
-    def measure(self) -> list[float | None]:
-        """Accuracy at the best epoch of a phase, on validation and on test rows; then the tensors are those that the config keeps."""
-        if self.at_best is None:
-            return [None, None]
-        last = self.snapshot()
-        self.load_state_dict(self.at_best)
-        task = self.benchmark.task(self.index)
-        found = [self.accuracy(task.val), self.accuracy(self.benchmark.test(self.index))]
-        if self.config.keep == "last":
-            self.load_state_dict(last)
-        self.at_best = None
-        return found
-
-    def end(self) -> None:
-        """The end of a task with one phase."""
-        self.settle(self.measure()[1])
+    def body(self, x: Tensor) -> Tensor:
+        return features(self.net, self.kernels(self.best()), x)
 
     def begin_again(self, number: int) -> None:
         """The task from its start, under the search's configuration of that number."""
@@ -412,8 +319,8 @@ class LASEM(Method):
         self.put_back(way)
         self.known = [known or share for known, share in zip(self.known, way)]
         kept = {f"{i}.{n}": p for i, share in enumerate(way) for n, p in (self.added if share else self.own)[i].items()}
-        kept |= {f"head.{i}.{n}": p for i, layer in enumerate(self.head) for n, p in layer.items()}
-        self.learnt.append({name: p.detach().clone() for name, p in kept.items()})
+        kept = {name: p.detach().clone() for name, p in kept.items()}
+        self.learnt.append(kept | named_tensors(self.head, "head."))
         self.chosen.append(list(way))
         self.peaks.append(peak)
         self.paths.append(self.path() if self.by_em or self.by_darts else [])
@@ -424,26 +331,15 @@ class LASEM(Method):
 
     # ---- use, report, state -----------------------------------------------------------------------------------------
 
-    def predict(self, x: Tensor, task: int | None) -> Prediction:
-        if task >= len(self.learnt):
-            raise NotLearnt(f"task {task} has not chosen its layers yet")
-        kept = self.learnt[task]
-        layers = [named_under(kept, f"{i}.") for i in range(len(self.net.layers))]
-        head = [named_under(kept, f"head.{i}.") for i in range(len(self.head))]
-        made = features(self.net, self.kernels(self.chosen[task], (layers, layers)), x)
-        return Prediction(self.scores(made, head), torch.full((len(x),), task, device=x.device))
+    def outputs(self, x: Tensor, task: int) -> Tensor:
+        layers = [named_under(self.learnt[task], f"{i}.") for i in range(len(self.net.layers))]
+        return self.scores(features(self.net, self.kernels(self.chosen[task], (layers, layers)), x), self.kept_head(task))
 
     def report(self) -> dict[str, Any]:
-        plain = sum(w.numel() for layer in self.own for w in layer.values())  # of one network, without a head
         shared = sum(p.numel() for layer, known in zip(self.shared, self.known) if known for p in layer.values())
         own = [sum(t.numel() for name, t in kept.items() if not name.startswith("head.")) for kept in self.learnt]
-        cost = capacity(plain, plain, tasks=len(self.learnt), mask_bytes=0, paper_cap=None)
-        report = {
-            "capacity": {**cost, "measured_cap": 100 * (shared + sum(own)) / plain},
-            "configurations": ["".join("01"[share] for share in way) for way in self.chosen],
-            "peak": list(self.peaks),
-            "parameters_per_task": own,
-        }
+        report = self.costs(shared, own)
+        report["configurations"] = ["".join("01"[share] for share in way) for way in self.chosen]
         return report | ({"curves": curves} if (curves := self.curves()) else {})
 
     def curves(self) -> dict[str, Any]:
@@ -458,32 +354,3 @@ class LASEM(Method):
             "shared while a task trains": {"x": "share of its training, mean of the tasks", "y": "P(shared)", "lines": means},
             "shared in the end": {"x": "task", "y": "P(shared)", "lines": ends},
         }
-
-    def facts(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in FACTS}
-
-    def build(self, facts: dict[str, Any]) -> None:
-        for name in FACTS:
-            setattr(self, name, facts[name])
-
-    def state(self) -> dict[str, Any]:
-        return {**super().state(), **{name: getattr(self, name) for name in BESIDE}}
-
-    def load(self, state: dict[str, Any]) -> None:
-        super().load(state)
-        for name in BESIDE:
-            setattr(self, name, tree_map(lambda t: t.to(self.device, copy=True), state[name]))
-
-
-FACTS = ("index", "trying", "known", "chosen", "peaks", "paths", "tries")  # attributes beside the module that a checkpoint holds
-BESIDE = ("before", "learnt", "winner", "history")  # and those that are tensors
-
-
-def parameters(layers: list[dict[str, Tensor]], device: torch.device) -> nn.ModuleList:
-    """The tensors of every layer as parameters."""
-    return nn.ModuleList(nn.ParameterDict({name: nn.Parameter(t.to(device)) for name, t in layer.items()}) for layer in layers)
-
-
-def named_under(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Those whose name begins so, by the rest of the name."""
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
