@@ -4,7 +4,8 @@ from subnet_kernels import optim
 from subnet_kernels.bank import MaskBank
 from subnet_kernels.convert import ErdosRenyi, SubnetConfig, convert, dense_state_dict, signed_constant_, unconvert
 from subnet_kernels.kinds import SubnetConvTranspose1d, SubnetConvTranspose2d, SubnetConvTranspose3d, SubnetEmbedding
-from subnet_kernels.layers import Rule, SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
+from subnet_kernels.layers import SubnetConv1d, SubnetConv2d, SubnetConv3d, SubnetLayer, SubnetLinear, refresh
+from subnet_kernels.live import Rule
 from subnet_kernels.ops import (
     Compressed,
     alpha_grad,

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from subnet_kernels.kinds import DENSE, check_embedding
-from subnet_kernels.layers import Rule, SubnetLayer, refresh
+from subnet_kernels.layers import SubnetLayer, refresh
+from subnet_kernels.live import Rule
 from subnet_kernels.ops._checks import choice
 from subnet_kernels.ops.select import check_density
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from subnet_kernels.layers import DENSE, Rule, SubnetLayer, refresh
+from subnet_kernels.layers import DENSE, SubnetLayer, refresh
+from subnet_kernels.live import Rule
 
 
 class _SubnetConvTranspose(SubnetLayer):

@@ -11,7 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import subnet_kernels as sk
 from subnet_kernels import optim, reference
-from subnet_kernels.layers import Rule, SubnetConv2d, SubnetLinear
+from subnet_kernels.layers import SubnetConv2d, SubnetLinear
+from subnet_kernels.live import Rule
 
 OPTIONS = [
     ("SGD", dict(lr=0.1)),
