@@ -320,8 +320,9 @@ def test_a_file_with_both_signs_is_refused(tmp_path):
     tensors = load_file(path)
     tensors["bits/3"][1] |= tensors["bits/3"][0]
     save_file(tensors, path)
+    again = sk.MaskBank.load(tmp_path, net())
     with pytest.raises(ValueError, match="must open a weight with one sign, its mask of layer '3' has both"):
-        sk.MaskBank.load(tmp_path, net())
+        again.bits("task 0")
 
 
 def test_a_model_can_be_kept_whole():
