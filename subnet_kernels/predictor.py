@@ -135,7 +135,7 @@ class Predictor:
                 leads = not self._busy
                 self._busy, request._waits = True, not leads
             if not leads:
-                request._wake.acquire()
+                self._sleep(request)
                 continue
             batch: list[Request] = []
             try:
@@ -144,6 +144,25 @@ class Predictor:
                 self._answer(batch)
             finally:
                 self._hand_over(batch)
+
+    def _sleep(self, request: Request) -> None:
+        """Until somebody wakes the thread of a request. If it is interrupted while it is the one who shall go on, another one does."""
+        try:
+            request._wake.acquire()
+        except BaseException:
+            with self._lock:
+                woken, request._waits = not request._waits, False
+                if woken and not self._busy:
+                    self._wake_one()
+            raise
+
+    def _wake_one(self) -> None:
+        """Of those who wait for their answer."""
+        for request in self._queue:
+            if request._waits:
+                request._waits = False
+                request._wake.release()
+                return
 
     def _gather(self) -> None:
         """Let the threads that were answered last ask again."""
@@ -174,12 +193,10 @@ class Predictor:
                 request._done = request._answer is not None or request._error is not None
                 if not request._done:  # this thread was interrupted: another one will answer
                     self._queue.appendleft(request)
-            awake = [request for request in batch if request._waits and request._done]
-            awake += [request for request in self._queue if request._waits][:1]
-            for request in awake:
-                request._waits = False
-        for request in awake:
-            request._wake.release()
+                elif request._waits:
+                    request._waits = False
+                    request._wake.release()
+            self._wake_one()
 
     # ---------------------------------------------------------------------------------------------------------- running
 

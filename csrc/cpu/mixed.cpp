@@ -222,6 +222,9 @@ static void forward_small(const Call& call, const std::optional<Tensor>& bias, f
         const Bank::Lines lines = call.bank.task(g.task);
         uint16_t* mine = open.data() + kSlack + rows.slot * bits;
         for (int64_t i = 0; i < here; i++) align_bits(lines, (o + i) * inputs, inputs, mine + i * open_stride);
+        if (o + kOutputs < outputs)  // a task's lines lie far apart: nothing else fetches those of the next block
+          for (int64_t line = (o + kOutputs) * inputs / kTile; line <= (o + 2 * kOutputs) * inputs / kTile; line++)
+            __builtin_prefetch(lines.first + line * lines.step, 0, 2);
         const int64_t alone = here == kOutputs ? (g.end - g.begin) % kQuad : 0;
         kernel(w, inputs, mine, open_stride, x.data() + g.begin * stride, stride, g.end - g.begin - alone, pieces,
                sums.data() + g.begin * kOutputs);
