@@ -616,8 +616,9 @@ class MaskBank(BankFiles):
     def export(self, name: str, *, compressed: bool = False) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
 
-        compressed: linear layers that are faster so, by what was measured (`ops.compressed.BEATS_DENSE`: float32 on the CPU, of 200,000
-        weights of which at most .15 are open), hold their open weights alone and multiply by `compressed_linear`; the others stay dense.
+        compressed: linear layers that are faster so, by what was measured (`ops.compressed.BEATS_DENSE`: float32 on the CPU, from 4096 x
+        4096 weights on, of which at most .1 are open), hold their open weights alone and multiply by `compressed_linear`; the others stay
+        dense.
         Else it multiplies by PyTorch's own product. Its outputs agree with the activated model's up to rounding. Raises KeyError for an
         unknown name.
         """

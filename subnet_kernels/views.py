@@ -61,8 +61,24 @@ class OpenLinear(nn.Module):
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self._plainly(x):
+            return torch.ops.subnet_kernels.compressed_linear.default(x, self.values, self.positions, self.offsets, self.bias)
         shape = (self.out_features, self.in_features)
         return compressed_linear(x, Compressed(self.values, self.positions, self.offsets, shape, self.format), self.bias)
+
+    def _plainly(self, x: Tensor) -> bool:
+        """Whether nothing has to be checked or recorded: a small product would take less time than that."""
+        return (
+            not torch.is_grad_enabled()
+            and type(x) is Tensor
+            and x.dtype == self.values.dtype
+            and x.device.type == "cpu" == self.values.device.type
+            and x.dim() > 0
+            and x.shape[-1] == self.in_features
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active()
+        )
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, open={len(self.values)}"

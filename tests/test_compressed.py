@@ -285,7 +285,25 @@ def wide(**config):
     return bank, torch.randn(5, 520)
 
 
+@pytest.fixture
+def _from_few(monkeypatch):
+    """Layers of this file are small."""
+    monkeypatch.setitem(compressed.BEATS_DENSE, "weights", 200_000)
+
+
+def test_the_crossover():
+    weight = torch.empty(1, 1 << 24, device="cpu")
+    for kept, like, expected in (
+        (1_677_722, weight, True),
+        (1_677_723, weight, False),
+        (0, weight[:, 1:], False),
+        (0, weight.half(), False),
+    ):
+        assert compressed.beats_dense(kept, like) is expected
+
+
 @cpu_only
+@pytest.mark.usefixtures("_from_few")
 def test_an_export_compresses_where_it_is_faster():
     bank, x = wide(density={"0": 0.1, "2": 0.5, "4": 0.1})
     small, dense = bank.export("a", compressed=True), bank.export("a")
@@ -309,6 +327,7 @@ def test_an_export_compresses_where_it_is_faster():
 
 
 @cpu_only
+@pytest.mark.usefixtures("_from_few")
 def test_a_combination_and_a_bare_layer_are_compressed():
     bank, x = wide(density=0.03)
     bank.begin(scores="init")

@@ -23,11 +23,11 @@ FORMATS = ("bitmap", "index")
 # lines through these times meet beyond .5.
 INDEX_BELOW = {"cpu": 0.25, "cuda": 0.5}
 
-# From so many weights on and up to this kept share, the product is faster than PyTorch's dense one at every number of rows, float32 on
-# the CPU. One thread of a Xeon of family 6, model 167 (AVX-512), PyTorch 2.13, 1 to 192 rows, dense over compressed at .15, .1 and
-# .03: 300 x 784 1.7x to 3.6x, 1.5x to 4.2x and 2x to 5.7x; 1024 x 1024 2x to 4x, 2.7x to 5.4x and 2.8x to 9.8x; 256 x 512 at four
-# rows .7x, .9x and 1.3x.
-BEATS_DENSE = {"weights": 200_000, "density": 0.15}
+# From so many weights on and up to this kept share the product is faster than PyTorch's dense one, float32 on the CPU, at one thread and
+# at two. 4096 x 4096 at .1, dense over compressed: 4x to 12x at 1, 4 and 16 rows (a Xeon of family 6, model 167, and an EPYC of family
+# 25, model 17). What fits the processor's caches is another matter: 1024 x 1024 at .1, one row, .8x to 2.8x, and 512 x 512 at two rows
+# .6x. Between 1024 x 1024 and 4096 x 4096 it depends on the size of the caches.
+BEATS_DENSE = {"weights": 1 << 24, "density": 0.1}
 
 _compressed_linear = define(
     "compressed_linear(Tensor x, Tensor values, Tensor positions, Tensor offsets, Tensor? bias=None) -> Tensor",
@@ -91,7 +91,7 @@ def beats_dense(kept: int, weight: Tensor) -> bool:
     """Whether a weight (O, I) of which so many are open is multiplied faster compressed, as far as was measured."""
     measured = weight.device.type == "cpu" and weight.dtype == torch.float32
     n = weight.numel()
-    return measured and n >= BEATS_DENSE["weights"] and kept <= BEATS_DENSE["density"] * n
+    return measured and n >= BEATS_DENSE["weights"] and kept < BEATS_DENSE["density"] * n + 1  # its number is rounded
 
 
 def compress(weight: Tensor, bits: Tensor, format: str | None = None) -> Compressed:
