@@ -41,7 +41,7 @@ def main() -> None:
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
     tests = sys.argv[1:] or [f"tests/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-x", "-p", "sanitize", "-p", "no:cacheprovider", "--durations=8", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "--capture=sys", "-p", "sanitize", "-p", "no:cacheprovider", "--durations=8", *tests]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"{time.monotonic() - began:.0f} s in all", flush=True)
     raise SystemExit(code)
