@@ -1,9 +1,9 @@
 """The codec and the CPU kernels under the address and undefined-behaviour sanitizers: `python tests/sanitize.py [pytest's arguments]`
 (make sanitize). A report ends the test run that made it.
 
-Without arguments it runs what reaches every line that reads or writes memory: the tests of the codec, its sizes and hostile input; of
-each kernel those that go through shapes around a tile and through the instruction sets. Not what the same kernels do within layers,
-training and banks. As a plugin of pytest (`-p sanitize`) it puts the sanitized codec in the place of the installed one.
+Without arguments it runs what reaches every line that reads or writes memory: the tests of the codec, its sizes and hostile input, and
+of each kernel's tests those that go through the instruction sets, with shapes around a tile and views that lie anywhere. Not what the
+same kernels do within layers, training and banks. As a plugin of pytest (`-p sanitize`) it puts the sanitized codec in the place of the installed one.
 """
 
 from __future__ import annotations
@@ -40,8 +40,20 @@ def main() -> None:
         "ASAN_OPTIONS": "detect_leaks=0",  # Python and PyTorch leave much at their end
         "UBSAN_OPTIONS": "print_stacktrace=1",
     }
-    tests = sys.argv[1:] or [f"tests/test_{name}.py" for name in TESTS]
-    command = [sys.executable, "-m", "pytest", "-x", "--capture=sys", "-p", "sanitize", "-p", "no:cacheprovider", "--durations=8", *tests]
+    tests = sys.argv[1:] or [*(f"tests/test_{name}.py" for name in TESTS), "-k", "test_codec or portable or avx2 or avx512"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-x",
+        "--capture=sys",
+        "-p",
+        "sanitize",
+        "-p",
+        "no:cacheprovider",
+        "--durations=8",
+        *tests,
+    ]
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     print(f"{time.monotonic() - began:.0f} s in all", flush=True)
     raise SystemExit(code)
