@@ -3,7 +3,8 @@
 
 Without arguments it runs what reaches every line that reads or writes memory: the tests of the codec, its sizes and hostile input, and
 of each kernel's tests those that go through the instruction sets, with shapes around a tile and views that lie anywhere. Not what the
-same kernels do within layers, training and banks. As a plugin of pytest (`-p sanitize`) it puts the sanitized codec in the place of the installed one.
+same kernels do within layers, training and banks. As a plugin of pytest (`-p sanitize`) it puts the sanitized codec in the place of the
+installed one.
 """
 
 from __future__ import annotations
