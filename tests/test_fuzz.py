@@ -18,10 +18,11 @@ def test_the_decoder_withstands_changed_masks(tmp_path):
     assert executions > decoded > 50
 
 
-def test_the_reader_withstands_changed_banks(tmp_path):
+def test_the_reader_withstands_changed_banks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "WHOLE", 20)
     said = fuzz.fuzz_reader(5, 7, tmp_path)
     executions, refused, whole = (int(part.split()[0]) for part in said.split(", "))
-    assert executions > refused > 200
+    assert executions > refused > 20
     assert whole > 0
 
 
