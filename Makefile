@@ -1,4 +1,4 @@
-# make setup · demo · test · test-long · torture · fuzz · bench · cuda · resources · gpu-check · lint · clean
+# make setup · demo · test · test-long · torture · fuzz · sanitize · bench · cuda · resources · gpu-check · lint · clean
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.setup-stamp
 # What an installed environment depends on: when one of these changes, setup runs again.
 INPUTS := constraints.txt pyproject.toml setup.py $(wildcard csrc/*.h csrc/cpu/*.cpp csrc/cpu/*.h csrc/host/*.cpp)
 
-.PHONY: setup demo test test-long torture fuzz bench cuda resources gpu-check lint format clean
+.PHONY: setup demo test test-long torture fuzz sanitize bench cuda resources gpu-check lint format clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ torture: setup
 # Hostile files for the decoder, under sanitizers, and for the reader of banks: a minute, or ARGS="--seconds 3600".
 fuzz: setup
 	PYTHONPATH=.:python_api:tests $(BIN)/python tests/fuzz.py $(ARGS)
+
+# The codec and the CPU kernels under the address and undefined-behaviour sanitizers, and those of their tests that reach every line.
+sanitize: setup
+	PYTHONPATH=.:python_api:tests $(BIN)/python tests/sanitize.py $(ARGS)
 
 bench: setup
 	$(BIN)/python -m pytest bench -s

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import floor, measure, on_cpu, record, sizes, table, targets_on
+from torch import nn
 
 import subnet_kernels as sk
 
@@ -54,3 +55,26 @@ def bench_compressed_linear(rows, size, dtype, thread_count):
         record("compressed_linear", case, shown, targets=targets)
         if not on_cpu():
             print(table(case, shown, "compressed_linear", targets))
+
+
+def bench_exported_linear(thread_count):
+    """`bank.export(task, compressed=True)` beside the dense export, the smallest layer that it compresses: never slower beyond 5 %."""
+    if not on_cpu():
+        pytest.skip("an export is compressed on the CPU alone")
+    ratios, size = {}, 4096
+    for density in (0.1, 0.03):
+        bank = sk.MaskBank(sk.convert(nn.Linear(size, size), sk.SubnetConfig(density=density)))
+        bank.commit("task")
+        small, dense = bank.export("task", compressed=True), bank.export("task")
+        assert type(small) is not nn.Linear
+        for rows in (1, 2, 4, 16, 64, 256):
+            x = torch.randn(rows, size)
+            with torch.no_grad():
+                torch.testing.assert_close(small(x), dense(x), rtol=1e-3, atol=1e-4)
+                times = measure({"compressed": lambda: small(x), "dense": lambda: dense(x)}, seconds=0.5, rounds=3)  # noqa: B023
+            ratios[density, rows] = times["dense"].min / times["compressed"].min
+            record("exported_linear", f"B={rows} {size}x{size} float32 density={density}", times)
+    print(f"\ndense export / compressed export, {size} x {size} float32, {thread_count} thread(s)")
+    for (density, rows), ratio in ratios.items():
+        print(f"  density {density:<5} {rows:5} rows {ratio:6.2f}")
+    assert min(ratios.values()) > 0.95

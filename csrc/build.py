@@ -1,10 +1,13 @@
-"""Builds the libraries that setuptools cannot: `python csrc/build.py cuda` or `emulated`, each object cached by the hash of its sources.
+"""Builds the libraries that setuptools cannot: `python csrc/build.py cuda`, `emulated` or `sanitized`, each object cached by the hash of
+its sources.
 
 cuda      subnet_kernels/_C_cuda.so by nvcc, on any machine that has nvcc: neither a GPU nor a PyTorch with CUDA is needed. For the
           targets in SUBNET_KERNELS_CUDA_ARCHS (default "80;90;100"). What ptxas says of every kernel, registers, shared memory and
           spills, is in build/cuda/resources.json.
 emulated  build/emulated/_C_emulated.so: the same kernels for the processor (csrc/cuda/simt.h), for tests. With `--address`, also
           under sanitizers, which find what a kernel reads or writes out of bounds or unaligned.
+sanitized build/sanitized/_C_cpu.so and _codec.so: the CPU kernels and the codec under the sanitizers of addresses and of undefined
+          behaviour, for tests/sanitize.py.
 
 MAX_JOBS bounds how many compilers run at a time.
 """
@@ -160,10 +163,30 @@ def emulated(address: bool = False) -> Path:
     return link(objects, folder / "_C_emulated.so", [compiler, "-shared", *ends, f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
 
 
+def sanitized() -> Path:
+    """The CPU kernels and the codec under sanitizers; the folder of both."""
+    import sysconfig
+
+    import pybind11
+
+    compiler, torch, folder = os.environ.get("CXX", "g++"), torch_folder(), ROOT / "build" / "sanitized"
+    # of the virtual function tables of PyTorch's classes the sanitizer would need names that PyTorch does not export
+    checks = ["-fsanitize=address,undefined", "-fno-sanitize=vptr", "-fno-sanitize-recover=all"]
+    flags = ["-std=c++20", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno", "-w", *checks]
+    torch_flags = [*STABLE_ABI, "-isystem", f"{torch}/include"]
+    python_flags = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    jobs = [(p, [compiler, *flags, *torch_flags]) for p in sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))]
+    objects = compile_all(folder, [*jobs, (ROOT / "csrc" / "host" / "codec.cpp", [compiler, *flags, *python_flags])], compiler)
+    kernels, codec = objects[:-1], objects[-1:]
+    link(kernels, folder / "_C_cpu.so", [compiler, "-shared", *checks, f"-L{torch}/lib", "-ltorch_cpu", "-lc10"])
+    link(codec, folder / "_codec.so", [compiler, "-shared", *checks])
+    return folder
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("cuda", "emulated"))
+    parser.add_argument("what", choices=("cuda", "emulated", "sanitized"))
     parser.add_argument("--address", action="store_true", help="emulated: under sanitizers of addresses")
     given = parser.parse_args()
-    print(cuda() if given.what == "cuda" else emulated(given.address))
+    print(cuda() if given.what == "cuda" else sanitized() if given.what == "sanitized" else emulated(given.address))
     sys.exit()

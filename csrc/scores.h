@@ -11,6 +11,8 @@
 #include "common.h"
 
 using Word = uint64_t __attribute__((aligned(1), may_alias));  // 64 bits of a mask, wherever they lie
+// Words [first, last) become 0. std::fill would take them for aligned ones.
+inline void clear_words(Word* bits, int64_t first, int64_t last) { std::memset(bits + first, 0, (last - first) * 8); }
 
 constexpr int64_t words(int64_t n) { return (n + 63) / 64; }
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from subnet_kernels import ops
 from subnet_kernels.convert import matches
-from subnet_kernels.heads import fixed_copy, fresh
+from subnet_kernels.heads import fixed_copy, fresh, like
 from subnet_kernels.layers import SubnetLayer, init_scores_, refresh
 from subnet_kernels.masks import Masks, opened
 from subnet_kernels.running import BankRuns
 from subnet_kernels.storage import BankFiles, Entry, Written, is_one_sign, is_padded, raw
-from subnet_kernels.views import TaskView, baked
+from subnet_kernels.views import EveryTask, TaskView, baked, compress_linears, one_width
 
 
 class MaskBank(BankRuns, BankFiles):
@@ -332,14 +332,51 @@ class MaskBank(BankRuns, BankFiles):
             other._freeze()
         return other
 
-    def export(self, name: str) -> nn.Module:
+    def export(self, name: str, *, compressed: bool = False) -> nn.Module:
         """A plain dense module with the task's effective weights baked in, sharing nothing with the model.
 
-        It multiplies by PyTorch's own product, so its outputs agree with the activated model's up to rounding.
+        compressed: linear layers that are faster so, by what was measured (`ops.compressed.BEATS_DENSE`: float32 on the CPU, from 4096 x
+        4096 weights on, of which at most .1 are open), hold their open weights alone and multiply by `compressed_linear`; the others stay
+        dense.
+        Else it multiplies by PyTorch's own product. Its outputs agree with the activated model's up to rounding. Raises KeyError for an
+        unknown name.
         """
         self._follow()
         entry = self[name]
-        return baked(self.model, self._effective(entry, None), entry.state, entry.modules)
+        dense = baked(self.model, self._effective(entry, None), entry.state, entry.modules)
+        return compress_linears(dense, self._layers) if compressed else dense
+
+    def export_all(self) -> EveryTask:
+        """One plain module of all masks, which takes the task as an input: forward(task, *args), task int64 of one element, a place in
+        `masks`. For `torch.export` and ONNX: one graph with the packed masks, an eighth of a byte a weight and task, in it.
+
+        In eval mode; it shares nothing with the model, and agrees with the activated model up to rounding, as `export`. Combinations are
+        not in it. Raises ValueError where there is no mask or ``per_task`` modules differ in more than a Linear's width.
+        """
+        if not self.masks:
+            raise ValueError("export_all: expected at least one mask, the bank has none")
+        self._follow()
+        entries = [self[name] for name in self.masks]
+        heads = {key: one_width([entry.modules[key] for entry in entries], key) for key in self._per_task}
+        weights = {key: weight.clone() for key, weight in self._weights().items()}
+        module = baked(self.model, weights, entries[0].state, {key: modules[0] for key, modules in heads.items()})
+        state = {key: torch.stack([entry.state[key] for entry in entries]) for key in entries[0].state}
+        for key, modules in heads.items():
+            to = like(module.get_submodule(key))
+            named = [
+                {f"{key}.{name}": t.to(to) if t.is_floating_point() else t.to(to.device) for name, t in m.state_dict().items()}
+                for m in modules
+            ]
+            state |= {name: torch.stack([tensors[name] for tensors in named]) for name in named[0]}
+        alike = {
+            name for name, of in state.items() if not of.numel() or bool((rows := raw(of).view(len(of), -1)).eq(rows[0]).all())
+        }
+        state = {name: tensors for name, tensors in state.items() if name not in alike}
+        bits = {
+            key: torch.stack([self._masks.bits(entry.index)[key].view(self._planes, -1) for entry in entries])
+            for key in self._layers
+        }
+        return EveryTask(module, self.masks, bits, state)
 
     def view(self, name: str) -> TaskView:
         """An immutable snapshot of one task for serving, safe to call from many threads."""

@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from subnet_kernels import reference
+from subnet_kernels import ops, reference
 
 PLANES = 3  # of context, at most
 
@@ -77,14 +77,19 @@ def unseal(data: Tensor, n: int, context: Sequence[Tensor] = ()) -> Tensor:
 
 def entropy(bits: Tensor, n: int, context: Sequence[Tensor] = ()) -> float:
     """Bits that no code with one probability a context can go below: the sum over contexts of n_c H(ones_c / n_c). As in `encode`."""
-    opened = reference.unpack(bits, (n,))
-    which = torch.zeros(n, dtype=torch.int64)
-    for k, plane in enumerate(_few(context, "entropy")):
-        which |= reference.unpack(plane, (n,)).to(torch.int64) << k
+    count = lambda mask: int(ops.count(mask))  # noqa: E731
+    groups = [(torch.full_like(bits, 255), n, count(bits))]  # weights of one context, how many they are, and how many are open
+    for plane in _few(context, "entropy"):
+        split = []
+        for mask, size, ones in groups:
+            inside = mask & plane
+            sizes = (count(inside), count(inside & bits))
+            split += [(inside, *sizes), (mask & ~plane, size - sizes[0], ones - sizes[1])]
+        groups = split
     total = 0.0
-    for size, ones in zip(torch.bincount(which).tolist(), torch.bincount(which, opened.to(torch.float64)).tolist()):
-        for count in (ones, size - ones):
-            total -= count * math.log2(count / size) if count else 0.0
+    for _, size, ones in groups:
+        for part in (ones, size - ones):
+            total -= part * math.log2(part / size) if part else 0.0
     return total
 
 

@@ -33,7 +33,7 @@ class Request:
     """Some rows that wait for their answer."""
 
     def __init__(self, predictor: Predictor, x: Tensor, tasks: list[str | None]):
-        self.x, self.tasks = x, tasks
+        self.x, self.tasks, self.rows = x, tasks, x.shape[0]
         self._predictor = predictor
         self._answer: Answer | None = None
         self._error: Exception | None = None
@@ -110,15 +110,16 @@ class Predictor:
 
         Raises KeyError for an unknown task, ValueError on another bad argument.
         """
-        if not isinstance(x, Tensor) or x.dim() < 1 or not len(x):
+        if not isinstance(x, Tensor) or x.dim() < 1 or not x.shape[0]:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"Predictor: x must be rows (B, ...) with B >= 1, got {got}")
-        tasks = [task] * len(x) if task is None or isinstance(task, str) else list(task)
-        if len(tasks) != len(x):
-            raise ValueError(f"Predictor: there must be a task, or None, for each of {len(x)} rows, got {len(tasks)}")
-        for name in set(tasks) - {None}:
-            self._bank[name]
-        request = Request(self, x.detach(), tasks)
+        tasks = [task] * x.shape[0] if task is None or isinstance(task, str) else list(task)
+        if len(tasks) != x.shape[0]:
+            raise ValueError(f"Predictor: there must be a task, or None, for each of {x.shape[0]} rows, got {len(tasks)}")
+        for name in tasks:
+            if name is not None:
+                self._bank[name]
+        request = Request(self, x, tasks)
         with self._lock:
             self._queue.append(request)
         return request
@@ -134,7 +135,7 @@ class Predictor:
                 leads = not self._busy
                 self._busy, request._waits = True, not leads
             if not leads:
-                request._wake.acquire()
+                self._sleep(request)
                 continue
             batch: list[Request] = []
             try:
@@ -143,6 +144,25 @@ class Predictor:
                 self._answer(batch)
             finally:
                 self._hand_over(batch)
+
+    def _sleep(self, request: Request) -> None:
+        """Until somebody wakes the thread of a request. If it is interrupted while it is the one who shall go on, another one does."""
+        try:
+            request._wake.acquire()
+        except BaseException:
+            with self._lock:
+                woken, request._waits = not request._waits, False
+                if woken and not self._busy:
+                    self._wake_one()
+            raise
+
+    def _wake_one(self) -> None:
+        """Of those who wait for their answer."""
+        for request in self._queue:
+            if request._waits:
+                request._waits = False
+                request._wake.release()
+                return
 
     def _gather(self) -> None:
         """Let the threads that were answered last ask again."""
@@ -157,9 +177,9 @@ class Predictor:
             while self._queue:
                 request = self._queue.popleft()
                 alike = request.x.shape[1:] == first.shape[1:] and request.x.dtype == first.dtype
-                if alike and (not batch or rows + len(request.x) <= self._most_rows):
+                if alike and (not batch or rows + request.rows <= self._most_rows):
                     batch.append(request)
-                    rows += len(request.x)
+                    rows += request.rows
                 else:
                     others.append(request)
             self._queue, self._last = others, len(batch)
@@ -173,12 +193,10 @@ class Predictor:
                 request._done = request._answer is not None or request._error is not None
                 if not request._done:  # this thread was interrupted: another one will answer
                     self._queue.appendleft(request)
-            awake = [request for request in batch if request._waits and request._done]
-            awake += [request for request in self._queue if request._waits][:1]
-            for request in awake:
-                request._waits = False
-        for request in awake:
-            request._wake.release()
+                elif request._waits:
+                    request._waits = False
+                    request._wake.release()
+            self._wake_one()
 
     # ---------------------------------------------------------------------------------------------------------- running
 
@@ -193,11 +211,13 @@ class Predictor:
             if unknown:
                 for i, name in zip(unknown, self._infer(x[unknown])):
                     tasks[i] = name
-            rows = self._logits(x, tasks)
+            y, widths = self._logits(x, tasks)
             start = 0
-            for request in batch:
-                end = start + len(request.x)
-                request._answer = Answer(_stack(rows[start:end]), tasks[start:end])
+            for request, part in zip(batch, torch.split_with_sizes_copy(y, [request.rows for request in batch])):
+                end = start + request.rows
+                if widths is not None and (widest := max(widths[start:end])) < part.shape[-1]:
+                    part = part[..., :widest]
+                request._answer = Answer(part, tasks[start:end])
                 start = end
         except Exception as error:  # of the caller's rows: each caller is told
             for request in batch:
@@ -208,21 +228,27 @@ class Predictor:
         grads = self._bank.row_alpha_grad(x, self._objective)
         return [self._bank.masks[k] for k in grads.argmin(1).tolist()]
 
-    def _logits(self, x: Tensor, tasks: Sequence[str]) -> list[Tensor]:
-        """Of each row, (C,) of its task."""
-        found: list[Tensor | None] = [None] * len(tasks)
-        places: dict[str, list[int]] = {}
+    def _logits(self, x: Tensor, tasks: Sequence[str]) -> tuple[Tensor, list[int] | None]:
+        """(B, C) of all rows, and how many of them are each row's own: the rest is -inf; None where all are."""
+        alone: dict[str, list[int]] = {}
         for i, name in enumerate(tasks):
-            places.setdefault(name, []).append(i)
-        together = [i for name, rows in places.items() if self._biases(name) is not None for i in rows]
-        if together:
-            for i, y in zip(together, self._mixed(x[together], [tasks[i] for i in together])):
-                found[i] = y
-        for name, rows in places.items():
             if self._biases(name) is None:
-                for i, y in zip(rows, self._view(name)(x[rows])):
-                    found[i] = y
-        return found
+                alone.setdefault(name, []).append(i)
+        if not alone:
+            return self._mixed(x, tasks)
+        widths = [0] * len(tasks)
+        parts = []
+        if together := [i for i, name in enumerate(tasks) if name not in alone]:
+            y, own = self._mixed(x[together], [tasks[i] for i in together])
+            parts.append((torch.tensor(together, device=y.device), y))
+            for i, width in zip(together, own or [y.shape[-1]] * len(together)):
+                widths[i] = width
+        for name, rows in alone.items():
+            y = self._view(name)(x[rows])
+            parts.append((torch.tensor(rows, device=y.device), y))
+            for i in rows:
+                widths[i] = y.shape[-1]
+        return join(parts, len(tasks)), widths
 
     def _biases(self, name: str) -> Mapping[str, Tensor] | None:
         """Of a task whose rows run with those of others: its biases of masked layers where they are not the first one's; else None."""
@@ -232,31 +258,31 @@ class Predictor:
             self._together[name] = biases and {layer: rows[1] for layer, rows in biases.items()}
         return self._together[name]
 
-    def _mixed(self, x: Tensor, tasks: Sequence[str]) -> list[Tensor]:
-        """Rows that run together."""
+    def _mixed(self, x: Tensor, tasks: Sequence[str]) -> tuple[Tensor, list[int] | None]:
+        """Of rows that run together, as `_logits`."""
         ids = torch.tensor([self._bank[name].index for name in tasks], device=x.device)
         model, layers = self._bank.model, self._bank._layers
-        differ = {layer for name in set(tasks) for layer in self._biases(name)}
+        differ = {layer for name in tasks for layer in self._biases(name)}
         before = {key: model.get_submodule(key) for key in self._heads}
         try:
             for key, layer in layers.items():
                 biases = None
                 if key in differ:
                     biases = torch.stack([self._biases(name).get(key, layer.bias) for name in tasks])
-                layer._rows = (self._bank._masks.blocks[key], ids, biases)
+                vars(layer)["_rows"] = (self._bank._masks.blocks[key], ids, biases)  # setting it as an attribute takes longer
             for key, heads in self._heads.items():
                 heads.tasks = tasks
                 model.set_submodule(key, heads)
             y = model(x)
         finally:
             for layer in layers.values():
-                layer._rows = None
+                vars(layer)["_rows"] = None
             for key, module in before.items():
                 model.set_submodule(key, module)
         for heads in self._heads.values():
             if heads.widths and y.dim() > 1 and y.shape[-1] == max(heads.widths):  # the last layer: it is as wide as the widest
-                return [row[..., :width] for row, width in zip(y, heads.widths)]
-        return list(y)
+                return y, heads.widths
+        return y, None
 
     def _view(self, name: str) -> TaskView:
         """A task's materialised weights, kept while there is room for them."""

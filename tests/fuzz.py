@@ -1,17 +1,19 @@
 """Hostile files: `python tests/fuzz.py [--seconds 30] [--seed 1] [--only decoder|reader]` (make fuzz), from the corpus in tests/corpus.
 
-decoder: tests/fuzz_codec.cpp, the codec under the address and undefined-behaviour sanitizers, on changed coded masks. reader: banks
-whose files are changed, in bytes and in the JSON of manifest and headers, are loaded over their model and shown without one; what is
-raised must be ValueError, in one line, and the process must not grow. Each says how many executions there were; whatever else happens is
-an error. `--write` makes the corpus anew.
+decoder: tests/fuzz_codec.cpp, the codec under the address and undefined-behaviour sanitizers, on changed coded masks. reader: banks of
+which a file is changed, in bytes and in the JSON of manifest and headers. An execution reads what has changed, the manifest or an entry's
+mask, values and state, over a bank that is there already; every 200th loads the whole over its model, runs every task, and shows it
+without a model. What is raised must be ValueError, in one line, and no execution may take more memory than twice its bytes and 16 MB.
+Each says how many executions there were; whatever else happens is an error. `--write` makes the corpus anew.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import random
-import resource
+import re
 import shutil
 import subprocess
 import tempfile
@@ -25,17 +27,22 @@ from torch import nn
 
 import subnet_kernels as sk
 from subnet_kernels import codec, reference, storage
+from subnet_kernels.heads import fixed_copy
+from subnet_kernels.manifest import BankFolder, PackedBank, open_bank
 from subnet_pipelines.bank_show import show
 
 HERE = Path(__file__).parent
 CORPUS = HERE / "corpus"
+MEMORY = Path("/dev/shm")  # a file system in memory: on a disk an execution waits for the file of the one before
 FLAGS = ["-std=c++20", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
 MASKS = [  # weights, density, planes of context
     *((n, density, planes) for n in (9, 600, 3000) for density, planes in ((0.1, 0), (0.02, 1), (0.3, 2), (0.5, 3))),
     (1200, 0.0, 0),
     (524_288 + 40, 0.0001, 0),
 ]
-GROWTH = 64 << 20  # bytes by which a process that reads small files may grow, torch's own included
+ROOM = 16 << 20  # bytes that an execution may take beside twice those of its files
+WHOLE = 200  # one of so many executions of the reader loads and shows the whole bank
+BATCH = 32  # executions between two looks at the memory
 VALUES = (None, True, -1, 0, 1, 2**31, 2**63, 1e308, "", "x", "\0", "../x", [], {}, [0], {"a": 0}, [[]], "99999-a.safetensors")
 
 
@@ -100,7 +107,7 @@ def change_json(data: bytes, chance: random.Random) -> bytes:
         (where, key), (other, there) = chance.choice(places), chance.choice(places)
         action = chance.random()
         if action < 0.5:
-            where[key] = chance.choice(VALUES)
+            where[key] = copy.deepcopy(chance.choice(VALUES))  # what is put in may be changed in its turn
         elif action < 0.75:
             where[key] = json.loads(json.dumps(other[there]))
         else:
@@ -135,37 +142,83 @@ def change(data: bytes, name: str, chance: random.Random) -> bytes:
     return len(header).to_bytes(8, "little") + header + rest
 
 
-def fuzz_reader(seconds: float, seed: int, folder: Path) -> str:
-    """How many banks were read, and how many of them were refused."""
-    chance, until = random.Random(seed), time.monotonic() + seconds
-    models, runs, refused = {True: model_of(True), False: model_of(False)}, 0, 0
-    banks = [path for path in sorted(CORPUS.iterdir()) if not path.name.endswith(".bin")]
-    grown = None
-    while time.monotonic() < until:
-        bank = chance.choice(banks)
-        target = folder / bank.name
-        files = {"": bank.read_bytes()} if bank.is_file() else {p.name: p.read_bytes() for p in sorted(bank.iterdir())}
-        spoilt = chance.choice(list(files))
-        files[spoilt] = change(files[spoilt], spoilt or bank.name, chance)
+class Target:
+    """A bank of the corpus in a folder of its own, where a file of it is changed, read, and put back."""
+
+    def __init__(self, bank: Path, folder: Path):
+        self.path, self.model = folder / bank.name, model_of("learn" in bank.name)
         if bank.is_file():
-            target.write_bytes(files[""])
+            self.files = {self.path: bank.read_bytes()}
+            shutil.copy(bank, self.path)
         else:
-            target.mkdir(exist_ok=True)
-            for name, data in files.items():
-                (target / name).write_bytes(data)
-        for use in (lambda t=target, b=bank: read(t, models["learn" in b.name]), lambda t=target: list(show(t))):
-            runs += 1
-            try:
-                use()
-            except ValueError as error:
-                refused += 1
-                if "\n" in str(error):
-                    raise AssertionError(f"seed {seed}, execution {runs}: more than a line: {error}") from error
-        if runs == 200:  # everything has been used once
-            grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    if grown is not None and 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - grown) > GROWTH:
-        raise AssertionError(f"seed {seed}: the process grew beyond {GROWTH} bytes")
-    return f"{runs} executions, {refused} of them refused"
+            shutil.copytree(bank, self.path)
+            self.files = {path: path.read_bytes() for path in sorted(self.path.iterdir())}
+        self.size = sum(map(len, self.files.values()))
+        self.bank, self.stored = sk.MaskBank.load(self.path, self.model), open_bank(self.path)
+        self.rows = {self.stored.place(row): row for row in self.stored.manifest["entries"]}  # by file, in a folder
+        self.heads = {key: fixed_copy(self.model.get_submodule(key)) for key in self.bank._per_task}
+
+    def entry(self, stored: BankFolder | PackedBank, row: dict) -> None:
+        """What loading does with an entry."""
+        bank, tensors = self.bank, stored.tensors(row)
+        bank._entry(stored, row, self.heads)
+        if row["kind"] == "mask" and row["name"] in bank:
+            index = bank[row["name"]].index or 0
+            owned = bank._owned_before(index)
+            last = [bank._masks.bits(i) for i in range(index - 2, index) if i >= 0]
+            bits = bank._mask(stored, row, tensors, owned, last)
+            bank._values(stored.place(row), tensors, bits, owned, False)
+
+    def part(self, path: Path) -> None:
+        """Read what a changed file holds."""
+        if path in self.rows:
+            self.entry(self.stored, self.rows[path])
+            return
+        stored = open_bank(self.path)
+        if stored.path == path and self.path == path:  # one file of the whole
+            for row in stored.manifest["entries"]:
+                self.entry(stored, row)
+
+
+def peak(reset: bool) -> int:
+    """Bytes that this process has had in memory at most, since the last reset; after one, what it has now."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def fuzz_reader(seconds: float, seed: int, folder: Path) -> str:
+    """How many times something was read, how many of them the whole, and how many were refused."""
+    chance, runs, whole, refused = random.Random(seed), 0, 0, 0
+    targets = [Target(path, folder) for path in sorted(CORPUS.iterdir()) if not path.name.endswith(".bin")]
+    for target in targets:  # what the first use of anything takes is not an execution's
+        read(target.path, target.model)
+        list(show(target.path))
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        before, size = peak(True), 0
+        for _ in range(BATCH):
+            target = chance.choice(targets)
+            path = chance.choice(list(target.files))
+            data = change(target.files[path], path.name, chance)
+            path.write_bytes(data)
+            size = max(size, target.size - len(target.files[path]) + len(data))
+            uses = [lambda t=target, p=path: t.part(p)]
+            if chance.random() < 1 / WHOLE:
+                uses = [lambda t=target: read(t.path, t.model), lambda t=target: list(show(t.path))]
+                whole += 1
+            for use in uses:
+                runs += 1
+                try:
+                    use()
+                except ValueError as error:
+                    refused += 1
+                    if "\n" in str(error):
+                        raise AssertionError(f"seed {seed}, execution {runs}: more than a line: {error}") from error
+            path.write_bytes(target.files[path])
+        if (grown := peak(False) - before) > 2 * size + ROOM:
+            raise AssertionError(f"seed {seed}, executions to {runs}: {grown} bytes of memory for files of {size}")
+    return f"{runs} executions, {refused} of them refused, {whole} of whole banks"
 
 
 def read(path: Path, model: nn.Module) -> None:
@@ -192,7 +245,7 @@ def main() -> None:
         write_corpus()
         return
     for name in [given.only] if given.only else FUZZERS:
-        with tempfile.TemporaryDirectory() as folder:
+        with tempfile.TemporaryDirectory(dir=MEMORY if MEMORY.is_dir() else None) as folder:
             print(f"{name}: {FUZZERS[name](given.seconds, given.seed, Path(folder))}", flush=True)
 
 

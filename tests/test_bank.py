@@ -1,6 +1,7 @@
 """The bank: what is committed comes back bit for bit, whatever ran in between."""
 
 import copy
+import importlib.util
 import os
 import threading
 
@@ -586,6 +587,71 @@ def test_export_of_a_bare_layer():
     dense = bank.export("a")
     assert type(dense) is nn.Linear
     torch.testing.assert_close(dense(torch.ones(1, 6)), layer(torch.ones(1, 6)))
+
+
+def signed_tasks():
+    torch.manual_seed(0)
+    model = sk.convert(
+        nn.Sequential(nn.Linear(9, 20), nn.ReLU(), nn.Linear(20, 3)), sk.SubnetConfig(select="signed", density=0.4)
+    )
+    bank = sk.MaskBank(model)
+    for name in "ab":
+        bank.begin(scores="init")
+        bank.commit(name)
+    return bank, torch.randn(4, 9)
+
+
+def bare_tasks():
+    bank = sk.MaskBank(sk.convert(nn.Linear(13, 5), sk.SubnetConfig(select="threshold")))
+    for name in "abc":
+        bank.begin(scores="init")
+        bank.commit(name)
+    return bank, torch.randn(4, 13)
+
+
+@pytest.mark.parametrize("made", [lambda: (learnt()[1], images()), lambda: (learnt(1)[1], images()), signed_tasks, bare_tasks])
+def test_every_task_in_one_graph(made):
+    """The module, its `torch.export`, and its ONNX graph, whose ops are ONNX's own, give each task's logits; narrower heads end in -inf."""
+    bank, x = made()
+    whole = bank.export_all()
+    assert whole.names == tuple(bank.masks)
+    program = torch.export.export(whole, (torch.tensor([0]), x))
+    feeds = None
+    if all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript")):
+        from onnx.reference import ReferenceEvaluator
+
+        file = torch.onnx.export(whole, (torch.tensor([0]), x), dynamo=True, verbose=False).model_proto
+        assert {node.domain for node in file.graph.node} <= {""}
+        feeds = [v.name for v in file.graph.input]
+    for place, name in enumerate(bank.masks):
+        expected = bank.export(name).eval()(x)
+        task = torch.tensor([place])
+        y = whole(task, x)
+        width = expected.shape[1]
+        torch.testing.assert_close(y[:, :width], expected)
+        assert bool((y[:, width:] == -torch.inf).all())
+        assert torch.equal(whole(task[0], x), y)
+        torch.testing.assert_close(program.module()(task, x), y)
+        if feeds:
+            (found, *_) = ReferenceEvaluator(file).run(None, dict(zip(feeds, (task.numpy(), x.numpy()), strict=True)))
+            torch.testing.assert_close(torch.from_numpy(found), y, rtol=1e-4, atol=1e-5)
+    shared = {t.data_ptr() for t in bank.model.state_dict().values()}
+    assert not shared & {t.data_ptr() for t in whole.state_dict().values()}
+    with pytest.raises(IndexError):
+        whole(torch.tensor([len(bank)]), x)
+
+
+def test_what_one_graph_cannot_hold_is_refused():
+    with pytest.raises(ValueError, match="export_all: expected at least one mask, the bank has none"):
+        sk.MaskBank(net()).export_all()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Sequential(nn.Linear(4, 4)))
+    bank = sk.MaskBank(sk.convert(model, sk.SubnetConfig(per_task=["1"])))
+    bank.commit("a")
+    model[1][0] = nn.Linear(4, 5)
+    bank.commit("b")
+    with pytest.raises(ValueError, match="export_all: modules '1' must be of one shape, or Linears that differ in their outputs"):
+        bank.export_all()
 
 
 def test_a_view_is_a_snapshot():

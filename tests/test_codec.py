@@ -52,6 +52,22 @@ def test_every_mask_comes_back(n, planes):
         assert len(data) <= -(-n // 8) + 24 + 11 * blocks
 
 
+@pytest.mark.parametrize("planes", [0, 1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 7, 513, 5000])
+def test_entropy_is_counted_over_contexts(n, planes):
+    chance = torch.Generator().manual_seed(n)
+    bits, *context = (torch.rand(n, generator=chance) < p for p in (0.2, 0.5, 0.1, 0.0)[: planes + 1])
+    which = sum((plane.long() << k for k, plane in enumerate(context)), torch.zeros(n, dtype=torch.int64))
+    expected = 0.0
+    for value in which.unique().tolist():
+        share = bits[which == value].double().mean()
+        expected += int((which == value).sum()) * float(
+            -(torch.xlogy(share, share) + torch.xlogy(1 - share, 1 - share)) / math.log(2)
+        )
+    found = codec.entropy(reference.pack(bits), n, [reference.pack(plane) for plane in context])
+    assert found == pytest.approx(expected, rel=1e-12, abs=1e-9)
+
+
 @pytest.mark.parametrize("density", DENSITIES[1:-1])
 @pytest.mark.parametrize("n", [30_000, 266_200, 1_000_000, 5_000_000])
 def test_size_is_the_entropy(n, density):

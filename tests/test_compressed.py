@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from device import DEVICE, compiled_only, cpu_only, cuda_kernels, no_sync
+from torch import nn
 from torch.autograd import gradcheck, gradgradcheck
 
 import subnet_kernels as sk
@@ -273,3 +274,68 @@ def test_contents_are_not_trusted(dtype, form):
         dirty[:, 70 // 8 + 1 :] = 0xFF
         assert torch.equal(OPS.compressed_linear(x, values, dirty, offsets), OPS.compressed_linear(x, values, positions, offsets))
         assert torch.equal(OPS.decompress(values, dirty, offsets, 70), where_open(mask, weight))
+
+
+def wide(**config):
+    """Two layers that are compressed where few of their weights are open, and one that is too small for it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(520, 400), nn.ReLU(), nn.Linear(400, 520), nn.ReLU(), nn.Linear(520, 7))
+    bank = sk.MaskBank(sk.convert(model, sk.SubnetConfig(**config)))
+    bank.commit("a")
+    return bank, torch.randn(5, 520)
+
+
+@pytest.fixture
+def _from_few(monkeypatch):
+    """Layers of this file are small."""
+    monkeypatch.setitem(compressed.BEATS_DENSE, "weights", 200_000)
+
+
+def test_the_crossover():
+    weight = torch.empty(1, 1 << 24, device="cpu")
+    for kept, like, expected in (
+        (1_677_722, weight, True),
+        (1_677_723, weight, False),
+        (0, weight[:, 1:], False),
+        (0, weight.half(), False),
+    ):
+        assert compressed.beats_dense(kept, like) is expected
+
+
+@cpu_only
+@pytest.mark.usefixtures("_from_few")
+def test_an_export_compresses_where_it_is_faster():
+    bank, x = wide(density={"0": 0.1, "2": 0.5, "4": 0.1})
+    small, dense = bank.export("a", compressed=True), bank.export("a")
+    assert [type(m).__name__ for m in small if not isinstance(m, nn.ReLU)] == ["OpenLinear", "Linear", "Linear"]
+    assert [type(m) for m in dense if not isinstance(m, nn.ReLU)] == [nn.Linear] * 3
+    assert "in_features=520, out_features=400, open=20800" in repr(small)
+    exact = dense.double()(x.double())
+    error = lambda y: (y.double() - exact).pow(2).mean().sqrt()  # noqa: E731
+    assert error(small(x)) <= 2 * error(bank.export("a")(x)) + 1e-7
+    with torch.no_grad():
+        assert torch.equal(small(x), small(x.requires_grad_()))
+    small(x).sum().backward()  # x gets a gradient
+    torch.testing.assert_close(x.grad, torch.autograd.grad(bank.export("a")(x).sum(), x)[0], rtol=1e-4, atol=1e-5)
+    size = lambda module: sum(t.nbytes for t in module.state_dict().values())  # noqa: E731
+    assert size(small[0]) < size(dense.float()[0]) / 5
+    again = bank.export("a", compressed=True)
+    again.load_state_dict(small.state_dict())
+    assert torch.equal(again(x), small(x))
+    program = torch.export.export(small, (x.detach(),))
+    assert torch.equal(program.module()(x.detach()), small(x.detach()))
+
+
+@cpu_only
+@pytest.mark.usefixtures("_from_few")
+def test_a_combination_and_a_bare_layer_are_compressed():
+    bank, x = wide(density=0.03)
+    bank.begin(scores="init")
+    bank.commit("b")
+    bank.commit("both", alphas=torch.tensor([0.75, 0.25]))
+    small = bank.export("both", compressed=True)
+    assert type(small[0]).__name__ == "OpenLinear"
+    torch.testing.assert_close(small(x), bank.export("both")(x), rtol=1e-4, atol=1e-5)
+    bare = sk.MaskBank(sk.convert(nn.Linear(520, 400), sk.SubnetConfig(density=0.1)))
+    bare.commit("a")
+    torch.testing.assert_close(bare.export("a", compressed=True)(x), bare.export("a")(x), rtol=1e-4, atol=1e-5)

@@ -18,10 +18,12 @@ def test_the_decoder_withstands_changed_masks(tmp_path):
     assert executions > decoded > 50
 
 
-def test_the_reader_withstands_changed_banks(tmp_path):
+def test_the_reader_withstands_changed_banks(tmp_path, monkeypatch):
+    monkeypatch.setattr(fuzz, "WHOLE", 20)
     said = fuzz.fuzz_reader(5, 7, tmp_path)
-    executions, refused = (int(part.split()[0]) for part in said.split(", "))
-    assert executions > refused > 10
+    executions, refused, whole = (int(part.split()[0]) for part in said.split(", "))
+    assert executions > refused > 20
+    assert whole > 0
 
 
 def test_the_corpus_is_whole():
@@ -35,8 +37,16 @@ def test_the_corpus_is_whole():
 
 
 def test_a_crash_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setattr(fuzz, "read", lambda path, model: [][1])
+    entry = fuzz.Target.entry
+    monkeypatch.setattr(fuzz.Target, "entry", lambda self, stored, row: entry(self, stored, row) or [][1])
     with pytest.raises(IndexError):
+        fuzz.fuzz_reader(5, 7, tmp_path)
+
+
+def test_too_much_memory_would_be_seen(tmp_path, monkeypatch):
+    entry = fuzz.Target.entry
+    monkeypatch.setattr(fuzz.Target, "entry", lambda self, stored, row: entry(self, stored, row) or bytearray(b"x" * (24 << 20)))
+    with pytest.raises(AssertionError, match="bytes of memory for files of"):
         fuzz.fuzz_reader(5, 7, tmp_path)
 
 

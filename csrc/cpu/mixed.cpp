@@ -18,7 +18,8 @@ constexpr int64_t kQuad = 4;     // rows of tasks of their own that are taken to
 constexpr int64_t kStrip = 64;   // inputs that a word of bits covers
 constexpr int64_t kPieces = kStrip / kLanes;
 constexpr int64_t kSpan = 8;  // strips that gradients take together: a line of the bank, where rows of W begin at one
-constexpr int64_t kOpenStride = kSpan * kPieces;
+constexpr int64_t kSlack = kTileBytes / 2;  // pieces around those of an output (align_bits)
+constexpr int64_t kOpenStride = kSpan * kPieces + kSlack;
 constexpr int64_t kChunk = 8;  // outputs between two stores of their sums
 
 // A task with this many rows has a product of its own, with its materialised weight. Measured for one task, float32, one thread,
@@ -42,30 +43,21 @@ namespace avx512 {
 }
 #undef SK_TARGET
 
-// The bits of n > 0 weights of one task from weight `first` on, in pieces from bit 0 on: the last four end in zeros.
+// The bits of n > 0 weights of one task from weight `first` on, in pieces from bit 0 on: the last four end in zeros. Lines of the
+// bank are copied whole, which is faster than what of them is wanted, so that kSlack pieces before and after are written over.
 static void align_bits(const Bank::Lines& lines, int64_t first, int64_t n, uint16_t* to) {
-  const int64_t words = (n + 63) / 64, shift = first & 63, last = (first + n - 1) >> 6;
-  int64_t at = first >> 6;
-  for (int64_t i = 0, run; i < words && at <= last; i += run, at += run) {  // the words of a tile lie together
-    const uint8_t* from = lines.first + (at >> 3) * lines.step + (at & 7) * 8;
-    run = std::min({8 - (at & 7), words - i, last + 1 - at});
-    if (run == 8)
-      std::memcpy(to + i * kPieces, from, kTileBytes);
-    else
-      for (int64_t j = 0; j < run; j++) std::memcpy(to + (i + j) * kPieces, from + j * 8, 8);
-  }
-  const auto get = [&](int64_t i) {
-    uint64_t word;
-    std::memcpy(&word, to + i * kPieces, 8);
-    return word;
-  };
-  const auto put = [&](int64_t i, uint64_t word) { std::memcpy(to + i * kPieces, &word, 8); };
-  if (shift) {
-    for (int64_t i = 0; i + 1 < words; i++) put(i, get(i) >> shift | get(i + 1) << (64 - shift));
-    const uint64_t high = at <= last ? load_word(lines.first + (at >> 3) * lines.step + (at & 7) * 8) : 0;
-    put(words - 1, get(words - 1) >> shift | high << (64 - shift));
-  }
-  put(words - 1, get(words - 1) & low_bits(n - (words - 1) * 64));
+  const int64_t words = (n + 63) / 64, shift = first & 7, last = (first + n - 1) / kTile;
+  auto* bytes = reinterpret_cast<uint8_t*>(to);
+  uint8_t* at = bytes - first % kTile / 8;
+  for (int64_t line = first / kTile; line <= last; line++, at += kTileBytes)
+    std::memcpy(at, lines.first + line * lines.step, kTileBytes);
+  if (shift)
+    for (int64_t i = 0; i < words; i++) {
+      const uint64_t high = bytes[8 * i + 8];
+      store_word(bytes + 8 * i, load_word(bytes + 8 * i) >> shift | high << (64 - shift));
+    }
+  uint8_t* end = bytes + 8 * (words - 1);
+  store_word(end, load_word(end) & low_bits(n - (words - 1) * 64));
 }
 
 // Rows sorted by task.
@@ -211,7 +203,7 @@ static void forward_small(const Call& call, const std::optional<Tensor>& bias, f
   const auto quad = for_isa(portable::forward_quad, avx2::forward_quad, avx512::forward_quad);
   const Batch& batch = call.batch;
   const int64_t inputs = call.inputs, outputs = call.outputs, words = (inputs + 63) / 64, stride = words * 64;
-  const int64_t pieces = (inputs + kLanes - 1) / kLanes, bits = kOutputs * words * kPieces;
+  const int64_t pieces = (inputs + kLanes - 1) / kLanes, open_stride = words * kPieces + kSlack, bits = kOutputs * open_stride;
   const Floats x = gather_rows(call.rows, batch, stride);
   Floats shift(outputs, 0.0f);
   if (bias) read_tile(bias->scalar_type(), bias->const_data_ptr(), shift.data(), 0, outputs);
@@ -219,7 +211,7 @@ static void forward_small(const Call& call, const std::optional<Tensor>& bias, f
   const void* weight = call.other.const_data_ptr();
   parallel((outputs + kOutputs - 1) / kOutputs, grain_of(kOutputs * inputs * batch.rows), [&](int64_t begin, int64_t end) {
     Floats tile(in_place ? 0 : kOutputs * inputs), sums(batch.rows * kOutputs);
-    std::vector<uint16_t> open(kSlots * bits, 0);
+    std::vector<uint16_t> open(kSlots * bits + kSlack, 0);
     for (int64_t block = begin; block < end; block++) {
       const int64_t o = block * kOutputs, here = std::min(kOutputs, outputs - o);
       const float* w = in_place ? static_cast<const float*>(weight) + o * inputs : tile.data();
@@ -228,18 +220,21 @@ static void forward_small(const Call& call, const std::optional<Tensor>& bias, f
       Quad rows;
       for (const Group& g : batch.small) {
         const Bank::Lines lines = call.bank.task(g.task);
-        uint16_t* mine = open.data() + rows.slot * bits;
-        for (int64_t i = 0; i < here; i++) align_bits(lines, (o + i) * inputs, inputs, mine + i * words * kPieces);
+        uint16_t* mine = open.data() + kSlack + rows.slot * bits;
+        for (int64_t i = 0; i < here; i++) align_bits(lines, (o + i) * inputs, inputs, mine + i * open_stride);
+        if (o + kOutputs < outputs)  // a task's lines lie far apart: nothing else fetches those of the next block
+          for (int64_t line = (o + kOutputs) * inputs / kTile; line <= (o + 2 * kOutputs) * inputs / kTile; line++)
+            __builtin_prefetch(lines.first + line * lines.step, 0, 2);
         const int64_t alone = here == kOutputs ? (g.end - g.begin) % kQuad : 0;
-        kernel(w, inputs, mine, words * kPieces, x.data() + g.begin * stride, stride, g.end - g.begin - alone, pieces,
+        kernel(w, inputs, mine, open_stride, x.data() + g.begin * stride, stride, g.end - g.begin - alone, pieces,
                sums.data() + g.begin * kOutputs);
         for (int64_t r = g.end - alone; r < g.end; r++)
           if (rows.push(mine, x.data() + r * stride, sums.data() + r * kOutputs))
-            quad(w, inputs, rows.open, words * kPieces, rows.in, inputs, rows.out);
+            quad(w, inputs, rows.open, open_stride, rows.in, inputs, rows.out);
         if (alone) rows.next_slot();
       }
       for (int64_t r = 0; r < rows.count; r++)
-        kernel(w, inputs, rows.open[r], words * kPieces, rows.in[r], stride, 1, pieces, rows.out[r]);
+        kernel(w, inputs, rows.open[r], open_stride, rows.in[r], stride, 1, pieces, rows.out[r]);
       for (int64_t r = 0; r < batch.rows; r++)
         for (int64_t i = 0; i < here; i++) y[batch.order[r] * outputs + o + i] = sums[r * kOutputs + i] + shift[o + i];
     }
@@ -291,7 +286,7 @@ static void grad_x_small(const Call& call, Tensor& out) {
   constexpr int64_t kWide = kSpan * kStrip;
   parallel((strips + kSpan - 1) / kSpan, grain_of(outputs * kWide * batch.rows), [&](int64_t begin, int64_t end) {
     Floats sums(batch.rows * kWide), tile(kSpan * kChunk * kStrip);  // [strip][output][input of the strip]
-    uint16_t open[kSlots][kChunk][kOpenStride];
+    uint16_t open[kSlack + kSlots * kChunk * kOpenStride];
     for (int64_t span = begin; span < end; span++) {
       const int64_t first = span * kWide, wide = std::min(kWide, inputs - first), here = (wide + kStrip - 1) / kStrip;
       std::fill(sums.begin(), sums.end(), 0.0f);
@@ -304,14 +299,14 @@ static void grad_x_small(const Call& call, Tensor& out) {
         Quad rows;
         for (const Group& g : batch.small) {
           const Bank::Lines lines = call.bank.task(g.task);
-          auto* mine = open[rows.slot];
-          for (int64_t i = 0; i < count; i++) align_bits(lines, (o + i) * inputs + first, wide, mine[i]);
+          uint16_t* mine = open + kSlack + rows.slot * kChunk * kOpenStride;
+          for (int64_t i = 0; i < count; i++) align_bits(lines, (o + i) * inputs + first, wide, mine + i * kOpenStride);
           const int64_t alone = (g.end - g.begin) % kQuad;
           for (int64_t s = 0; s < here; s++)
-            kernel(tile.data() + s * kChunk * kStrip, mine[0] + s * kPieces, count, grad.data() + g.begin * outputs + o, outputs,
+            kernel(tile.data() + s * kChunk * kStrip, mine + s * kPieces, count, grad.data() + g.begin * outputs + o, outputs,
                    g.end - g.begin - alone, sums.data() + g.begin * kWide + s * kStrip, kWide);
           for (int64_t r = g.end - alone; r < g.end; r++)
-            if (rows.push(mine[0], grad.data() + r * outputs + o, sums.data() + r * kWide))
+            if (rows.push(mine, grad.data() + r * outputs + o, sums.data() + r * kWide))
               for (int64_t s = 0; s < here; s++, rows.next_strip())
                 quad(tile.data() + s * kChunk * kStrip, rows.open, count, rows.in, rows.out);
           if (alone) rows.next_slot();
@@ -386,7 +381,7 @@ static void grad_weight_small(const Call& call, float* sums) {
   for (const Group& g : batch.small) ends.push_back(g.end);
   parallel(blocks, grain_of(kOutputs * inputs * batch.rows), [&](int64_t begin, int64_t end) {
     Floats tile(kOutputs * wide);
-    std::vector<uint16_t> open(groups * kOutputs * kOpenStride, 0);  // [group][output][strip][piece]
+    std::vector<uint16_t> open(kSlack + groups * kOutputs * kOpenStride, 0);  // [group][output][strip][piece]
     for (int64_t block = begin; block < end; block++) {
       const int64_t o = block * kOutputs, here = std::min(kOutputs, outputs - o);
       if (here < kOutputs) std::fill(open.begin(), open.end(), 0);
@@ -396,11 +391,11 @@ static void grad_weight_small(const Call& call, float* sums) {
         for (int64_t g = 0; g < groups; g++) {
           const Bank::Lines lines = call.bank.task(batch.small[g].task);
           for (int64_t i = 0; i < here; i++)
-            align_bits(lines, (o + i) * inputs + first, n, open.data() + (g * kOutputs + i) * kOpenStride);
+            align_bits(lines, (o + i) * inputs + first, n, open.data() + kSlack + (g * kOutputs + i) * kOpenStride);
         }
         for (int64_t s = 0; s < span; s++)
           kernel(x.data() + (first / kStrip + s) * batch.rows * kStrip, grad.data() + o, blocks * kOutputs,
-                 open.data() + s * kPieces, ends.data(), groups, tile.data() + first + s * kStrip, wide);
+                 open.data() + kSlack + s * kPieces, ends.data(), groups, tile.data() + first + s * kStrip, wide);
       }
       for (int64_t i = 0; i < here; i++) std::copy_n(tile.data() + i * wide, inputs, sums + (o + i) * inputs);
     }

@@ -62,7 +62,7 @@ static void scan(const Layer& layer, Chunk& chunk, Workspace& space) {
     }
     if (layer.weight_size) keep_open(layer.weight_size, layer.weight, bits, layer.w_eff, first, last, layer.n);
   }
-  if (chunk.last == words(layer.n)) std::fill(bits + chunk.last, bits + tiles(layer.n) * 8, 0);
+  if (chunk.last == words(layer.n)) clear_words(bits, chunk.last, tiles(layer.n) * 8);
   chunk.above = s.above, chunk.within = s.within, chunk.pieces_found = s.pieces_found, chunk.keys_found = s.keys_found;
 }
 

@@ -71,7 +71,7 @@ static void open_layer(const Layer& layer, int64_t first, int64_t last) {
   const int64_t full = layer.n / 64;
   open_words(layer, layer.bits, first, std::min(last, full));
   if (last == words(layer.n)) {
-    std::fill(layer.bits + full, layer.bits + tiles(layer.n) * 8, 0);
+    clear_words(layer.bits, full, tiles(layer.n) * 8);
     if (full < last) {
       uint64_t copy[64] = {};
       uint64_t word;
