@@ -223,6 +223,7 @@ static Tensor decompress_cpu(const Tensor& values, const Tensor& positions, cons
   const auto element = static_cast<int64_t>(values.element_size());
   const auto* from = static_cast<const uint8_t*>(c.values.const_data_ptr());
   auto* to = static_cast<uint8_t*>(out.mutable_data_ptr());
+  if (out.numel() == 0) return out;  // memset must not be given a null pointer, even for no bytes
   parallel(c.outputs, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, inputs)), [&](int64_t begin, int64_t end) {
     for (int64_t o = begin; o < end; o++) {
       uint8_t* row = to + o * inputs * element;

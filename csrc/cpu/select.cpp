@@ -33,7 +33,7 @@ static void guess(Layer& layer, Workspace& space) {
 template <class K, bool Value>
 static void scan(const Layer& layer, Chunk& chunk, Workspace& space) {
   constexpr int64_t kBlock = 64;  // words after which the effective weight is written, while their bits are in the cache
-  auto* bits = reinterpret_cast<Word*>(layer.bits);
+  Word* bits = reinterpret_cast<Word*>(layer.bits);
   Scan<K> s = {static_cast<const K*>(layer.scores),
                layer.n,
                K(layer.lo),

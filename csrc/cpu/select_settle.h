@@ -88,7 +88,7 @@ static void settle_avx512(const Piece* p, int64_t count, const int64_t* keys, Cu
 // The effective weights of the bits that were opened after the scan, one by one: each costs cache lines that are long gone.
 template <class T>
 static void open_weights(const Layer& layer, const Piece* p, int64_t count) {
-  const auto* bits = reinterpret_cast<const Word*>(layer.bits);
+  const Word* bits = reinterpret_cast<const Word*>(layer.bits);  // auto would take them for aligned ones
   const auto* weight = static_cast<const T*>(layer.weight);
   auto* w_eff = static_cast<T*>(layer.w_eff);
   for (const Piece* last = p + count; p < last; p++)
@@ -126,7 +126,7 @@ static void resolve(Layer& layer, Workspace& space, Ties ties) {
   }
   learn(layer, found.key, within);
   const Cut<K> cut = {found.key, ties == Ties::last ? found.ties - found.need : 0, ties == Ties::first ? found.need : found.ties};
-  auto* bits = reinterpret_cast<Word*>(layer.bits);
+  Word* bits = reinterpret_cast<Word*>(layer.bits);
   const auto* all_pieces = space.pieces.get<Piece>(0);
   const bool wide = is_avx512();
   int64_t ordinal = 0;
