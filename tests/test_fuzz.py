@@ -45,7 +45,7 @@ def test_a_crash_would_be_seen(tmp_path, monkeypatch):
 
 def test_too_much_memory_would_be_seen(tmp_path, monkeypatch):
     entry = fuzz.Target.entry
-    monkeypatch.setattr(fuzz.Target, "entry", lambda self, stored, row: entry(self, stored, row) or bytearray(b"x" * (24 << 20)))
+    monkeypatch.setattr(fuzz.Target, "entry", lambda self, stored, row: entry(self, stored, row) or bytearray(b"x" * (64 << 20)))
     with pytest.raises(AssertionError, match="bytes of memory for files of"):
         fuzz.fuzz_reader(5, 7, tmp_path)
 

@@ -35,7 +35,7 @@ class Basis(MaskedMethod):
         several = place == 0 and self.seeds > 1
         shared = several and process.count > 1
         mine = range(self.seeds)[process.rank :: process.count] if shared else range(self.seeds if several else 1)
-        numbered = [replace(task, index=task.index - k) for k in mine]
+        numbered = [replace(task, index=-k) for k in mine] if several else [task]
         phases = []
         for i, k in enumerate(mine):
             then = partial(self.hand_over_mask, k) if shared else partial(self.commit_mask, mask_name(task.index, k), task)
