@@ -106,6 +106,23 @@ def flat(method, way, x):
     return x
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5, 0.3])
+def test_dropout(dropout):
+    """The share of zeros to five deviations, row by row; what stays is scaled up, and gradients pass it alike; in no step the same."""
+    method, n = made(dropout=dropout)[0], 100_001
+    x = torch.ones(2, n, dtype=torch.float64, requires_grad=True)
+    y = method.dropped(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, y)
+    kept = y[y != 0]
+    torch.testing.assert_close(kept, torch.full_like(kept, 1 / (1 - dropout)), rtol=2**-15, atol=0)
+    for zeros in (y == 0).sum(1).tolist():
+        assert abs(zeros - n * dropout) <= 5 * (n * dropout * (1 - dropout)) ** 0.5 + n * 2**-17
+    both = ((y[0] == 0) & (y[1] == 0)).sum()
+    assert abs(int(both) - n * dropout**2) <= 5 * (n * dropout**2) ** 0.5 + n * 2**-16
+    assert torch.equal(method.dropped(x), y) == (dropout == 0)
+
+
 # ---- what a task keeps ---------------------------------------------------------------------------------------------
 
 
@@ -190,6 +207,9 @@ def test_fixed_configurations(configuration, tmp_path):
         {"sharing": "df-cnn"},
         {"configuration": "darts"},
         {"configuration": "darts", "darts_order": "second"},
+        {"amp": "bf16"},
+        {"amp": "bf16", "sharing": "tf"},
+        {"amp": "bf16", "configuration": "darts", "darts_order": "second"},
     ],
     ids=str,
 )

@@ -78,6 +78,21 @@ def test_it_learns(case, tmp_path):
         method.predict(benchmark.test(0).tensors()[0], 3)
 
 
+@pytest.mark.parametrize("name", ["prognn", "apd", "den", "lasem"])
+def test_layers_in_bfloat16(name, tmp_path, monkeypatch):
+    """Logits and what a task keeps are float32, and are near those that float32 makes of the same tensors, but not them."""
+    method, benchmark = pictured(name, monkeypatch, amp="bf16")
+    run(method, benchmark, RunConfig(), tmp_path / "run")
+    x = benchmark.test(2).tensors()[0]
+    with torch.no_grad():
+        low = method.eval().predict(x, 2).logits
+        method.net = method.net._replace(dtype=None)
+        logits = method.predict(x, 2).logits
+    assert low.dtype == torch.float32
+    assert all(t.dtype == torch.float32 for t in method.learnt[2].values() if t.is_floating_point())
+    assert 0 < (low - logits).norm() < 0.03 * logits.norm()
+
+
 @pytest.mark.parametrize("name", ["prognn", "apd", "den"])
 def test_without_validation_rows(name, tmp_path):
     method, benchmark = made(name, tasks=2, val_fraction=0.0, iterations=8, epochs=1)

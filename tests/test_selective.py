@@ -128,13 +128,14 @@ def test_the_tree_of_a_network_with_shortcuts(groups, monkeypatch):
         torch.testing.assert_close(ours[name], gradient, rtol=1e-10, atol=1e-13, msg=lambda text, name=name: f"{name}: {text}")
 
 
-def stacked(method, batch, masks):
-    """All networks in plain PyTorch with sums as long as the tree's: a layer is two convolutions over its nodes' rows."""
-    x, ways = batch.x, len(method.ways)
+def stacked(method, batch, masks, dtype):
+    """All networks in plain PyTorch with sums as long as the tree's: a layer is two convolutions over its nodes' rows, in that dtype."""
+    x, ways = batch.x.to(dtype), len(method.ways)
     for i, layer in enumerate(method.net.layers):
-        both = [F.conv2d(x, *kernel_by_hand(method, i, share), padding=layer.kernel // 2).relu() for share in (True, False)]
+        kernels = [[t.to(dtype) for t in kernel_by_hand(method, i, share)] for share in (True, False)]
+        both = [F.conv2d(x, *kernel, padding=layer.kernel // 2).relu() for kernel in kernels]
         x = torch.cat([F.max_pool2d(half, layer.pool) if layer.pool > 1 else half for half in both])
-    logits = method.scores(x.flatten(1).view(ways, len(batch.y), -1) * masks)
+    logits = method.scores(x.flatten(1).to(batch.x.dtype).view(ways, len(batch.y), -1) * masks)
     posterior = one_by_one(method, batch, masks)[0]
     losses = [F.cross_entropy(logits[c], batch.y) for c in range(ways)]
     method.zero_grad()
@@ -142,15 +143,16 @@ def stacked(method, batch, masks):
     return {n: p.grad.clone() for n, p in method.named_parameters()}
 
 
-def test_the_tree_rounds_no_worse_than_eager(monkeypatch):
-    """In float32, against networks one by one in float64: the error is at most twice that of plain PyTorch over as many rows."""
+@pytest.mark.parametrize(("amp", "dtype"), [("none", torch.float32), ("bf16", torch.bfloat16)])
+def test_the_tree_rounds_no_worse_than_eager(amp, dtype, monkeypatch):
+    """Against networks one by one in float64: the error is at most twice that of plain PyTorch in that dtype over as many rows."""
     exact, batch = pictured((3, 12, 12))
     masks = masks_for(exact, batch)
     _, _, truth = one_by_one(exact, batch, masks)
-    method = pictured((3, 12, 12), dtype=torch.float32)[0]
+    method = pictured((3, 12, 12), dtype=torch.float32, amp=amp)[0]
     method.load_state_dict(exact.state_dict())
     small = Batch(batch.x.float(), batch.y, batch.t)
-    theirs = stacked(method, small, masks.float())
+    theirs = stacked(method, small, masks.float(), dtype)
     _, _, ours = at_once(method, small, masks.float(), monkeypatch)
     for part in ("shared", "own", "head"):
         error, allowed = (

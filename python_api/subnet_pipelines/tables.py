@@ -4,8 +4,9 @@ A table is a folder of configs/tables: table.yaml (title, source, benchmarks and
 and BENCHMARK/ROW.yaml (method, the paper's numbers where it prints any, settings over the recipe of that method and benchmark, fidelity,
 and the `point` of a figure that the cell is: its line and its place on the x axis). A cell without a method is one that this package does
 not have; it is listed with the paper's number. Where cells differ by the values of settings alone, table.yaml says all of it: `sweep`, the
-values of each swept setting, and `cells`, one for each benchmark, which is run at every combination of the values; the first setting is the
-x axis of `point`, the others make its line. A table whose cells are no runs has `storage` and no cells (storage_tables.py).
+values of each swept setting, and `cells`, one for each benchmark, which is run at every combination of the values; the first setting, where
+its values are numbers, is the x axis of `point`, the others make its line. A table whose cells are no runs has `storage` and no cells
+(storage_tables.py).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ def sweep(cells: dict[str, dict[str, Any]], values: dict[str, list[Any]], path: 
         for *line, place in itertools.product(*(values[name] for name in (*others, x))):
             words = [str(value).replace("_", " ") for value in line]
             name = f"{benchmark}/{'-'.join([*words, str(place)]).replace(' ', '-')}"
-            point = [", ".join(words) or benchmark, place]
+            point = [", ".join(words) or benchmark, place] if isinstance(place, (int, float)) else None
             settings = {**cell.get("settings", {}), **dict(zip(others, line)), x: place}
             label = ", ".join([*words, f"{x.replace('_', ' ')} {place}"])
             found.append(make_cell(name, label, {**cell, "settings": settings, "point": point}, path))

@@ -59,6 +59,8 @@ class LifelongConfig(MethodConfig):
     """Deviation of the normal distribution, cut at two of it, that plain kernels are drawn from."""
     bias: float = 0.2
     """What their biases, and those of the heads, start at."""
+    amp: Literal["none", "bf16"] = "none"
+    """Run the layers below the head in bfloat16, in training and at test; weights, kernels and the head stay float32."""
 
 
 class Lifelong(Method):
@@ -74,7 +76,7 @@ class Lifelong(Method):
 
     def __init__(self, config: LifelongConfig, benchmark: Benchmark, seed: int):
         super().__init__(config, benchmark, seed)
-        self.benchmark, self.net = benchmark, NETS[config.model]
+        self.benchmark, self.net = benchmark, NETS[config.model]._replace(dtype=torch.bfloat16 if config.amp == "bf16" else None)
         self.start = Start(config.weight_std, config.bias)
         self.inputs, self.width = widths(self.net, benchmark.input_shape)
         self.index = 0  # of the task in training
@@ -131,7 +133,12 @@ class Lifelong(Method):
         raise NotImplementedError
 
     def dropped(self, made: Tensor) -> Tensor:
-        return F.dropout(made, self.config.dropout)
+        """Features, of which a share is dropped and the rest scaled up. The share counts in steps of 2^-16: a draw of 64 bits is four
+        numbers, which on a CPU takes a quarter of the time of PyTorch's dropout, that is a fifth of EM's step."""
+        dropped = min(round(65536 * self.config.dropout), 65535)
+        words = torch.empty(-(-made.numel() // 4), dtype=torch.int64, device=made.device).random_(-(1 << 63), None)
+        keep = words.view(torch.int16)[: made.numel()].view(made.shape) >= dropped - 32768
+        return made * (keep.to(made.dtype) * (65536 / (65536 - dropped)))
 
     def scores(self, made: Tensor, head: Sequence | None = None) -> Tensor:
         """Features (..., width) through a head, default the one in training -> logits (..., classes)."""

@@ -77,13 +77,14 @@ class ProgNN(Lifelong):
                 for i, layer in enumerate(self.net.layers):
                     tensors, parts, kernels = column[i], [reads[i]], [column[i]["weight"]]
                     for other in range(number if i else 0):
-                        scaled = above[other][i] * tensors[f"scale_{other}"]
-                        parts.append(F.conv2d(scaled, tensors[f"down_{other}"], tensors[f"down_bias_{other}"]).relu())
+                        read, names = above[other][i], ("scale", "down", "down_bias")
+                        scale, weight, bias = (tensors[f"{name}_{other}"].to(read.dtype) for name in names)
+                        parts.append(F.conv2d(read * scale, weight, bias).relu())
                         kernels.append(tensors[f"up_{other}"])
                     skip = reads[i - 1] if layer.skip else None  # one convolution of all channels is the sum of the columns'
                     reads.append(convolve(torch.cat(parts, 1), layer, torch.cat(kernels, 1), tensors["bias"], skip=skip))
                 above.append(reads)
-        return above[-1][-1].flatten(1)
+        return above[-1][-1].flatten(1).to(x.dtype)
 
     def body(self, x: Tensor) -> Tensor:
         return self.through(x, [*self.columns(self.index), self.column])

@@ -38,11 +38,15 @@ class Layer(NamedTuple):
 
 
 class Net(NamedTuple):
-    """The layers that may be shared, and hidden widths of the head that every task has for itself. flat: inputs are taken as channels."""
+    """The layers that may be shared, and hidden widths of the head that every task has for itself.
+
+    flat: inputs are taken as channels; dtype: what the layers run in, None is the inputs' own. Features come back in that.
+    """
 
     layers: tuple[Layer, ...]
     hidden: tuple[int, ...] = ()
     flat: bool = False
+    dtype: torch.dtype | None = None
 
 
 NETS = {  # by name; all but the first are those of LASEM's code (Lifelong-ML/LASEM c4ec052, utils_env_cl.py)
@@ -230,11 +234,11 @@ def widths(net: Net, shape: Sequence[int]) -> tuple[list[int], int]:
 def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
     """x (N, I, H, W), channels last, through a layer of that kernel -> (N, O, ceil(H / pool), ceil(W / pool)), channels last too.
 
-    skip (N, O, H, W), where there is one, is added past the ReLU. Otherwise maxima come first: ReLU is then less work, and may overwrite
-    what no backward reads.
+    It is done in the dtype of x. skip (N, O, H, W), where there is one, is added past the ReLU. Otherwise maxima come first: ReLU is then
+    less work, and may overwrite what no backward reads.
     """
-    weight = weight.contiguous(memory_format=torch.channels_last)
-    x = F.conv2d(x, weight, bias, padding=layer.kernel // 2, groups=groups)
+    weight = weight.to(x.dtype, memory_format=torch.channels_last)
+    x = F.conv2d(x, weight, bias.to(x.dtype), padding=layer.kernel // 2, groups=groups)
     x = x if skip is None else x.relu_() + skip
     x = F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x
     return x.relu_() if skip is None else x
@@ -242,15 +246,15 @@ def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int 
 
 def pictures(net: Net, x: Tensor) -> Tensor:
     """x (B, ...) as the first layer reads it: (B, channels, height, width), channels last, the layout that convolutions are fastest in."""
-    return (x.reshape(len(x), -1, 1, 1) if net.flat else x).contiguous(memory_format=torch.channels_last)
+    return (x.reshape(len(x), -1, 1, 1) if net.flat else x).to(net.dtype or x.dtype, memory_format=torch.channels_last)
 
 
 def features(net: Net, kernels: Sequence[Kernel], x: Tensor) -> Tensor:
     """x (B, ...) through a kernel a layer -> (B, features)."""
-    x, before = pictures(net, x), None
+    dtype, x, before = x.dtype, pictures(net, x), None
     for layer, (weight, bias) in zip(net.layers, kernels):
         before, x = x, convolve(x, layer, weight, bias, skip=before if layer.skip else None)
-    return x.flatten(1)
+    return x.flatten(1).to(dtype)
 
 
 def mixed(net: Net, shared: Sequence[Kernel], own: Sequence[Kernel], shares: Tensor, x: Tensor) -> Tensor:
@@ -258,12 +262,12 @@ def mixed(net: Net, shared: Sequence[Kernel], own: Sequence[Kernel], shares: Ten
 
     -> (B, features).
     """
-    x, before = pictures(net, x), None
+    dtype, x, before = x.dtype, pictures(net, x), None
     for layer, share, *kernels in zip(net.layers, shares, shared, own):
         weight, bias = (torch.cat(pair) for pair in zip(*kernels))
         one, two = convolve(x, layer, weight, bias, skip=both(before) if layer.skip else None).chunk(2, 1)
-        before, x = x, torch.lerp(two, one, share)
-    return x.flatten(1)
+        before, x = x, torch.lerp(two, one, share.to(x.dtype))
+    return x.flatten(1).to(dtype)
 
 
 def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequence[Kernel], x: Tensor) -> Tensor:
@@ -271,7 +275,7 @@ def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequenc
 
     shared, own: a layer's kernel where it is shared, and where it is the task's own.
     """
-    rows, borders, x, before = len(x), {0, *itertools.accumulate(groups)}, pictures(net, x), None
+    rows, dtype, borders, x, before = len(x), x.dtype, {0, *itertools.accumulate(groups)}, pictures(net, x), None
     for i, (layer, *kernels) in enumerate(zip(net.layers, shared, own)):
         weight, bias = (torch.cat(pair) for pair in zip(*kernels))
         parts, skip = i in borders, None
@@ -281,7 +285,7 @@ def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequenc
         if parts and i:
             x = apart(x)
         before, x = x, convolve(x, layer, weight, bias, 1 if parts else 2, skip)  # in a group each child goes on by itself
-    return apart(x).flatten(1).view(-1, rows, x.shape[1:].numel() // 2)
+    return apart(x).flatten(1).to(dtype).view(-1, rows, x.shape[1:].numel() // 2)
 
 
 def apart(x: Tensor) -> Tensor:
