@@ -1,5 +1,6 @@
-"""Several processes that share the masks of a homogeneous basis, as torchrun starts them."""
+"""Several processes that share the masks of a homogeneous basis or the configurations of a search, as torchrun starts them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,19 +12,20 @@ import torch
 from safetensors.torch import load_file
 from streams import Contrary
 
-from subnet_pipelines import METHODS, Refusal
+from subnet_pipelines import METHODS, Refusal, checkpoint
 from subnet_pipelines.benchmarks.base import BenchmarkConfig
 from subnet_pipelines.cli import main
 from subnet_pipelines.processes import Process, hand_over, taken
 
 SMALL = "train impresslearn --benchmark permuted-mnist-mini --tasks 3 --basis-kind homogeneous --basis 5 --basis-epochs 1".split()
 SMALL += "--epochs 1 --model mlp --controls false --eval-rows last --device cpu".split()
+SEARCH = "train lasem --benchmark permuted-mnist-mini --tasks 2 --configuration search --epochs 2 --device cpu".split()
 
 
-def process(rank, count, out, *more):
+def process(rank, count, out, *more, words=SMALL):
     """One of the processes, as torchrun would start it."""
     env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    argv = [sys.executable, "-m", "subnet_pipelines.cli", *SMALL, "--out", str(out), *more]
+    argv = [sys.executable, "-m", "subnet_pipelines.cli", *words, "--out", str(out), *more]
     return subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -75,7 +77,53 @@ def test_a_process_that_was_killed_goes_on(alone, tmp_path):
     assert_same_bank(alone, bank_of(tmp_path))
 
 
-@pytest.mark.parametrize(("name", "fields"), [("impresslearn", {"basis": 1}), ("wsn", {})])
+def found_by(out):
+    """What a search made of its tasks: accuracies and configurations, and the tensors that they keep."""
+    result = json.loads((out / "seed-1" / "result.json").read_text())
+    kept = checkpoint.load(out / "seed-1" / "checkpoint", print)["method"]["learnt"]
+    return {key: result[key] for key in ("accuracy_matrix", "method_report")}, kept
+
+
+def assert_same_search(a, b):
+    assert a[0] == b[0]
+    for one, two in zip(a[1], b[1], strict=True):
+        assert one.keys() == two.keys()
+        assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    out = tmp_path_factory.mktemp("searched")
+    assert main([*SEARCH, "--out", str(out)]) == 0
+    report, kept = found_by(out)
+    assert len(report["method_report"]["configurations"]) == len(kept) == 2
+    return report, kept
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_processes_find_what_one_does(searched, count, tmp_path):
+    """Each configuration is trained in one of them, and every task goes on from the same winner."""
+    ended(*(process(rank, count, tmp_path, words=SEARCH) for rank in range(count)))
+    assert_same_search(searched, found_by(tmp_path))
+    lines = [json.loads(line) for line in (tmp_path / "seed-1" / "processes" / "1" / "metrics.jsonl").read_text().splitlines()]
+    trained = {line["phase"] for line in lines}
+    assert trained == {f"search {k}" for k in range(1, 4, count)}  # of the four, and no row of the matrix
+
+
+def test_a_search_that_was_killed_goes_on(searched, tmp_path):
+    processes = [process(rank, 2, tmp_path, words=SEARCH) for rank in range(2)]
+    limit = time.monotonic() + 240
+    while not list(tmp_path.rglob("search-*/1/*.safetensors")) and time.monotonic() < limit:
+        time.sleep(0.02)
+    for each in processes:
+        each.send_signal(signal.SIGKILL)
+        each.communicate()
+    assert not (tmp_path / "seed-1" / "result.json").exists()
+    ended(*(process(rank, 2, tmp_path, "--resume", words=SEARCH) for rank in range(2)))
+    assert_same_search(searched, found_by(tmp_path))
+
+
+@pytest.mark.parametrize(("name", "fields"), [("impresslearn", {"basis": 1}), ("lasem", {}), ("wsn", {})])
 def test_who_cannot_share(name, fields, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     method, benchmark = METHODS[name], Contrary(BenchmarkConfig(tasks=2), 1)

@@ -5,11 +5,12 @@ Files and no collectives: a process that was killed is started again and finds w
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from safetensors.torch import load_file, save
 from torch import Tensor
@@ -35,6 +36,11 @@ class Process(NamedTuple):
 def this_process() -> Process:
     """As torchrun says in RANK and WORLD_SIZE; alone where it does not."""
     return Process(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+
+
+def shared_folder(out: Path, what: str, *settings: Any) -> Path:
+    """Where the processes of a run leave files of that kind for each other: a folder of its own for every value of the settings."""
+    return out / "processes" / f"{what}-{hashlib.sha256(repr(settings).encode()).hexdigest()[:12]}"
 
 
 def hand_over(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -149,9 +149,8 @@ class Run:
             plan = self.method.plan(None if index is None else self.task(index))
             while self.cursor.phase < len(plan):
                 self.phase(plan[self.cursor.phase], index, parts, marks=self.cursor.phase == len(plan) - 1)
-            if plan and self.method.process.rank:
-                return
-            self.measure(lambda parts=parts: self.matrix.mark(parts[-1].row, self.stop))
+            if not self.method.process.rank:
+                self.measure(lambda parts=parts: self.matrix.mark(parts[-1].row, self.stop))
             self.cursor = Cursor(task=self.cursor.task + 1)
             if time.monotonic() - self.saved >= self.save_every / 6:
                 self.save()

@@ -122,8 +122,8 @@ class Method(nn.Module):
 
     @staticmethod
     def can_share(config: MethodConfig) -> bool:
-        """Whether several processes can share the work of such a run: then `plan` of all but the first is its share of the first task that
-        it has a plan for, after which they end."""
+        """Whether several processes can share the work of such a run: each has a `plan` of its own of every task, and the first one alone
+        measures."""
         return False
 
     @property

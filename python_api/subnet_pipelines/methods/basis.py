@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -18,7 +17,7 @@ from subnet_pipelines.benchmarks.base import Task
 from subnet_pipelines.chance import seeded
 from subnet_pipelines.methods.base import Phase
 from subnet_pipelines.methods.masked import MaskedMethod, entry_name
-from subnet_pipelines.processes import hand_over, taken
+from subnet_pipelines.processes import hand_over, shared_folder, taken
 from subnet_pipelines.schedules import cosine
 from subnet_pipelines.together import own_tensors
 
@@ -55,8 +54,8 @@ class Basis(MaskedMethod):
 
     def mask_file(self, k: int) -> Path:
         """Where the process that trains mask k of the first task leaves it."""
-        settings = hashlib.sha256(repr((self.config, self.benchmark.config, self.seed)).encode()).hexdigest()[:12]
-        return self.process.run_of(self.out) / "processes" / f"masks-{settings}" / f"{k}.safetensors"
+        run = self.process.run_of(self.out)
+        return shared_folder(run, "masks", self.config, self.benchmark.config, self.seed) / f"{k}.safetensors"
 
     def hand_over_mask(self, k: int) -> None:
         hand_over(self.mask_file(k), own_tensors(self.model))

@@ -206,7 +206,7 @@ class ImpressLearn(Basis, RealMasks, Controls, CombinationMethod):
             phases += [Phase("random masks", steps=0, then=lambda: self.draw_masks(task))] if self.random else []
         if i in self.basis_tasks:
             return phases + self.plan_masks(task)
-        if i in self.new_tasks:
+        if i in self.new_tasks and self.process.rank == 0:
             return phases + self.plan_alpha(task)
         return []
 

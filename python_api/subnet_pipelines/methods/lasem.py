@@ -12,7 +12,8 @@ every layer is a mixture of the shared one and the task's own, whose two logits 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,6 +28,7 @@ from subnet_pipelines.errors import Refusal
 from subnet_pipelines.methods.base import Clock, Phase
 from subnet_pipelines.methods.lifelong import Lifelong, LifelongConfig, named_tensors, named_under, parameters
 from subnet_pipelines.methods.selective import NETS, SHARING, Kernel, configurations, features, mixed, named, tree
+from subnet_pipelines.processes import hand_over, shared_folder, taken
 
 POINTS = 100  # of a task's training, at which the probability of sharing is kept
 MOST = 10  # choices among which all configurations are evaluated
@@ -115,6 +117,10 @@ class LASEM(Lifelong):
         self.tries: list[list[float]] = []
         self.winner: dict[str, Tensor] = {}
 
+    @staticmethod
+    def can_share(config: LASEMConfig) -> bool:
+        return config.configuration == "search"
+
     # ---- tensors ----------------------------------------------------------------------------------------------------
 
     def fresh(self, task: int) -> list[list[dict[str, Tensor]]]:
@@ -175,9 +181,11 @@ class LASEM(Lifelong):
         phases = []
         for number, way in enumerate(self.ways):
             first = (lambda: self.begin(task.index)) if number == 0 else lambda number=number: self.begin_again(number)
-            then = self.compare if number < len(self.ways) - 1 else self.end_search
-            phases.append(self.phase(f"search {number}", task, lambda way=way: self.learning(way), first, then))
-        return phases
+            phase = self.phase(f"search {number}", task, lambda way=way: self.learning(way), first, self.compare)
+            if number % self.process.count != self.process.rank:  # another process trains it
+                phase = replace(phase, steps=0, optimizer=None, select="last", then=None)
+            phases.append(phase)
+        return [*phases, Phase("search ends", steps=0, then=self.end_search)]
 
     def step(self, batch: Batch, opt: torch.optim.Optimizer, clock: Clock) -> dict[str, Tensor]:
         opt.zero_grad()
@@ -292,14 +300,29 @@ class LASEM(Lifelong):
 
     def compare(self) -> None:
         """The end of a search's phase."""
-        found = self.measure()
+        found, tensors = self.measure(), self.snapshot()
+        if self.process.count > 1:
+            hand_over(self.file_of(self.trying), {**tensors, "found": torch.tensor(found, dtype=torch.float64)})
+        else:
+            self.take_up(found, tensors)
+
+    def take_up(self, found: list[float], tensors: dict[str, Tensor]) -> None:
+        """What a configuration reached; its tensors are kept where none before was as good."""
         if not self.tries or found[0] > max(score for score, _ in self.tries):
-            self.winner = self.snapshot()
+            self.winner = tensors
         self.tries.append(found)
 
+    def file_of(self, number: int) -> Path:
+        """Where the process that tries a configuration on the task in training leaves what came of it."""
+        run = self.process.run_of(self.out)
+        settings = self.config, self.benchmark.config, self.seed
+        return shared_folder(run, "search", *settings) / str(self.index) / f"{number}.safetensors"
+
     def end_search(self) -> None:
-        """The end of a search: the task is what the best of its phases made of it; of equals, the first."""
-        self.compare()
+        """The end of a search, in every process: the task is what the best of its phases made of it; of equals, the first."""
+        for number in range(len(self.ways)) if self.process.count > 1 else ():
+            tensors = taken(self.file_of(number))
+            self.take_up(tensors.pop("found").tolist(), tensors)
         scores = [score for score, _ in self.tries]
         self.trying = scores.index(max(scores))
         self.load_state_dict(self.winner)
