@@ -100,14 +100,13 @@ def searched(tmp_path_factory):
     return report, kept
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_processes_find_what_one_does(searched, count, tmp_path):
+def test_processes_find_what_one_does(searched, tmp_path):
     """Each configuration is trained in one of them, and every task goes on from the same winner."""
-    ended(*(process(rank, count, tmp_path, words=SEARCH) for rank in range(count)))
+    ended(*(process(rank, 3, tmp_path, words=SEARCH) for rank in range(3)))
     assert_same_search(searched, found_by(tmp_path))
     lines = [json.loads(line) for line in (tmp_path / "seed-1" / "processes" / "1" / "metrics.jsonl").read_text().splitlines()]
     trained = {line["phase"] for line in lines}
-    assert trained == {f"search {k}" for k in range(1, 4, count)}  # of the four, and no row of the matrix
+    assert trained == {"search 1"}  # of the four, and no row of the matrix
 
 
 def test_a_search_that_was_killed_goes_on(searched, tmp_path):

@@ -211,6 +211,7 @@ class Run:
         n = len(train[1])
         a_round = -(-n // phase.batch_size)
         whole = phase.steps if phase.steps is not None else phase.epochs * a_round
+        whole = 0 if phase.needed is not None and not phase.needed() else whole
         steps = max(min(whole, 1), round(whole * visit.length))
         clock.task, clock.phase, clock.steps, clock.visit = index, phase.name, steps, c.part if hidden else None
         self.show.begin(f"{task.name}, {phase.name}", steps, c.step)

@@ -53,11 +53,12 @@ class Clock:
 class Phase:
     """A stretch of steps with one optimizer: a row of a method's timetable, made afresh at resume.
 
-    epochs or steps (at most; steps wins) say how long; optimizer builds the optimizer once `first` has run; schedule is None (constant), a
-    function of progress in [0, 1) that gives the factor on each group's first learning rate, or a Plateau. select="best" ends with the
-    copy of least validation loss. first and then are called once, before the first step and after the last. together: the task and others
-    that are trained with it, with equally many training rows; a step is then given a tuple, a batch of each. order: the number that the
-    order of rows and what augments them is drawn by, in place of the phase's place in the timetable.
+    epochs or steps (at most; steps wins) say how long; optimizer builds the optimizer once `first` has run; schedule is None (constant),
+    a function of progress in [0, 1) that gives the factor on each group's first learning rate, or a Plateau. select="best" ends with the
+    copy of least validation loss. first and then are called once, before the first step and after the last. needed: asked after first;
+    where it says no the phase has no steps. together: the task and others that are trained with it, with equally many training rows; a
+    step is then given a tuple, a batch of each. order: the number that the order of rows and what augments them is drawn by, in place of
+    the phase's place in the timetable.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Phase:
     select: Literal["last", "best"] = "last"
     first: Callable[[], None] | None = None
     then: Callable[[], None] | None = None
+    needed: Callable[[], bool] | None = None
     together: Sequence[Task] | None = None
     order: int | None = None
 

@@ -18,7 +18,7 @@ task's head reads the copy in its place; splitting follows whether there was an 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -76,8 +76,8 @@ class DEN(Lifelong):
         self.places = self.width // self.units[-1]  # of a channel where the head reads it
         self.stamps: list[list[int]] = []  # units of every layer at each task's end
         self.grown: list[int] = []  # while new units learn, units of every layer before them
-        self.expanding: bool | None = None  # whether the task in training expands the network, None before that is known
-        self.splits: list[list[int]] | None = None  # and which units of every layer it splits
+        self.expanding = False  # whether the task in training expands the network
+        self.splits: list[list[int]] = []  # and which units of every layer it splits
         self.tries: list[list[float | None]] = []  # accuracies at the best epoch of each phase of the task so far
         self.before: list[dict[str, Tensor]] = []  # the network when the task began
         self.open: dict[str, Tensor] = {}  # of every tensor that learns in this phase, bool: which entries
@@ -144,19 +144,10 @@ class DEN(Lifelong):
         select = self.phase(
             "select", task, self.learning, lambda: self.begin(task.index), self.selected, self.config.select_share
         )
-        retrain = self.phase("retrain", task, self.learning, None, lambda: decide(expand, self.retrained()))
-        expand = self.phase(
-            "expand", task, self.learning, lambda: self.expanding and self.grow(), lambda: decide(split, self.expanded())
-        )
+        retrain = self.phase("retrain", task, self.learning, None, self.retrained)
+        expand = self.phase("expand", task, self.learning, lambda: self.expanding and self.grow(), self.expanded)
         split = self.phase("split", task, self.learning, self.split, self.end)
-        steps = {id(phase): phase.steps for phase in (expand, split)}
-
-        def decide(phase: Phase, needed: bool | None) -> None:
-            """A phase that is not needed has no step; None is not known yet."""
-            phase.steps = 0 if needed is False else steps[id(phase)]
-
-        decide(expand, self.expanding)  # the same again where an interrupted run goes on
-        decide(split, None if self.splits is None else any(self.splits))
+        expand, split = replace(expand, needed=lambda: self.expanding), replace(split, needed=lambda: any(self.splits))
         return [select, retrain, expand, split]
 
     def learning(self) -> list[nn.Parameter]:
@@ -165,7 +156,7 @@ class DEN(Lifelong):
 
     def begin(self, task: int, also: str = "head.") -> None:
         """A fresh head, which learns, and what else has names that begin so."""
-        self.index, self.expanding, self.splits, self.tries, self.grown = task, None, None, [], []
+        self.index, self.expanding, self.splits, self.tries, self.grown = task, False, [], [], []
         self.before = [{name: p.detach().clone() for name, p in layer.items()} for layer in self.layers]
         self.head = parameters(self.fresh_head(task), self.device)
         self.open_all("head.", also)
@@ -195,20 +186,18 @@ class DEN(Lifelong):
             self.open[f"layers.{i}.weight"] = (rows & read[None, :, None, None]).expand_as(weight).clone()
             self.open[f"layers.{i}.bias"], used = used, below
 
-    def retrained(self) -> bool:
-        """The end of retraining: whether the network is to expand."""
+    def retrained(self) -> None:
+        """The end of retraining: find whether the network is to expand."""
         self.note()
         self.expanding = self.training_loss() > self.config.loss_threshold
-        return self.expanding
 
-    def expanded(self) -> bool:
-        """The end of an expansion, or of none: whether there are units to split."""
+    def expanded(self) -> None:
+        """The end of an expansion, or of none: find what units to split."""
         self.note()
         if self.expanding:
             for i, dead in enumerate(self.dead()):
                 self.take(i, [unit for unit in range(self.units[i]) if unit not in dead])
         self.grown, self.splits = [], self.drifted()
-        return any(self.splits)
 
     @torch.no_grad()
     def split(self) -> None:
