@@ -326,7 +326,7 @@ def test_an_expansion(monkeypatch):
     phases["select"].then()
     monkeypatch.setattr(method, "training_loss", lambda: 0.02)
     phases["retrain"].then()
-    assert (method.expanding, phases["expand"].steps) == (True, None)
+    assert phases["expand"].needed()
     x, start = benchmark.test(0).tensors()[0], copies(method)
     with torch.no_grad():
         logits = method.predict(x, 0).logits
@@ -353,7 +353,7 @@ def test_an_expansion(monkeypatch):
     assert torch.equal(method.layers[2]["weight"], kept["layers.2.weight"][:5, [0, 1, 2, 3, 4, 5, 7]])
     head = kept["head.0.weight"].unflatten(1, (6, -1))
     assert torch.equal(method.head[0]["weight"].unflatten(1, (5, -1)), head[:, :5])
-    assert phases["split"].steps == 0
+    assert not phases["split"].needed()
 
 
 def test_group_lasso_makes_units_zero(monkeypatch):
@@ -384,7 +384,7 @@ def test_a_split(monkeypatch):
     start = copies(method)
     phases["select"].then()
     assert phases["retrain"].then() is None
-    assert (method.expanding, phases["expand"].steps) == (False, 0)
+    assert not phases["expand"].needed()
     with torch.no_grad():
         method.layers[0]["weight"][1] += 0.3
         for unit, way in ((0, 0.1), (2, 0.2), (4, 0.15), (5, 0.02)):
@@ -393,7 +393,7 @@ def test_a_split(monkeypatch):
     phases["expand"].first()
     phases["expand"].then()
     assert method.splits == [[1], [2, 4], [3]]  # of the three in the second layer that moved by more than .5, the furthest two
-    assert phases["split"].steps is None
+    assert phases["split"].needed()
     now = copies(method)
     phases["split"].first()
     assert method.units == [6, 8, 5]
