@@ -11,6 +11,7 @@ pytestmark = cpu_only
 pytest.importorskip("subnet_kernels._codec", reason="the codec is not compiled: pip install with pybind11 there")
 
 
+@pytest.mark.long  # which `make fuzz` does too, for longer
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no g++ to compile the decoder with sanitizers")
 def test_the_decoder_withstands_changed_masks(tmp_path):
     said = fuzz.fuzz_decoder(2, 5, tmp_path)

@@ -56,13 +56,14 @@ def alone(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("count", "more"), [(2, []), (3, ["--parallel-tasks", "2"])])
+@pytest.mark.parametrize(("count", "more"), [(2, []), pytest.param(3, ["--parallel-tasks", "2"], marks=pytest.mark.long)])
 def test_processes_end_with_the_masks_of_one(alone, count, more, tmp_path):
     ended(*(process(rank, count, tmp_path, *more) for rank in range(count)))
     assert_same_bank(alone, bank_of(tmp_path))
     assert sorted(p.name for p in (tmp_path / "seed-1" / "processes").glob("[0-9]*")) == [str(k) for k in range(1, count)]
 
 
+@pytest.mark.long
 def test_a_process_that_was_killed_goes_on(alone, tmp_path):
     first, second = process(0, 2, tmp_path), process(1, 2, tmp_path)
     masks = tmp_path / "seed-1" / "processes"
@@ -109,6 +110,7 @@ def test_processes_find_what_one_does(searched, tmp_path):
     assert trained == {"search 1"}  # of the four, and no row of the matrix
 
 
+@pytest.mark.long
 def test_a_search_that_was_killed_goes_on(searched, tmp_path):
     processes = [process(rank, 2, tmp_path, words=SEARCH) for rank in range(2)]
     limit = time.monotonic() + 240
