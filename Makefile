@@ -19,8 +19,9 @@ $(STAMP): $(INPUTS)
 demo: setup
 	$(BIN)/subnet-kernels demo
 
+# A file of tests to each processor that is free, in the order of their names: those that compile come early.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-long: setup
 	$(BIN)/python -m pytest -m long

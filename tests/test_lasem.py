@@ -138,12 +138,12 @@ def test_layers_of_its_own_leave_the_shared_ones_as_they_were(sharing, tmp_path,
     seen, logits, settle = [], [], method.settle
     x = benchmark.test(0).tensors()[0]
 
-    def choose(peak):
+    def choose():
         with torch.no_grad():
             way = next(chosen)
             monkeypatch.setattr(method, "best", lambda: way)
             moved = copies(method)
-            settle(peak)
+            settle()
             seen.append((moved, copies(method)))
             logits.append(method.predict(x, 0).logits)
 
@@ -254,7 +254,8 @@ def test_squares_that_start_at_one():
 
 
 def test_the_best_epoch(tmp_path, monkeypatch):
-    """The peak is the test accuracy of the epoch with the best validation value; what stays is its copy, or the last epoch."""
+    """The peak is the test accuracy of the epoch with the best validation value, beside that on validation rows; what stays is its copy,
+    or the last epoch."""
     kept = {}
     for keep in ("last", "best"):
         method, benchmark = made(tasks=1, keep=keep, epochs=5)
@@ -269,9 +270,21 @@ def test_the_best_epoch(tmp_path, monkeypatch):
         result = run(method, benchmark, RunConfig(), tmp_path / keep)
         stays = method.learnt[0]["head.0.weight"]
         assert torch.equal(stays, heads[1 if keep == "best" else 4])
-        kept[keep] = result
-    assert kept["best"].method_report["peak"] == kept["best"].final
-    assert kept["best"].method_report["peak"] == kept["last"].method_report["peak"]
+        kept[keep] = result.method_report
+        if keep == "best":
+            x, y = benchmark.task(0).val.tensors()
+            right = method.predict(x, 0).logits.argmax(1) == y
+            assert kept[keep]["validation"] == [pytest.approx(100 * float(right.float().mean()))]
+            assert kept[keep]["peak"] == result.final
+    assert all(kept["best"][name] == kept["last"][name] for name in ("validation", "peak"))
+
+
+def test_a_checkpoint_of_before_validation_was_reported():
+    """It goes on: of its tasks nothing is known."""
+    method = made()[0]
+    facts = {name: value for name, value in method.facts().items() if name != "validated"} | {"peaks": [50.0, None]}
+    method.build(facts)
+    assert method.validated == [None, None]
 
 
 def test_without_validation_rows(tmp_path):
@@ -305,6 +318,7 @@ def test_search_keeps_the_best_configuration(tmp_path, monkeypatch):
         first, *others = starts[4 * task : 4 * task + 4]
         assert all(torch.equal(first[n], other[n]) for other in others for n in first)
     assert result.method_report["configurations"] == ["01", "00"]
+    assert result.method_report["validation"] == [70.0, 40.0]
     assert result.method_report["peak"] == [2.0, 8.0]
     assert torch.equal(method.learnt[0]["head.0.weight"], ends[1]["head.0.weight"])
     assert torch.equal(starts[4]["shared.1.weight"], ends[1]["shared.1.weight"])

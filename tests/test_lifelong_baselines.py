@@ -42,8 +42,8 @@ def watched(method, benchmark, out):
     """Run, and keep the logits and kept tensors of every task as they were when it ended: (result, logits, tensors)."""
     settle, logits, kept = method.settle, [], []
 
-    def settled(peak):
-        settle(peak)
+    def settled():
+        settle()
         task = len(method.learnt) - 1
         method.eval()
         with torch.no_grad():
@@ -198,7 +198,7 @@ def test_penalties_by_hand(fields, monkeypatch):
     method = pictured("apd", monkeypatch, **fields)[0]
     method.begin(0)
     assert method.held == []
-    method.settle(None)
+    method.settle()
     before = [method.weight(i, method.own[i]).detach() if fields else kernel_of(method, 0, i) for i in range(4)]
     was = [p.detach().clone() for p in method.shared.parameters()]
     method.begin(1)
@@ -233,8 +233,8 @@ def test_what_apd_holds(hold, tmp_path):
         method, benchmark = made("apd", hold=hold, lambda2=lambda2, lambda1=1e-3, tasks=2)
         settle, seen = method.settle, []
 
-        def settled(peak, method=method, settle=settle, seen=seen):
-            settle(peak)
+        def settled(method=method, settle=settle, seen=seen):
+            settle()
             seen.append(([kernel_of(method, 0, i) for i in range(2)], dict(method.learnt[0])))
 
         method.settle = settled
@@ -271,7 +271,7 @@ def expanding(monkeypatch, **fields):
     """DEN in its second task, at whose begin the network stands as it was drawn; and the task's phases by name."""
     method, benchmark = pictured("den", monkeypatch, expansion=2, dropout=0.0, **fields)
     method.begin(0, "layers.")
-    method.settle(None)
+    method.settle()
     task = benchmark.task(1)
     phases = {phase.name: phase for phase in method.plan(task)}
     phases["select"].first()

@@ -212,6 +212,7 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
     "acc": ("ACC", "%"),
     "bwt": ("BWT", "pp"),
     "forgetting": ("forgetting", "pp"),
+    "validation": ("on validation rows", "%"),
     "peak": ("peak", "%"),
     "kept": ("final / peak", ""),
     "task_inference": ("task inferred", "%"),
@@ -229,11 +230,13 @@ COLUMNS = {  # of the tables: name -> (heading, unit)
 def table_row(result: Result) -> dict[str, float | None]:
     """The numbers of a result that tables show, by the names of COLUMNS."""
     capacity, report = result.capacity or {}, result.method_report
-    peak = metrics.mean(report.get("peak", []))  # of methods that measure their tasks at the best epoch
+    # of methods that measure their tasks at the best epoch on validation rows, on these and on the test rows
+    validation, peak = (metrics.mean(report.get(name, [])) for name in ("validation", "peak"))
     return {
         "acc": result.acc,
         "bwt": result.bwt,
         "forgetting": result.forgetting,
+        "validation": validation,
         "peak": peak,
         "kept": metrics.ratio(result.acc, peak),
         "task_inference": (result.task_inference or {}).get("accuracy"),

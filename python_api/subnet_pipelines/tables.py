@@ -32,6 +32,7 @@ PAPER = {"acc", "bwt", "cap", "used", "told", "peak", "kept"}
 SHOWN = (
     "acc",
     "bwt",
+    "validation",
     "peak",
     "kept",
     "task_inference",
@@ -216,6 +217,7 @@ COLUMNS = [  # after the row's name: heading, whose number, its name, digits
     ("difference", "", "difference", 2),
     ("BWT (pp)", "ours", "bwt", 2),
     ("paper", "paper", "bwt", 2),
+    ("on validation rows (%)", "ours", "validation", 2),
     ("peak (%)", "ours", "peak", 2),
     ("paper", "paper", "peak", 2),
     ("final / peak", "ours", "kept", 2),

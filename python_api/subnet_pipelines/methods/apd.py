@@ -155,7 +155,7 @@ class APD(Lifelong):
         return super().loss(batch, clock) + self.penalty()
 
     @torch.no_grad()
-    def settle(self, peak: float | None) -> None:
+    def settle(self) -> None:
         """The task keeps what is its own, and earlier tasks their adaptive parts as they are now."""
         for kept, layers in zip(self.learnt, self.earlier):
             for i, layer in enumerate(layers):
@@ -163,7 +163,6 @@ class APD(Lifelong):
         kept = named_tensors(self.own)
         kept |= {name: self.pruned(t) for name, t in kept.items() if name.endswith(".adaptive")}
         self.learnt.append(kept | named_tensors(self.head, "head."))
-        self.peaks.append(peak)
         self.held = []
 
     # ---- use, report, state -----------------------------------------------------------------------------------------

@@ -290,13 +290,11 @@ class DEN(Lifelong):
     def end(self) -> None:
         """The end of a task: its peak is that of the phase with the best accuracy on validation rows, of equals the first."""
         self.note()
-        best = max(self.tries, key=lambda found: found[0], default=[None, None])
-        self.settle(best[1])
+        self.finish(max(self.tries, key=lambda found: found[0], default=[None, None]))
 
-    def settle(self, peak: float | None) -> None:
+    def settle(self) -> None:
         self.learnt.append(named_tensors(self.head, "head."))
         self.stamps.append(list(self.units))
-        self.peaks.append(peak)
         self.before, self.open = [], {}
 
     def outputs(self, x: Tensor, task: int) -> Tensor:

@@ -326,7 +326,7 @@ class LASEM(Lifelong):
         scores = [score for score, _ in self.tries]
         self.trying = scores.index(max(scores))
         self.load_state_dict(self.winner)
-        self.settle(self.tries[self.trying][1])
+        self.finish(self.tries[self.trying])
         self.tries, self.winner, self.trying = [], {}, 0
 
     @torch.no_grad()
@@ -336,7 +336,7 @@ class LASEM(Lifelong):
             for name, tensor in before.items() if not share else ():
                 layer[name].copy_(tensor)
 
-    def settle(self, peak: float | None) -> None:
+    def settle(self) -> None:
         """The task keeps its configuration, and of its tensors those that it uses."""
         way = self.best()
         self.put_back(way)
@@ -345,7 +345,6 @@ class LASEM(Lifelong):
         kept = {name: p.detach().clone() for name, p in kept.items()}
         self.learnt.append(kept | named_tensors(self.head, "head."))
         self.chosen.append(list(way))
-        self.peaks.append(peak)
         self.paths.append(self.path() if self.by_em or self.by_darts else [])
 
     def path(self) -> list[list[float]]:

@@ -71,7 +71,7 @@ class Lifelong(Method):
 
     static_step = True
     FIDELITY = {"sound": {}, "code": {"squares": "one"}, "paper": {}}
-    FACTS: tuple[str, ...] = ("index", "peaks")  # attributes beside the module that a checkpoint holds
+    FACTS: tuple[str, ...] = ("index", "peaks", "validated")  # attributes beside the module that a checkpoint holds
     BESIDE: tuple[str, ...] = ("learnt",)  # and those that are tensors
 
     def __init__(self, config: LifelongConfig, benchmark: Benchmark, seed: int):
@@ -83,6 +83,7 @@ class Lifelong(Method):
         self.at_best: dict[str, Tensor] | None = None  # tensors of the best epoch, from the last step to the end of a phase
         self.learnt: list[dict[str, Tensor]] = []  # of each task, what it keeps for itself
         self.peaks: list[float | None] = []  # of each task, its test accuracy at its best epoch
+        self.validated: list[float | None] = []  # and that on its validation rows
 
     def fresh_head(self, task: int) -> list[dict[str, Tensor]]:
         """A task's head as it finds it, a dict a layer."""
@@ -190,9 +191,15 @@ class Lifelong(Method):
 
     def end(self) -> None:
         """The end of a task's last phase."""
-        self.settle(self.measure()[1])
+        self.finish(self.measure())
 
-    def settle(self, peak: float | None) -> None:
+    def finish(self, found: list[float | None]) -> None:
+        """The task is done, with these accuracies at its best epoch on validation and on test rows."""
+        self.settle()
+        self.validated.append(found[0])
+        self.peaks.append(found[1])
+
+    def settle(self) -> None:
         """The task keeps what it has learnt."""
         raise NotImplementedError
 
@@ -212,16 +219,17 @@ class Lifelong(Method):
         return [named_under(self.learnt[task], f"head.{i}.") for i in range(len(self.net.hidden) + 1)]
 
     def costs(self, shared: int, own: list[int]) -> dict[str, Any]:
-        """A report's peaks and capacity: numbers that tasks share, and those of each task beside its head."""
+        """A report's accuracies at the best epochs, and capacity: numbers that tasks share, and those of each task beside its head."""
         plain = sum(layer.channels * (inp * layer.kernel**2 + 1) for layer, inp in zip(self.net.layers, self.inputs))
         cost = capacity(plain, plain, tasks=len(self.learnt), mask_bytes=0, paper_cap=None)
         cost["measured_cap"] = 100 * (shared + sum(own)) / plain
-        return {"capacity": cost, "peak": list(self.peaks), "parameters_per_task": own}
+        return {"capacity": cost, "peak": list(self.peaks), "validation": list(self.validated), "parameters_per_task": own}
 
     def facts(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in self.FACTS}
 
     def build(self, facts: dict[str, Any]) -> None:
+        facts = {"validated": [None] * len(facts["peaks"]), **facts}  # checkpoints of before they were kept go on too
         for name in self.FACTS:
             setattr(self, name, facts[name])
 

@@ -89,9 +89,8 @@ class ProgNN(Lifelong):
     def body(self, x: Tensor) -> Tensor:
         return self.through(x, [*self.columns(self.index), self.column])
 
-    def settle(self, peak: float | None) -> None:
+    def settle(self) -> None:
         self.learnt.append(named_tensors(self.column) | named_tensors(self.head, "head."))
-        self.peaks.append(peak)
 
     def outputs(self, x: Tensor, task: int) -> Tensor:
         return self.scores(self.through(x, self.columns(task + 1)), self.kept_head(task))
