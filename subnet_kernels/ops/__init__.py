@@ -1,5 +1,6 @@
 """The operations, one file each: schema, fake, autograd, public function. Kernels for CPU are in ``csrc/cpu``."""
 
+from subnet_kernels import triton
 from subnet_kernels.ops import _library
 from subnet_kernels.ops.apply import apply, restore_
 from subnet_kernels.ops.bits import count, overlap, pack, stats, union_, unpack
@@ -12,6 +13,7 @@ from subnet_kernels.ops.threshold import refresh_threshold_, threshold
 from subnet_kernels.ops.update import update_adam_, update_rmsprop_, update_sgd_
 
 _library.load_all()
+triton.register()  # of what neither compiled library serves
 
 __all__ = [
     "Compressed", "alpha_grad", "apply", "compress", "compressed_linear", "count", "k_kth", "k_sort", "masked_conv",

@@ -91,12 +91,9 @@ def load(library: str) -> None:
 
 
 def load_all() -> None:
-    """Load what is compiled, then Triton's kernels for the rest; say once if nothing is compiled: the reference is slow."""
+    """Load what is compiled; say once if nothing is: the reference is slow."""
     for library in ("_C_cpu", "_C_cuda"):
         load(library)
-    from subnet_kernels import triton  # which registers into LIB
-
-    triton.register()
     if "_C_cpu" not in LOADED:
         warnings.warn(
             f"subnet_kernels runs without compiled CPU kernels, on its slow reference: {MISSING['_C_cpu']}",
