@@ -80,6 +80,7 @@ class MaskBank(BankRuns, BankFiles):
 
     @property
     def layer_names(self) -> list[str]:
+        """Their paths in the model, in the same order."""
         return list(self._layers)
 
     @property
@@ -386,6 +387,7 @@ class MaskBank(BankRuns, BankFiles):
 
     @property
     def trains_weights(self) -> bool:
+        """Whether a masked layer's weight learns, so that commits must freeze what they use."""
         return any(layer.train_weight for layer in self.layers())
 
     def capacity(self) -> dict[str, float | int | None]:

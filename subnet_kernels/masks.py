@@ -46,11 +46,13 @@ class Masks:
 
     @property
     def blocks(self) -> dict[str, list[Tensor]]:
+        """{layer name: blocks}, uint8 (tiles, at most 64 masks, 64) each; masks that wait are got first."""
         self._get_all()
         return self._blocks
 
     @property
     def owned(self) -> dict[str, Tensor]:
+        """{layer name: packed bits that any mask opens}; masks that wait are got first."""
         self._get_all()
         return self._owned
 

@@ -65,6 +65,7 @@ class _Plan(NamedTuple):
     pairs: tuple = ()  # what the kernels take at the end for weights and scores with one gradient; nothing where there are none
 
     def serves(self, params: list[Tensor], stateful: bool) -> bool:
+        """Whether it was made for these very tensors."""
         return self.stateful is stateful and len(self.params) == len(params) and all(map(is_, self.params, params))
 
 
