@@ -160,6 +160,7 @@ def test_a_page_with_a_card(on_a_card, monkeypatch, tmp_path):
     page = readme.tables()
     assert "NVIDIA H0 80GB, driver 1.2, CUDA 13.0" in page
     assert "| `select` | cold | 10.0 | – | sort (SupSup) 30 [target 40] |" in page
+    assert "`select`" not in readme.tables(some=True)  # of its cases another one is in the README
 
 
 def test_sizes_and_gates_follow_the_device(on_a_card):
