@@ -22,10 +22,11 @@ def tables() -> list[dict[str, Any]]:
     found = []
     for folder in sorted(path for path in (HERE / "results").iterdir() if path.is_dir()):
         records = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
-        cells: dict[str, dict[str, Any]] = {}
+        cells: dict[tuple[str, str], dict[str, Any]] = {}
         for cell in (cell for record in records for cell in record["cells"]):
-            if cell["ours"] or (cell["status"] == "paper only" and cell["cell"] not in cells):
-                cells[cell["cell"]] = cell
+            place = cell["cell"], cell["fidelity"]
+            if cell["ours"] or (cell["status"] == "paper only" and place not in cells):
+                cells[place] = cell
         order = [cell["cell"] for cell in records[0]["cells"]]
         kept = sorted(cells.values(), key=lambda cell: order.index(cell["cell"]))
         environment = common([cell["environment"] for cell in kept if cell["environment"]])

@@ -238,6 +238,8 @@ COLUMNS = [  # after the row's name: heading, whose number, its name, digits
 ]
 ALSO = [
     ("ACC (%)", "acc", 2),
+    ("peak (%)", "peak", 2),
+    ("final / peak", "kept", 2),
     ("inferred (%)", "task_inference", 2),
     ("used", "used_fraction", 3),
 ]  # of another mode than the table's
