@@ -30,10 +30,15 @@ def tables() -> list[dict[str, Any]]:
         order = [cell["cell"] for cell in records[0]["cells"]]
         kept = sorted(cells.values(), key=lambda cell: order.index(cell["cell"]))
         environment = common([cell["environment"] for cell in kept if cell["environment"]])
-        environment = {k: ", ".join(dict.fromkeys(map(str, v))) if isinstance(v, list) else v for k, v in environment.items()}
+        environment = {k: ", ".join(dict.fromkeys(each_of(v))) if isinstance(v, list) else v for k, v in environment.items()}
         source = read_table(folder.name).source  # which files had not before there were tables of other papers
         found.append({"source": source, **records[0], "cells": kept, "environment": environment})
     return found
+
+
+def each_of(values: list[Any]) -> list[str]:
+    """What a field says in several cells, where a cell's own seeds may differ too."""
+    return [str(v) for value in values for v in (value if isinstance(value, list) else [value])]
 
 
 def figures_of(table: str) -> list[Path]:
