@@ -444,6 +444,35 @@ def compressed_linear(x: Tensor, values: Tensor, positions: Tensor, offsets: Ten
     return y if bias is None else y + bias
 
 
+# --------------------------------------------------------------------------------------------------------------- pooling
+
+
+def max_pool_relu(x: Tensor, window: int, split: bool) -> tuple[Tensor, Tensor]:
+    """ReLU of the maxima of windows that lie side by side, and where in its window each maximum was.
+
+    x: (N, H, W, C) floating -> (N, ceil(H / window), ceil(W / window), C) of its dtype, and uint8 of that shape: the place in the
+    window, row by row, of equals the first; 255 where ReLU lets nothing through. split, with C even: the second half of the
+    channels follows as rows of its own, (2 N, ..., C / 2).
+    """
+    y, at = F.max_pool2d(x.permute(0, 3, 1, 2), window, ceil_mode=True, return_indices=True)
+    places = at // x.shape[2] % window * window + at % x.shape[2] % window
+    places = places.masked_fill(y <= 0, 255).to(torch.uint8)
+    y, places = (t.permute(0, 2, 3, 1) for t in (y.relu(), places))
+    if split:
+        y, places = (torch.cat(t.chunk(2, 3)) for t in (y, places))
+    return y.contiguous(), places.contiguous()
+
+
+def max_pool_relu_grad(grad: Tensor, places: Tensor, window: int, split: bool, height: int, width: int) -> Tensor:
+    """The gradient of max_pool_relu in its input (N, height, width, C): each of grad at its place, zero elsewhere."""
+    if split:
+        grad, places = (torch.cat(t.chunk(2), 3) for t in (grad, places))
+    n, rows, columns, channels = grad.shape
+    here = places[..., None] == torch.arange(window**2, device=places.device)
+    spread = torch.where(here, grad[..., None], 0).unflatten(4, (window, window))  # n, row, column, channel, and in the window
+    return spread.permute(0, 1, 4, 2, 5, 3).reshape(n, rows * window, columns * window, channels)[:, :height, :width].contiguous()
+
+
 # ------------------------------------------------------------------------------------------------------------ optimizer
 
 

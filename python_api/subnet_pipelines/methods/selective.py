@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from subnet_kernels.ops import max_pool_relu
 from subnet_pipelines.errors import Refusal
 
 
@@ -231,17 +232,21 @@ def widths(net: Net, shape: Sequence[int]) -> tuple[list[int], int]:
     return inputs, channels * height * width
 
 
-def convolve(x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1, skip: Tensor | None = None) -> Tensor:
+def convolve(
+    x: Tensor, layer: Layer, weight: Tensor, bias: Tensor, groups: int = 1, skip: Tensor | None = None, split: bool = False
+) -> Tensor:
     """x (N, I, H, W), channels last, through a layer of that kernel -> (N, O, ceil(H / pool), ceil(W / pool)), channels last too.
 
-    It is done in the dtype of x. skip (N, O, H, W), where there is one, is added past the ReLU. Otherwise maxima come first: ReLU is then
-    less work, and may overwrite what no backward reads.
+    It is done in the dtype of x. skip (N, O, H, W), where there is one, is added past the ReLU; otherwise maxima come first, as ReLU is
+    then less work. split: what comes is `apart`.
     """
     weight = weight.to(x.dtype, memory_format=torch.channels_last)
     x = F.conv2d(x, weight, bias.to(x.dtype), padding=layer.kernel // 2, groups=groups)
-    x = x if skip is None else x.relu_() + skip
+    if skip is None:
+        return max_pool_relu(x, layer.pool, split)
+    x = x.relu_() + skip
     x = F.max_pool2d(x, layer.pool, ceil_mode=True) if layer.pool > 1 else x
-    return x.relu_() if skip is None else x
+    return apart(x) if split else x
 
 
 def pictures(net: Net, x: Tensor) -> Tensor:
@@ -282,10 +287,9 @@ def tree(net: Net, groups: Sequence[int], shared: Sequence[Kernel], own: Sequenc
         if layer.skip:
             skip = both(before) if i - 1 in borders else before
             skip = both(apart(skip)) if parts else skip
-        if parts and i:
-            x = apart(x)
-        before, x = x, convolve(x, layer, weight, bias, 1 if parts else 2, skip)  # in a group each child goes on by itself
-    return apart(x).flatten(1).to(dtype).view(-1, rows, x.shape[1:].numel() // 2)
+        # In a group each child goes on by itself.
+        before, x = x, convolve(x, layer, weight, bias, 1 if parts else 2, skip, split=i + 1 in borders)
+    return x.flatten(1).to(dtype).view(-1, rows, x.shape[1:].numel())
 
 
 def apart(x: Tensor) -> Tensor:
