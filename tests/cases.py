@@ -4,7 +4,7 @@ Sizes are odd, so that every kernel has a tail; ``cases()`` is all of both.
 """
 
 import torch
-from test_dispatch import INPUTS, bank, bits, ids, like, lr, mask, restoring
+from test_dispatch import INPUTS, bank, bits, ids, like, lr, mask, pooled, restoring
 
 import subnet_kernels as sk
 from subnet_kernels import reference
@@ -113,6 +113,11 @@ MEDIUM = {
         lambda: (torch.randn(9, 333), *small_weight("bitmap"), torch.randn(301)),
         lambda: (torch.randn(1, 333), *small_weight("index")),
     ],
+    "max_pool_relu": [
+        lambda: (torch.randn(5, 33, 31, 66), 2, True),
+        lambda: (torch.randn(3, 64, 33, 31).bfloat16().permute(0, 2, 3, 1), 3, False),
+    ],
+    "max_pool_relu_grad": [lambda: pooled((5, 33, 31, 66), 2, True), lambda: pooled((3, 33, 31, 64), 3, False)],
     "decompress": [lambda: (*small_weight("bitmap"), 333), lambda: (*small_weight("index"), 333)],
     "update_sgd_": [lambda: sgd(FLOAT), lambda: sgd(HALF)],
     "update_rmsprop_": [lambda: rmsprop(FLOAT)],

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ["codec", "bits", "apply", "threshold", "select", "mixed", "compressed", "superpose", "update", "masked"]
+TESTS = ["codec", "bits", "apply", "threshold", "select", "mixed", "compressed", "pool", "superpose", "update", "masked"]
 
 if "SUBNET_SANITIZED_CODEC" in os.environ:
     spec = importlib.util.spec_from_file_location("subnet_kernels._codec", os.environ["SUBNET_SANITIZED_CODEC"])

@@ -21,6 +21,7 @@ bits = sk.pack(mask)
 values = weight[mask]
 twice = torch.cat([bits, bits])
 image = torch.randn(2, 6, 5)
+maps = torch.randn(2, 3, 5, 5)
 kernel = torch.randn(4, 3, 3)
 kernel_bits = sk.pack(torch.rand(4, 3, 3) < 0.5)
 grad_y = torch.randn(3, 4)
@@ -286,6 +287,14 @@ BAD = {
         (compressed(bias=bias.double()), "bias must have the dtype of the weight's values", "torch.float64"),
         (compressed(bias=bias[:3]), "bias must have shape (4,)", "(3,)"),
         (compressed(bias=bias.to(META)), f"bias must be on {HERE}", "meta"),
+    ],
+    "max_pool_relu": [
+        *[(lambda w=w: sk.max_pool_relu(maps, w), "window must be an integer from 1 to 15", repr(w)) for w in (0, 16, -1, 2.0, True)],
+        (lambda: sk.max_pool_relu(maps[0], 2), "x must be (N, C, H, W) with C, H and W positive", "(3, 5, 5)"),
+        (lambda: sk.max_pool_relu(maps[:, :0], 2), "x must be (N, C, H, W) with C, H and W positive", "(2, 0, 5, 5)"),
+        (lambda: sk.max_pool_relu(maps, 2, split=True), "x must have an even number of channels to be split", "3"),
+        (lambda: sk.max_pool_relu(maps.int(), 2), "x must be of a floating dtype", "torch.int32"),
+        (lambda: sk.max_pool_relu(None, 2), "x must be a tensor", "NoneType"),
     ],
     "alpha_grad": [
         (alpha_grad(x=x[:, :5]), "x must be (B, I), grad_y (B, O) and weight (O, I)", "(3, 5), (3, 4) and (4, 6)"),

@@ -114,6 +114,12 @@ def compressed(outputs, inputs, form):
     return sk.compress(weight, sk.select(weight, outputs * inputs // 3), form)[:3]
 
 
+def pooled(shape, window, split):
+    """A gradient that lies otherwise than the places do."""
+    y, places = reference.max_pool_relu(torch.randn(shape), window, split)
+    return torch.randn_like(y).transpose(1, 2).contiguous().transpose(1, 2), places, window, split, *shape[1:3]
+
+
 # For every op several ways to make its arguments: plain, strided as nobody expects, empty, optional arguments given or not.
 INPUTS = {
     "pack": [lambda: (mask(4, 6),), lambda: (mask(30, 40).t(),), lambda: (mask(0),), lambda: (mask(3, 4, 5)[:, ::2],)],
@@ -215,6 +221,16 @@ INPUTS = {
         lambda: (torch.randn(2, 3, 70), *compressed(9, 70, "bitmap"), torch.randn(9)),
         lambda: (torch.randn(0, 6), *compressed(4, 6, "index"), None),
         lambda: (torch.randn(6), *compressed(4, 6, "index"), None),
+    ],
+    "max_pool_relu": [
+        lambda: (torch.randn(2, 4, 6, 8), 2, True),
+        lambda: (torch.randn(2, 8, 5, 7).permute(0, 3, 2, 1), 3, False),
+        lambda: (torch.randn(0, 4, 6, 8), 1, True),
+    ],
+    "max_pool_relu_grad": [
+        lambda: pooled((2, 4, 6, 8), 2, True),
+        lambda: pooled((2, 7, 5, 3), 3, False),
+        lambda: pooled((0, 4, 6, 8), 1, True),
     ],
     "decompress": [lambda: (*compressed(9, 70, "bitmap"), 70), lambda: (*compressed(9, 70, "index"), 70)],
     "update_sgd_": [lambda: sgd(), lambda: sgd(0.9), lambda: sgd(0.9, True, scale=torch.tensor(8.0), inf=torch.tensor(0.0))],

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = [f"test_{op}.py" for op in ("apply", "bits", "compressed", "mixed", "select", "superpose", "threshold", "update")]
+TESTS = [f"test_{op}.py" for op in ("apply", "bits", "compressed", "mixed", "pool", "select", "superpose", "threshold", "update")]
 
 
 def build(*flags: str) -> Path:
