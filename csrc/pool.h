@@ -7,6 +7,9 @@
 
 constexpr uint8_t kNowhere = 255;  // the place of a maximum that ReLU stopped
 
+template <class K>
+constexpr K kNanKey = static_cast<K>(~(K{1} << (sizeof(K) * 8 - 1)));  // all bits but the sign
+
 // n x height x width x channels, pooled to rows x columns; split, the two halves of the channels are one after the other there.
 struct Pool {
   int64_t n, height, width, channels, window, halves, rows, columns;

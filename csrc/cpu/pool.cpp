@@ -3,7 +3,6 @@
 #include "../pool.h"
 
 #include <algorithm>
-#include <limits>
 #include <tuple>
 
 #include "../tensors.h"
@@ -17,10 +16,9 @@ namespace {
 template <class K>
 static inline __attribute__((always_inline)) void pool_run(const K* in, uint8_t place, K inf, int64_t n, K* __restrict__ most,
                                                            uint8_t* __restrict__ places) {
-  constexpr K kNan = std::numeric_limits<K>::max();
   for (int64_t i = 0; i < n; i++) {
-    const K nan = static_cast<K>(-static_cast<K>(static_cast<K>(in[i] & kNan) > inf));
-    const K x = static_cast<K>((in[i] & ~nan) | (kNan & nan));
+    const K nan = static_cast<K>(-static_cast<K>(static_cast<K>(in[i] & kNanKey<K>) > inf));
+    const K x = static_cast<K>((in[i] & ~nan) | (kNanKey<K> & nan));
     const K more = static_cast<K>(-static_cast<K>(x > most[i]) | nan);
     most[i] = static_cast<K>((x & more) | (most[i] & ~more));
     places[i] = static_cast<uint8_t>((place & more) | (places[i] & ~more));

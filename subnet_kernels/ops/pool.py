@@ -52,7 +52,8 @@ class MaxPoolRelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad, _):
         (places,) = ctx.saved_tensors
-        return MaxPoolReluGrad.apply(grad, places, *ctx.how, *ctx.sizes), None, None
+        function = MaxPoolReluGrad.apply if torch.is_grad_enabled() else _max_pool_relu_grad
+        return function(grad, places, *ctx.how, *ctx.sizes), None, None
 
 
 class MaxPoolReluGrad(torch.autograd.Function):
