@@ -423,3 +423,18 @@ def test_select_beyond_32_bits(room, ties):
                 found += [a + places[0].item(), a + places[-1].item()]
     if open_ties and closed_ties:
         assert min(open_ties) > max(closed_ties) if ties == "last" else max(open_ties) < min(closed_ties)
+
+
+@huge
+def test_max_pool_relu_beyond_32_bits(room):
+    """Four maxima among more than 2^31 elements, before, at and behind the 2^31st, and their gradients."""
+    x = torch.empty((1, 64, 32_769, 1024), dtype=torch.bfloat16, memory_format=torch.channels_last).fill_(-1)
+    peaks = [(5, 0, 3), (63, 32_767, 1023), (0, 32_768, 0), (63, 32_768, 1023)]  # channel, row, column
+    for i, at in enumerate(peaks):
+        x[0][at] = i + 1
+    y = sk.max_pool_relu(x.requires_grad_(), 2)
+    assert [y[0, c, i // 2, j // 2].item() for c, i, j in peaks] == [1, 2, 3, 4]
+    (slope,) = torch.autograd.grad(y, x, y.detach())
+    assert [slope[0][at].item() for at in peaks] == [1, 2, 3, 4]
+    for made in (y.detach(), slope):
+        assert sum(int(part.count_nonzero()) for part in made[0].split(1024, 1)) == len(peaks)
