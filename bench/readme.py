@@ -35,6 +35,8 @@ SHOWN = (
     "superpose_grad",
     "alpha_grad",
     "one_shot",
+    "max_pool_relu",
+    "lasem",
 )
 FEW = {  # what the cases in the README begin with, of every op one that training or serving a network comes to; of others all
     "select": ("cold, 20 layers",),
@@ -55,6 +57,8 @@ FEW = {  # what the cases in the README begin with, of every op one that trainin
     "superpose_grad": ("shape=(300, 784) K=250 ",),
     "alpha_grad": ("B=16 shape=(300, 784) K=250 ",),
     "one_shot": ("LeNet-300-100, 128 rows, K=2500 ",),
+    "max_pool_relu": ("forward and backward, 80x128x16x16 window=2 bfloat16",),
+    "lasem": ("hps,",),
 }
 
 
