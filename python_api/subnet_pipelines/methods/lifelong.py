@@ -139,7 +139,7 @@ class Lifelong(Method):
         dropped = min(round(65536 * self.config.dropout), 65535)
         words = torch.empty(-(-made.numel() // 4), dtype=torch.int64, device=made.device).random_(-(1 << 63), None)
         keep = words.view(torch.int16)[: made.numel()].view(made.shape) >= dropped - 32768
-        return made * (keep.to(made.dtype) * (65536 / (65536 - dropped)))
+        return made * keep.to(made.dtype).mul_(65536 / (65536 - dropped))
 
     def scores(self, made: Tensor, head: Sequence | None = None) -> Tensor:
         """Features (..., width) through a head, default the one in training -> logits (..., classes)."""
