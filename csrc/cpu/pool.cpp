@@ -1,5 +1,5 @@
 // max_pool_relu and its gradient: maxima of windows past ReLU, of activations whose channels lie last. One pass over memory each,
-// where pooling, ReLU and the copy that parts the channels are five.
+// where pooling, ReLU and the copy that parts the channels make three, and their gradients four.
 #include "../pool.h"
 
 #include <algorithm>
