@@ -223,6 +223,14 @@ def test_bits_launches_choose_what_is_listed(asked):
     assert set(asked) == listed(bits.builds())
 
 
+def test_pool_launches_choose_what_is_listed(asked):
+    from subnet_kernels.triton import pool
+
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        pool.max_pool_relu_grad(*pool.max_pool_relu(torch.zeros(2, 5, 5, 6, dtype=dtype), 2, True), 2, True, 5, 5)
+    assert set(asked) == listed(pool.builds())
+
+
 def test_selection_launches_choose_what_is_listed(asked):
     from subnet_kernels.triton import select
 
@@ -264,7 +272,7 @@ def test_update_launches_choose_what_is_listed(asked):
 
 def test_launches_wait_for_nothing(asked):
     """Whatever PyTorch does around the kernels leaves the device alone, so that a step can be captured."""
-    from subnet_kernels.triton import apply, bits, select, superpose, update
+    from subnet_kernels.triton import apply, bits, pool, select, superpose, update
 
     n, tasks = 9000, 300
     weight, scores, grad, w_eff = (torch.zeros(n) for _ in range(4))
@@ -279,6 +287,7 @@ def test_launches_wait_for_nothing(asked):
         apply.straight_through(grad, weight, scores, own, shut)
         bits.stats(bits.pack(bits.unpack(own, [n])), shut)
         bits.count(own)
+        pool.max_pool_relu_grad(*pool.max_pool_relu(weight.view(1, 30, 30, 10), 2, True), 2, True, 30, 30)
         superpose.superpose(weight, bank, torch.ones(2, tasks))
         superpose.superpose_grad(grad, weight, bank)
         end = [shut, None], rate, found, found

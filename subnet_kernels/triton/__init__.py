@@ -21,6 +21,8 @@ LAUNCHES = {  # op -> module.function of this package that launches it
     "masked_linear": "masked.masked_linear",
     "masked_linear_grad_input": "masked.masked_linear_grad_input",
     "masked_linear_grad_weight": "masked.masked_linear_grad_weight",
+    "max_pool_relu": "pool.max_pool_relu",
+    "max_pool_relu_grad": "pool.max_pool_relu_grad",
     "pack": "bits.pack",
     "refresh_": "select.refresh_",
     "refresh_threshold_": "select.refresh_threshold_",
